@@ -1,0 +1,173 @@
+"""The demo's pictures, one PNG each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latemax import viz
+from latemax.analysis import ArgmaxShare, SimilarityDistribution, TokenNorms, grounding_map
+from latemax.demo.photos import Crop, Photo
+from latemax.demo.retrieval import CROP_SIZE, PHOTO_SIZE, Encoded
+from latemax.viz._style import percent
+
+DPI = 130
+# Shown when these photos are there; the worst-ranked crop is always shown too.
+SHOWN = ("astronaut", "coffee", "motorcycle")
+
+
+def chosen_queries(crops: list[Crop], photos: list[Photo], rank: Tensor) -> list[int]:
+    """The first crop of each photo in `SHOWN`, then the crop whose own photo ranked worst. rank [n_q], 1 is best."""
+    first = {}
+    for at, crop in enumerate(crops):
+        first.setdefault(photos[crop.owner].name, at)
+    picked = [first[name] for name in SHOWN if name in first]
+    worst = int(rank.argmax())
+    return picked if worst in picked else [*picked, worst]
+
+
+class Album:
+    """Saves figures into a folder and remembers their names."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.files = folder, []
+
+    def save(self, name: str, figure: tuple[Any, Any]) -> None:
+        import matplotlib.pyplot as plt
+
+        figure[0].savefig(self.folder / name, dpi=DPI, facecolor="white")
+        plt.close(figure[0])
+        self.files.append(name)
+
+
+def draw_rankings(
+    album: Album,
+    photos: list[Photo],
+    crops: list[Crop],
+    encoded: Encoded,
+    scores: Tensor,
+    argmax: Tensor,
+    rank: Tensor,
+    pointing: dict[str, Any],
+    shown: int = 4,
+) -> None:
+    """``ranking-N-NAME.png`` for the chosen queries and ``grounding.png`` for the first. argmax [n_q, n_d, l_q]."""
+    for number, at in enumerate(chosen_queries(crops, photos, rank), 1):
+        crop = crops[at]
+        order = scores[at].argsort(descending=True, stable=True)[:shown]
+        if crop.owner not in order:
+            order = torch.cat([order[:-1], torch.tensor([crop.owner])])
+        where = order.tolist().index(crop.owner)
+        hit, chance = pointing["in_box_per_query"][at], pointing["in_box_chance_per_query"][at]
+        figure = viz.plot_ranking(
+            crop.image.resize((CROP_SIZE, CROP_SIZE)),
+            encoded.q_grid,
+            [photos[i].image.resize((PHOTO_SIZE, PHOTO_SIZE)) for i in order.tolist()],
+            [photos[i].name for i in order.tolist()],
+            scores[at][order].tolist(),
+            argmax[at][order],
+            encoded.grid,
+            own=where,
+            box=tuple(v * PHOTO_SIZE for v in crop.box),
+            ranks=[int((scores[at] > scores[at][i]).sum()) + 1 for i in order.tolist()],
+            title=f"The right photo ranks {int(rank[at])} of {len(photos)}; {percent(hit)} of the crop's patches "
+            f"win inside the frame (chance {percent(chance)})",
+        )
+        album.save(f"ranking-{number}-{photos[crop.owner].name}.png", figure)
+
+    at = chosen_queries(crops, photos, rank)[0]
+    crop = crops[at]
+    grounding = grounding_map(encoded.q[at], encoded.d[crop.owner], encoded.grid, normalize=True)
+    figure = viz.plot_grounding(
+        photos[crop.owner].image.resize((PHOTO_SIZE, PHOTO_SIZE)),
+        grounding,
+        box=tuple(v * PHOTO_SIZE for v in crop.box),
+        title=f"{int((grounding.wins() > 0).sum())} of {grounding.wins().numel()} patches bring the score "
+        f"{float(grounding.score):.1f}\n(frame: where the query crop was cut)",
+    )
+    album.save("grounding.png", figure)
+
+
+def draw_study(
+    album: Album,
+    photos: list[Photo],
+    encoded: Encoded,
+    shares: dict[str, ArgmaxShare],
+    distribution: SimilarityDistribution,
+    norms: TokenNorms,
+) -> None:
+    """``cls-win-rate.png``, ``cls-distribution.png``, ``token-norms.png`` and ``token-norm-maps.png``."""
+    cosine, raw = (shares[f"{space}, right photo"]["CLS"] for space in ("cosine", "raw dot product"))
+    album.save(
+        "cls-win-rate.png",
+        viz.plot_argmax_share(
+            shares,
+            title=f"Patch queries pick CLS {percent(cosine['share'])} of the time by cosine, "
+            f"{percent(raw['share'])} by raw dot product",
+        ),
+    )
+    album.save("cls-distribution.png", viz.plot_similarity_distribution(distribution))
+    album.save("token-norms.png", viz.plot_token_norms(norms))
+    flagged = norms.outlier.sum(1)
+    picked = flagged.argsort(descending=True, stable=True)[:6].sort().values
+    subset = replace(
+        norms,
+        before={name: values[picked] for name, values in norms.before.items()},
+        after=None,
+        outlier=norms.outlier[picked],
+        threshold=norms.threshold[picked],
+    )
+    album.save(
+        "token-norm-maps.png",
+        viz.plot_norm_maps(
+            [photos[i].image.resize((PHOTO_SIZE, PHOTO_SIZE)) for i in picked.tolist()],
+            subset,
+            encoded.grid,
+            title=f"{int(flagged.sum())} of {norms.outlier.numel():,} patches are flagged, "
+            f"{int(flagged[picked].sum())} of them here; "
+            f"the largest norm is {norms.largest_ratio:.1f}x its photo's median",
+        ),
+    )
+
+
+def draw_simulation(album: Album, panels: dict[str, Any]) -> None:
+    """``cls-simulation.png``, eight panels."""
+
+    def best(panel: str) -> str:
+        return percent(max(float(s.win_rate.mean(0).max()) for s in panels[panel].values()))
+
+    def range_of(curve: Any) -> str:
+        mean = curve.win_rate.mean(0)
+        return f"{percent(float(mean[0]))} to {percent(float(mean[-1]))}"
+
+    raw = panels["norm_ratio"]["raw, alignment 0"]
+    titles = {
+        "alignment": f"Queries trained towards the pooled image\nhand the maximum to CLS: up to {best('alignment')}",
+        "absorbed": "CLS must have absorbed nearly the whole image\n"
+        f"to win: {range_of(panels['absorbed']['alignment 0.8'])} at alignment 0.8",
+        "norm_ratio": "A longer CLS wins raw dot products even\n"
+        f"unaligned: {range_of(raw)}; by cosine length is nothing",
+        "noise": f"Some noise helps CLS, which averages it away:\n"
+        f"up to {best('noise')}; much noise leaves it to accident",
+        "n_patches": "More patches leave CLS fewer wins; aligned\nqueries keep it far above chance 1 / (n + 1)",
+    }
+    titles["shared"] = "The more the patches share, the more they\nresemble CLS and the fewer maxima it wins"
+    pointing, retrieval = panels["pointing"], panels["retrieval"]
+    for name, sim in (("pointing", pointing), ("retrieval", retrieval)):
+        kept, dropped = (getattr(sim, f"{name}_{w}").mean(0) for w in ("kept", "dropped"))
+        at = int((dropped - kept).abs().argmax())
+        setting = "raw, unaligned" if name == "retrieval" else "by cosine"
+        titles[name] = (
+            f"Dropping CLS ({setting}): {name} {percent(float(kept[at]))} to {percent(float(dropped[at]))}\n"
+            f"at {sim.knob.replace('_', ' ')} {float(sim.values[at]):g}"
+        )
+    album.save(
+        "cls-simulation.png",
+        viz.plot_simulation_panels(
+            panels, titles=titles, title="Simulation: when does CLS win the maximum, and what does it cost?"
+        ),
+    )

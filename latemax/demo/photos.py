@@ -1,0 +1,107 @@
+"""Real photos that scikit-image, scikit-learn and matplotlib install with themselves; nothing is downloaded."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# (name, package, file inside the package). Opened directly, as the packages' own loaders may go to a network.
+_FILES = (
+    ("astronaut", "skimage", "data/astronaut.png"),
+    ("cat", "skimage", "data/chelsea.png"),
+    ("coffee", "skimage", "data/coffee.png"),
+    ("rocket", "skimage", "data/rocket.jpg"),
+    ("galaxies", "skimage", "data/hubble_deep_field.jpg"),
+    ("retina", "skimage", "data/retina.jpg"),
+    ("tissue", "skimage", "data/ihc.png"),
+    ("cameraman", "skimage", "data/camera.png"),
+    ("coins", "skimage", "data/coins.png"),
+    ("moon", "skimage", "data/moon.png"),
+    ("page", "skimage", "data/page.png"),
+    ("handwriting", "skimage", "data/text.png"),
+    ("clock", "skimage", "data/clock_motion.png"),
+    ("cell", "skimage", "data/cell.png"),
+    ("brick", "skimage", "data/brick.png"),
+    ("grass", "skimage", "data/grass.png"),
+    ("gravel", "skimage", "data/gravel.png"),
+    ("motorcycle", "skimage", "data/motorcycle_left.png"),
+    ("temple", "sklearn", "datasets/images/china.jpg"),
+    ("flower", "sklearn", "datasets/images/flower.jpg"),
+    ("portrait", "matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+)
+_PIP_NAMES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "PIL": "pillow"}
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo cut to its centre square, RGB."""
+
+    name: str
+    image: Image
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square cut out of photo ``owner``; ``box`` is (left, top, right, bottom) as fractions of the photo's side."""
+
+    owner: int
+    box: tuple[float, float, float, float]
+    image: Image
+
+
+def require(*packages: str) -> None:
+    """ImportError naming the first of the packages that is missing and the extra that brings it."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ImportError(
+                f"the demo needs {_PIP_NAMES.get(package, package)}, which is not installed: "
+                'pip install "latemax[demo]"'
+            )
+
+
+def load_photos() -> list[Photo]:
+    """The 21 photos, each cut to its centre square. Photos that an installed version no longer ships are left out.
+
+    Raises:
+        ImportError: one of the packages is missing.
+        RuntimeError: fewer than two photos were found.
+    """
+    require("PIL", "skimage", "sklearn", "matplotlib")
+    from PIL import Image
+
+    photos = []
+    for name, package, file in _FILES:
+        path = Path(find_spec(package).origin).parent / file
+        if not path.is_file():
+            continue
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        photos.append(Photo(name, image.crop((left, top, left + side, top + side))))
+    if len(photos) < 2:
+        raise RuntimeError(f"the demo found {len(photos)} of its {len(_FILES)} photos in the installed packages")
+    return photos
+
+
+def random_crops(photos: list[Photo], per_photo: int = 3, *, side: float = 0.5, seed: int = 0) -> list[Crop]:
+    """Square crops at random places, ``per_photo`` a photo, ``side`` times the photo's side.
+
+    At half the side, encoded at half the size, a patch of the crop covers as much of the photo as a patch of the photo.
+    """
+    rng = random.Random(seed)
+    crops = []
+    for owner, photo in enumerate(photos):
+        full = photo.image.width
+        size = round(full * side)
+        for _ in range(per_photo):
+            left, top = rng.randint(0, full - size), rng.randint(0, full - size)
+            pixels = (left, top, left + size, top + size)
+            crops.append(Crop(owner, tuple(v / full for v in pixels), photo.image.crop(pixels)))
+    return crops

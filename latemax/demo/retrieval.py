@@ -1,0 +1,122 @@
+"""Crops as queries against photos: encoding, scoring, ranking and pointing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latemax import explain, maxsim
+from latemax.demo.photos import Crop, Photo
+
+# Multiples of 14 and of 16: 256 and 64 patches at patch size 14, 196 and 49 at 16.
+PHOTO_SIZE, CROP_SIZE = 224, 112
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Final-normed tokens before L2 normalisation.
+
+    d [n_d, l_d, dim] with d_prefix [n_d, p, dim], q [n_q, l_q, dim] with q_prefix [n_q, p, dim]; d_before
+    [n_d, p + l_d, dim]: the photos' whole sequences before the final norm.
+    """
+
+    d: Tensor
+    d_prefix: Tensor
+    d_before: Tensor
+    grid: tuple[int, int]
+    q: Tensor
+    q_prefix: Tensor
+    q_grid: tuple[int, int]
+
+
+def encode(encoder, before_norm, photos: list[Photo], crops: list[Crop], *, progress: bool) -> Encoded:
+    """Tokens of photos and crops. ``before_norm``: an encoder of the same model with final_norm=None."""
+    photo_size, crop_size = (PHOTO_SIZE, PHOTO_SIZE), (CROP_SIZE, CROP_SIZE)
+    options = {"return_prefix": True, "progress": progress, "batch_size": 16}
+    d = encoder.encode([p.image for p in photos], size=photo_size, **options)
+    before = before_norm.encode([p.image for p in photos], size=photo_size, **options)
+    q = encoder.encode([c.image for c in crops], size=crop_size, **options)
+    return Encoded(d.tokens, d.prefix, torch.cat([before.prefix, before.tokens], 1), d.grid, q.tokens, q.prefix, q.grid)
+
+
+def recall_at_1(scores: Tensor, owner: Tensor) -> float:
+    """Share of queries whose own photo scores highest. scores [n_q, n_d], owner [n_q]."""
+    return float((scores.argmax(1) == owner).double().mean())
+
+
+def rankings(encoded: Encoded, owner: Tensor) -> dict[str, float]:
+    """R@1 of several ways to score, each without any training."""
+    q, d = encoded.q, encoded.d
+    scores = {
+        "maxsim, patches, cosine": maxsim(q, d, normalize=True),
+        "maxsim, patches, raw dot product": maxsim(q, d),
+    }
+    if encoded.d_prefix.shape[1]:
+        everything = torch.cat([encoded.d_prefix, d], 1)
+        scores["maxsim, CLS kept, cosine"] = maxsim(q, everything, normalize=True)
+        scores["maxsim, CLS kept, raw dot product"] = maxsim(q, everything)
+        cls = F.normalize(encoded.q_prefix[:, 0], dim=-1), F.normalize(encoded.d_prefix[:, 0], dim=-1)
+        scores["one vector: CLS, cosine"] = cls[0] @ cls[1].T
+    pooled = F.normalize(q.mean(1), dim=-1), F.normalize(d.mean(1), dim=-1)
+    scores["one vector: mean patch, cosine"] = pooled[0] @ pooled[1].T
+    return {name: recall_at_1(value, owner) for name, value in scores.items()}
+
+
+def pointing(argmax: Tensor, crops: list[Crop], grid: tuple[int, int], q_grid: tuple[int, int]) -> dict[str, float]:
+    """Do the winners on the right photo lie where the crop was cut?
+
+    argmax [n_q, l_q]: winners on each query's own photo. "in_box" counts winners whose centre lies inside the crop's
+    box, chance being the box's share of the patch centres; "near" winners whose centre lies within 1.5 patches of the
+    true place of the query patch's own centre, chance being the share of patches that near.
+    """
+    rows, cols = grid
+    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(cols) + 0.5) / cols, indexing="ij")
+    centre = torch.stack([x.flatten(), y.flatten()], -1)
+    v, u = torch.meshgrid(
+        (torch.arange(q_grid[0]) + 0.5) / q_grid[0], (torch.arange(q_grid[1]) + 0.5) / q_grid[1], indexing="ij"
+    )
+    inside_query = torch.stack([u.flatten(), v.flatten()], -1)
+    box = torch.tensor([c.box for c in crops])
+    low, high = box[:, None, :2], box[:, None, 2:]
+    in_box = ((centre >= low) & (centre <= high)).all(-1)
+    truth = low + inside_query * (high - low)
+    distance = ((centre[None, None] - truth[:, :, None]) * torch.tensor([cols, rows])).norm(dim=-1)
+    near = distance <= 1.5
+    winners = argmax.long()
+    return {
+        "in_box": float(in_box.gather(1, winners).double().mean()),
+        "in_box_chance": float(in_box.double().mean()),
+        "near": float(near.gather(2, winners[..., None]).double().mean()),
+        "near_chance": float(near.double().mean()),
+        "in_box_per_query": in_box.gather(1, winners).double().mean(1).tolist(),
+        "in_box_chance_per_query": in_box.double().mean(1).tolist(),
+    }
+
+
+def time_scoring(q: Tensor, d: Tensor, repeats: int = 5) -> dict[str, float | int | str]:
+    """Median and fastest wall time of one `maxsim` call over all pairs, after one warm-up call, in ms."""
+    maxsim(q, d, normalize=True)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        maxsim(q, d, normalize=True)
+        if q.is_cuda:
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return {
+        "median_ms": statistics.median(times),
+        "fastest_ms": min(times),
+        "repeats": repeats,
+        "n_q": q.shape[0],
+        "l_q": q.shape[1],
+        "n_d": d.shape[0],
+        "l_d": d.shape[1],
+        "dim": q.shape[2],
+        "threads": torch.get_num_threads(),
+        "backend": explain(q, d, normalize=True).backend,
+    }

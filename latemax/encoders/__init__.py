@@ -1,0 +1,8 @@
+"""Vision transformers as patch-token encoders, their preprocessing, and LoRA on their W_Q and W_V."""
+
+from .lora import LoRA, add_lora
+from .patch_encoder import PatchEncoder
+from .preprocess import Preprocess
+from .tokens import PatchTokens
+
+__all__ = ["LoRA", "PatchEncoder", "PatchTokens", "Preprocess", "add_lora"]

@@ -1,0 +1,49 @@
+"""``MaxSim``: the operator as a module."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from latemax.api import maxsim
+
+
+class MaxSim(nn.Module):
+    """Late interaction as a parameter-free module; options as in ``latemax.maxsim``.
+
+    Example:
+        >>> scores = MaxSim(normalize=True)(query_tokens, page_tokens, d_mask=page_mask)  # [n_q, n_d]
+    """
+
+    def __init__(
+        self,
+        *,
+        normalize: bool = False,
+        empty_score: float = -math.inf,
+        return_argmax: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.normalize, self.empty_score, self.return_argmax, self.backend = (
+            normalize,
+            empty_score,
+            return_argmax,
+            backend,
+        )
+
+    def forward(self, q, d, q_mask=None, d_mask=None):
+        """Shapes, dtypes and errors as ``latemax.maxsim``."""
+        return maxsim(
+            q,
+            d,
+            q_mask,
+            d_mask,
+            normalize=self.normalize,
+            empty_score=self.empty_score,
+            return_argmax=self.return_argmax,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"normalize={self.normalize}, empty_score={self.empty_score}, backend={self.backend!r}"

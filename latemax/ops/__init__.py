@@ -1,0 +1,1 @@
+"""The operator: choose (select, tiles), launch (launch, *_backend), differentiate (autograd), register (schema)."""

@@ -1,0 +1,96 @@
+"""The operators as torch.library knows them: for torch.compile, torch.export, FakeTensor, functorch, tensor subclasses.
+
+Eager calls on plain tensors go straight to the launcher: the dispatcher costs more microseconds than small problems do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+from latemax.ops import autograd, launch
+
+_library = torch.library.Library("latemax", "DEF")  # kept alive: the registrations end with it
+_library.define(
+    "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool normalize, float empty_score, bool argmax, "
+    "str backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "maxsim_backward(Tensor g, Tensor q, Tensor d, Tensor argmax, bool normalize, bool needs_q, bool needs_d, "
+    "str backend) -> (Tensor, Tensor)"
+)
+
+
+def _backward(g, q, d, argmax, normalize, needs_q, needs_d, backend):
+    # an operator returns tensors, not None: a side that needs no gradient gets one of no element
+    grads = launch.backward(g, q, d, argmax, normalize, needs_q, needs_d, backend)
+    return tuple(x.new_empty(0) if grad is None else grad for grad, x in zip(grads, (q, d), strict=True))
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("maxsim", launch.forward, _key)
+    _library.impl("maxsim_backward", _backward, _key)
+
+
+@torch.library.register_fake("latemax::maxsim", lib=_library)
+def _(q, d, q_mask, d_mask, normalize, empty_score, argmax, backend):
+    return launch.allocate(q, d, argmax)
+
+
+@torch.library.register_fake("latemax::maxsim_backward", lib=_library)
+def _(g, q, d, argmax, normalize, needs_q, needs_d, backend):
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
+        for x, needed in ((q, needs_q), (d, needs_d))
+    )
+
+
+def _setup(ctx, inputs, output):
+    q, d, _, _, ctx.normalize, _, argmax, ctx.backend = inputs
+    if not argmax:
+        raise RuntimeError("latemax::maxsim must be called with argmax=True where a gradient is needed")
+    ctx.save_for_backward(q, d, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, g, _):
+    q, d, argmax = ctx.saved_tensors
+    needs_q, needs_d = ctx.needs_input_grad[:2]
+    grad_q, grad_d = torch.ops.latemax.maxsim_backward(g, q, d, argmax, ctx.normalize, needs_q, needs_d, ctx.backend)
+    return grad_q if needs_q else None, grad_d if needs_d else None, None, None, None, None, None, None
+
+
+def _refuse(ctx, *_):
+    raise RuntimeError(autograd.SECOND_DERIVATIVE)
+
+
+torch.library.register_autograd("latemax::maxsim", _differentiate, setup_context=_setup, lib=_library)
+torch.library.register_autograd("latemax::maxsim_backward", _refuse, lib=_library)
+
+
+def _plain(*tensors) -> bool:
+    """Nothing but eager execution of ordinary tensors is going on."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(x is None or type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
+def _refuse_tangents(*tensors) -> None:
+    """A tangent of forward-mode differentiation would be dropped in silence by an operator that knows none."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("maxsim has no forward-mode derivative (jvp); use reverse mode")
+
+
+def maxsim(args, normalize: bool, empty_score: float, want_argmax: bool, backend: str):
+    """Canonical arguments → (scores, argmax), by the shortest way that is right here."""
+    q, d, q_mask, d_mask = args[:4]
+    train = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
+    if not torch.compiler.is_compiling():
+        _refuse_tangents(q, d)
+        if _plain(q, d, q_mask, d_mask):
+            if train:
+                return autograd.MaxSim.apply(q, d, q_mask, d_mask, normalize, empty_score, backend)
+            return launch.forward(q, d, q_mask, d_mask, normalize, empty_score, want_argmax, backend)
+    return torch.ops.latemax.maxsim(q, d, q_mask, d_mask, normalize, empty_score, want_argmax or train, backend)

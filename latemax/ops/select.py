@@ -1,0 +1,113 @@
+"""Problem → Choice: which backend and tile run, and why. Pure: it asks about the machine, never about values."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+
+import torch
+
+from latemax._check import Problem
+from latemax.ops import tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What would run and why."""
+
+    backend: str  # "triton", "cpu" or "reference"
+    why: str
+    tile: tiles.TileConfig | None = None
+    notes: tuple[str, ...] = ()
+
+
+@functools.cache
+def triton_status() -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 4):
+        return False, f"triton {triton.__version__} is older than 3.4"
+    if interpreted():
+        return True, f"triton {triton.__version__}, interpreted on the CPU (TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return False, f"triton {triton.__version__} is installed, but torch sees no CUDA device"
+    return True, f"triton {triton.__version__}"
+
+
+@functools.cache
+def interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def cuda_status() -> tuple[bool, str]:
+    return False, "this build has no CUDA extension"
+
+
+def backend_status() -> dict[str, tuple[bool, str]]:
+    """Backend name → (usable here, reason)."""
+    return {
+        "triton": triton_status(),
+        "cuda": cuda_status(),
+        "cpu": (True, f"blocked torch matmul on {torch.get_num_threads()} threads"),
+        "reference": (True, "plain torch; writes every similarity to memory"),
+    }
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability as 90 for 9.0; the interpreter plays sm_90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def choose(p: Problem, backend: str) -> Choice:
+    """Raises ValueError / RuntimeError where the asked backend cannot run this problem, and says why."""
+    device = p.device.type
+    if backend == "reference":
+        return Choice("reference", "asked for by name: plain torch, writes every similarity to memory")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"q and d must be on a CPU or CUDA device; got {p.device} (backend='reference' runs anywhere)")
+    if backend == "cuda":
+        raise RuntimeError(f"backend='cuda' cannot run: {cuda_status()[1]}")
+    if backend == "cpu" or (backend == "auto" and device == "cpu"):
+        if device != "cpu":
+            raise ValueError(f"backend='cpu' needs tensors on the CPU; got {p.device}")
+        why = "asked for by name" if backend == "cpu" else "the tensors are on the CPU"
+        return Choice("cpu", f"{why}: blocked torch matmul and maximum")
+    usable, reason = triton_status()
+    if not usable:
+        raise RuntimeError(f"backend={backend!r} on {p.device} needs triton: {reason}")
+    if device == "cpu" and not interpreted():
+        raise ValueError("backend='triton' needs tensors on a CUDA device; got cpu")
+    tile, source = tiles.pick(kind(p), p.dim, query_rows(p), p.dtype.itemsize, capability(p.device), p.argmax)
+    why = "asked for by name" if backend == "triton" else "the tensors are on a CUDA device"
+    return Choice("triton", f"{why}; tile: {source}", tile)
+
+
+def kind(p: Problem) -> str:
+    """How products are taken, see tiles.Row."""
+    if p.dtype == torch.float64:
+        return "double"
+    if p.dtype != torch.float32:
+        return "half"
+    return "ieee" if p.matmul_precision == "highest" else "tf32"
+
+
+def query_rows(p: Problem) -> int:
+    """Query tokens that one tile could hold: all of one query, or of all queries where they share the documents."""
+    padded = 1 << (p.l_q - 1).bit_length()
+    return padded if p.own else padded * (1 << max(0, p.n_q - 1).bit_length())
+
+
+def annotate(choice: Choice, ragged: tuple[str, ...]) -> Choice:
+    """Adds what a call does besides: sides given as lists are padded and masked."""
+    notes = tuple(f"{name} is ragged: padded to its longest item and masked" for name in ragged)
+    return dataclasses.replace(choice, notes=choice.notes + notes)

@@ -1,0 +1,111 @@
+"""Tile sizes as data: which tile the Triton kernels use, for which shapes, and where that was measured.
+
+A missing row falls to ``DEFAULT``, never to a sweep at the first call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    block_q: int  # query tokens in a tile, several packed queries together
+    block_d: int  # document tokens in a tile
+    block_k: int  # columns of the tokens in a tile; all of them where dim fits
+    swap: bool  # document tokens are the M operand of the product
+    num_warps: int
+    num_stages: int
+
+
+class Row(NamedTuple):
+    capability: int  # from this compute capability on (80 for 8.0): 90 and later multiply by warpgroup or by block
+    kind: str  # what the products are: "half" (fp16, bf16), "tf32", "ieee" (float32 at "highest"), "double"
+    dim: int  # up to this dim, padded to a power of two
+    q_rows: int  # up to this many query tokens to put in one tile
+    tile: TileConfig
+    argmax_tile: TileConfig | None  # where the winner is kept too and a third tile of registers would spill
+    source: str  # how the row was found
+
+
+STATIC = "static: registers, spills, wgmma and loop length of the sm_90 build; not yet timed on a GPU"
+STATIC_80 = "static: registers, spills and loop length of the sm_80 build; not yet timed on a GPU"
+
+TABLE = (
+    Row(90, "half", 128, 16, TileConfig(16, 128, 128, True, 4, 3), None, STATIC),
+    Row(90, "half", 128, 32, TileConfig(32, 128, 128, True, 4, 3), None, STATIC),
+    Row(90, "half", 128, 64, TileConfig(64, 128, 128, True, 4, 3), None, STATIC),
+    Row(90, "half", 128, 1 << 30, TileConfig(128, 128, 128, True, 8, 3), TileConfig(128, 64, 128, True, 8, 3), STATIC),
+    Row(80, "half", 128, 16, TileConfig(16, 128, 128, True, 4, 3), None, STATIC_80),
+    Row(80, "half", 128, 32, TileConfig(32, 64, 128, True, 4, 3), None, STATIC_80),
+    Row(80, "half", 128, 64, TileConfig(64, 64, 128, True, 4, 3), None, STATIC_80),
+    Row(80, "half", 128, 1 << 30, TileConfig(128, 64, 128, True, 8, 3), None, STATIC_80),
+    Row(80, "half", 256, 16, TileConfig(16, 64, 256, True, 4, 3), None, STATIC),
+    Row(80, "half", 256, 32, TileConfig(32, 64, 256, True, 4, 3), None, STATIC),
+    Row(80, "half", 256, 1 << 30, TileConfig(64, 128, 256, True, 8, 2), None, STATIC),
+    Row(80, "half", 1 << 30, 16, TileConfig(16, 128, 64, True, 4, 3), None, STATIC),
+    Row(80, "half", 1 << 30, 32, TileConfig(32, 64, 128, True, 4, 3), None, STATIC),
+    Row(90, "half", 1 << 30, 1 << 30, TileConfig(128, 128, 64, True, 8, 3), None, STATIC),
+    Row(80, "half", 1 << 30, 1 << 30, TileConfig(64, 128, 64, True, 8, 3), None, STATIC_80),
+    Row(80, "tf32", 128, 32, TileConfig(32, 64, 128, True, 4, 3), None, STATIC),
+    Row(80, "tf32", 128, 1 << 30, TileConfig(64, 128, 128, True, 8, 2), None, STATIC),
+    Row(80, "tf32", 1 << 30, 32, TileConfig(32, 64, 64, True, 4, 3), None, STATIC),
+    Row(80, "tf32", 1 << 30, 1 << 30, TileConfig(64, 128, 64, True, 8, 3), None, STATIC),
+    Row(80, "ieee", 1 << 30, 1 << 30, TileConfig(32, 32, 32, True, 4, 2), None, STATIC),
+    Row(80, "double", 1 << 30, 1 << 30, TileConfig(16, 32, 32, True, 4, 2), None, STATIC),
+)
+DEFAULT = TileConfig(16, 64, 32, True, 4, 2)
+
+# bytes of shared memory a block may use, by compute capability; 8.6, 8.9 and 12.x have less than the data-centre chips
+SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
+SMALLEST_SHARED_MEMORY = 101376
+
+
+def padded_dim(dim: int) -> int:
+    """dim as the tensor cores see it: a power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def shared_bytes(tile: TileConfig, dim: int, itemsize: int) -> int:
+    """Upper estimate of the forward kernel's shared memory: resident query tile, pipelined document tiles."""
+    columns = min(tile.block_k, padded_dim(dim))
+    streamed = tile.block_d * columns + (tile.block_q * columns if columns < dim else 0)
+    resident = 0 if columns < dim else tile.block_q * columns
+    return (streamed * max(1, tile.num_stages) + resident) * itemsize + 8192
+
+
+def fits(tile: TileConfig, dim: int, itemsize: int, capability: int) -> bool:
+    return shared_bytes(tile, dim, itemsize) <= SHARED_MEMORY.get(capability, SMALLEST_SHARED_MEMORY)
+
+
+def pick(
+    kind: str, dim: int, q_rows: int, itemsize: int, capability: int, argmax: bool = False
+) -> tuple[TileConfig, str]:
+    """The tile for this problem and the sentence that says where it came from."""
+    for row in TABLE:
+        if capability >= row.capability and row.kind == kind and padded_dim(dim) <= row.dim and q_rows <= row.q_rows:
+            tile, source = (row.argmax_tile or row.tile) if argmax else row.tile, row.source
+            break
+    else:
+        tile, source = DEFAULT, "default: no row of the tile table covers this problem"
+    tile = dataclasses.replace(tile, block_k=min(tile.block_k, padded_dim(dim)))
+    while not fits(tile, dim, itemsize, capability) and tile.num_stages > 1:
+        tile, source = dataclasses.replace(tile, num_stages=tile.num_stages - 1), source + "; fewer stages to fit"
+    if not fits(tile, dim, itemsize, capability):
+        tile = dataclasses.replace(DEFAULT, block_k=min(DEFAULT.block_k, padded_dim(dim)))
+        source = "default: the table's tile does not fit this GPU's shared memory"
+    return tile, source
+
+
+class BackwardTile(NamedTuple):
+    block_d: int  # document tokens that a grad_d program owns
+    block_r: int  # query tokens it takes at a time
+    num_warps: int = 8
+
+
+def backward_tile(dim: int, l_q: int, itemsize: int) -> BackwardTile:
+    """The grad_d tile: its accumulator is [block_d, padded dim] float32, which must stay in registers."""
+    row_bytes = padded_dim(dim) * itemsize
+    block_d = min(64, max(16, 32768 // row_bytes))
+    return BackwardTile(block_d, 16 if l_q <= 16 or row_bytes > 2048 else 32)

@@ -1,0 +1,105 @@
+"""The oracle: late interaction in plain PyTorch, any float dtype, any device, no tricks.
+
+It writes every similarity to memory and exists to be obviously right. The fast backends are tested against it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["maxsim"]
+
+
+def maxsim(q, d, q_mask=None, d_mask=None, *, normalize=False, empty_score=-math.inf, return_argmax=False):
+    """Score queries against documents: ``score = Σ_{i valid} max_{j valid} <q_i, d_j>``.
+
+    The formula is ColBERT's late interaction (Khattab and Zaharia, SIGIR 2020, eq. 3).
+
+    Args:
+        q: [l_q, dim] or [n_q, l_q, dim] float tokens, or a list of [l_i, dim].
+        d: [l_d, dim], [n_d, l_d, dim], own candidates [n_q, k, l_d, dim], or a list of [l_j, dim].
+        q_mask: ``q.shape[:-1]``, nonzero = keep (a list of [l_i] beside a list of queries).
+        d_mask: ``d.shape[:-1]``, nonzero = keep (a list of [l_j] beside a list of documents).
+        normalize: divide every token by ``max(‖token‖₂, 1e-12)`` first, as ``torch.nn.functional.normalize`` does.
+        empty_score: score of a document without a valid token.
+        return_argmax: also return the winning document token of each query token.
+
+    Returns:
+        scores [n_q, n_d] or [n_q, k], with the axis of a 2-D side dropped; float64 if the promoted dtype of q and d
+        is float64, else float32. With ``return_argmax`` also int32 [..., l_q]: ties go to the lowest index, -1 stands
+        for a masked query token and for a document without a valid token.
+    """
+    if isinstance(q, (list, tuple)) or isinstance(d, (list, tuple)):
+        return _lists(q, d, q_mask, d_mask, normalize, empty_score, return_argmax)
+    dtype = torch.float64 if torch.promote_types(q.dtype, d.dtype) == torch.float64 else torch.float32
+    one_query, one_document, own = q.dim() == 2, d.dim() == 2, d.dim() == 4
+    q_keep = torch.ones(q.shape[:-1], dtype=torch.bool, device=q.device) if q_mask is None else q_mask != 0
+    d_keep = torch.ones(d.shape[:-1], dtype=torch.bool, device=d.device) if d_mask is None else d_mask != 0
+    q = torch.where(q_keep.unsqueeze(-1), q.to(dtype), 0.0)
+    d = torch.where(d_keep.unsqueeze(-1), d.to(dtype), 0.0)
+    if one_query:
+        q, q_keep = q.unsqueeze(0), q_keep.unsqueeze(0)
+    if one_document:
+        d, d_keep = d.unsqueeze(0), d_keep.unsqueeze(0)
+    if d.shape[-2] == 0:
+        # a masked token in place of none, so that every reduction below has something to reduce
+        d, d_keep = F.pad(d, (0, 0, 0, 1)), F.pad(d_keep, (0, 1))
+    if normalize:
+        q, d = F.normalize(q, dim=-1, eps=1e-12), F.normalize(d, dim=-1, eps=1e-12)
+
+    sims = torch.einsum("qic,qkjc->qkij" if own else "qic,kjc->qkij", q, d)  # [n_q, n_d, l_q, l_d]
+    valid = (d_keep if own else d_keep.unsqueeze(0)).unsqueeze(2)  # [n_q or 1, n_d, 1, l_d]
+    sims = torch.where(valid, sims, -math.inf)
+    best = sims.detach().amax(-1, keepdim=True)
+    positions = torch.arange(sims.shape[-1], device=sims.device)
+    hit = ((sims == best) | sims.isnan()) & valid
+    winner = torch.where(hit, positions, sims.shape[-1]).amin(-1)  # [n_q, n_d, l_q]; l_d where no token is valid
+    has_winner = winner < sims.shape[-1]
+    value = sims.gather(-1, torch.where(has_winner, winner, 0).unsqueeze(-1)).squeeze(-1)
+
+    counted = q_keep.unsqueeze(1) & has_winner
+    scores = torch.where(counted, value, 0.0).sum(-1)
+    empty = ~valid.any(-1).squeeze(-1) & q_keep.any(-1, keepdim=True)  # [n_q, n_d]
+    scores = torch.where(empty, empty_score, scores)
+    argmax = torch.where(counted, winner, -1).to(torch.int32)
+    if one_document:
+        scores, argmax = scores.squeeze(1), argmax.squeeze(1)
+    if one_query:
+        scores, argmax = scores.squeeze(0), argmax.squeeze(0)
+    return (scores, argmax) if return_argmax else scores
+
+
+def _lists(q, d, q_mask, d_mask, normalize, empty_score, return_argmax):
+    """A list on either side: every pair alone, so that no padding exists to be wrong about."""
+
+    def items(tokens, mask):
+        if not isinstance(tokens, (list, tuple)) and tokens.dim() == 2:
+            return [tokens], [mask], True
+        return tokens, [None] * len(tokens) if mask is None else mask, False
+
+    queries, q_masks, one_query = items(q, q_mask)
+    documents, d_masks, one_document = items(d, d_mask)
+    l_q = max([len(query) for query in queries], default=1)
+    rows = []
+    for query, qm in zip(queries, q_masks, strict=True):
+        cells = []
+        for document, dm in zip(documents, d_masks, strict=True):
+            score, argmax = maxsim(
+                query, document, qm, dm, normalize=normalize, empty_score=empty_score, return_argmax=True
+            )
+            cells.append((score, F.pad(argmax, (0, l_q - len(query)), value=-1)))
+        rows.append(cells)
+    either = (list(queries) + list(documents))[0]
+    empty = either.new_zeros(len(queries), len(documents))
+    scores = torch.stack([torch.stack([s for s, _ in row]) for row in rows]) if empty.numel() else empty.float()
+    argmax = (
+        torch.stack([torch.stack([a for _, a in row]) for row in rows])
+        if empty.numel()
+        else empty.new_zeros((*empty.shape, l_q), dtype=torch.int32)
+    )
+    scores, argmax = (x.squeeze(1) if one_document else x for x in (scores, argmax))
+    scores, argmax = (x.squeeze(0) if one_query else x for x in (scores, argmax))
+    return (scores, argmax) if return_argmax else scores

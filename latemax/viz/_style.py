@@ -1,0 +1,108 @@
+"""One look for every plot: palette, type sizes, spines, and the import of matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+# Okabe-Ito, distinguishable under the common colour-vision deficiencies.
+COLORS = {"CLS": "#D55E00", "registers": "#009E73", "patches": "#0072B2", "maximum": "#4D4D4D"}
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, MUTED, FAINT = "#222222", "#6B6B6B", "#D9D9D9"
+
+_RC = {
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.labelsize": 10.5,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.color": INK,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.dpi": 144,
+    "figure.dpi": 100,
+}
+
+
+@contextmanager
+def style() -> Iterator[Any]:
+    """`matplotlib.pyplot` under this package's look; the user's own rcParams come back afterwards."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError('latemax.viz needs matplotlib: pip install "latemax[viz]"') from error
+    with plt.rc_context(_RC):
+        yield plt
+
+
+def color_of(name: str, at: int) -> str:
+    """The fixed colour of a token type, or the at-th of the cycle for a name of the user's own."""
+    return COLORS.get(name, CYCLE[at % len(CYCLE)])
+
+
+def percent(value: float) -> str:
+    """0.0039 -> "0.4 %", 0.123 -> "12 %", 0.998 -> "99.8 %"; never rounds a share to 0 or 100 % that is not."""
+    value *= 100
+    if value in (0, 100):
+        return f"{value:.0f} %"
+    if 0 < value < 0.05:
+        return "< 0.1 %"
+    return f"{value:.1f} %" if value < 10 or 99 <= value < 100 else f"{value:.0f} %"
+
+
+def number(value: float) -> str:
+    """Three digits that count, and never an exponent: 0.586, 43.4, 1,023."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def as_uint8(image: Any, name: str = "image") -> Any:
+    """An image as uint8 [H, W, 3]: from a PIL image, an array or a tensor [H, W, 3] or [H, W]; floats are 0..1."""
+    import numpy as np
+
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=-1)
+    if array.ndim != 3 or array.shape[-1] not in (3, 4):
+        raise ValueError(f"{name} must be [H, W], [H, W, 3] or [H, W, 4], got shape {list(array.shape)}")
+    if array.dtype != np.uint8:
+        array = (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
+    return array[..., :3]
+
+
+def new_axes(plt: Any, ax: Any, figsize: tuple[float, float]) -> tuple[Any, Any]:
+    """(fig, ax): a new figure, or the one that ``ax`` lives in."""
+    if ax is not None:
+        return ax.figure, ax
+    return plt.subplots(figsize=figsize, layout="constrained")
+
+
+def spread_labels(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Heights for labels at ``values``, moved as little as needed to stand ``gap`` apart within low..high."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    placed: list[float] = []
+    for i in order:
+        placed.append(max(values[i], placed[-1] + gap if placed else low))
+    overshoot = placed[-1] - high if placed else 0
+    if overshoot > 0:
+        limit = high
+        for k in range(len(placed) - 1, -1, -1):
+            placed[k] = min(placed[k], limit)
+            limit = placed[k] - gap
+    heights = [0.0] * len(values)
+    for i, height in zip(order, placed, strict=True):
+        heights[i] = height
+    return heights

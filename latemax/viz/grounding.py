@@ -1,0 +1,195 @@
+"""Plots of where a score comes from: winning patches on the photo, in blocks of true patch size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from latemax.viz._style import COLORS, INK, MUTED, as_uint8, new_axes, style
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latemax.analysis import GroundingMap
+
+Box = tuple[float, float, float, float]
+
+# Hue runs through these from left to right, lightness falls from top to bottom, so that either reads alone.
+_HUES = ((0, 114, 178), (110, 60, 160), (213, 94, 0), (240, 190, 20))
+
+
+def position_colors(rows: int, cols: int) -> Any:
+    """A colour a cell, float [rows * cols, 3] in 0..1: blue, purple, orange, yellow left to right, light above dark."""
+    import numpy as np
+
+    hues = np.array(_HUES) / 255
+    x = np.linspace(0, 1, cols) if cols > 1 else np.array([0.5])
+    stops = np.linspace(0, 1, len(hues))
+    hue = np.stack([np.interp(x, stops, hues[:, channel]) for channel in range(3)], -1)
+    lift = np.linspace(0.5, -0.5, rows)[:, None, None] if rows > 1 else np.zeros((1, 1, 1))
+    return np.where(lift >= 0, hue + (1 - hue) * lift, hue * (1 + lift)).reshape(-1, 3)
+
+
+def plot_grounding(
+    image: Any,
+    grounding: GroundingMap,
+    *,
+    box: Box | None = None,
+    title: str | None = None,
+    ax: Any = None,
+) -> tuple[Any, Any]:
+    """The photo with the patches that brought the score, each as one block of true patch size.
+
+    image: [H, W, 3], exactly the pixels the encoder saw. grounding: of one image. A block's strength is the patch's
+    part of the score. box: (left, top, right, bottom) in pixels, drawn as an outline. Returns (fig, ax).
+    """
+    import numpy as np
+
+    if grounding.score.dim() != 0:
+        raise ValueError(f"grounding must be of one image, got a batch of shape {list(grounding.score.shape)}")
+    picture = as_uint8(image)
+    total = grounding.total().float().cpu()
+    share = (total.T if grounding.axes == "xy" else total).clamp(min=0).numpy()
+    wins = grounding.wins().cpu().numpy()
+    with style() as plt:
+        fig, ax = new_axes(plt, ax, (5.4, 5.8))
+        ax.imshow(_faded(picture))
+        strength = share / share.max() if share.max() > 0 else share
+        color = np.array(_rgb(COLORS["CLS"]))
+        overlay = np.concatenate(
+            [np.broadcast_to(color, (*share.shape, 3)), np.where(wins > 0, 0.25 + 0.6 * strength, 0)[..., None]], -1
+        )
+        _blocks(ax, picture, overlay)
+        _outline(plt, ax, box)
+        patches = int((wins > 0).sum())
+        ax.set_title(
+            title or f"{patches} of {wins.size} patches bring the score {float(grounding.score):.1f}", loc="left"
+        )
+        ax.set_xlabel("stronger: a larger part of the score", color=MUTED)
+        _bare(ax)
+    return fig, ax
+
+
+def plot_correspondence(
+    image: Any,
+    argmax: Tensor,
+    grid: tuple[int, int],
+    query_grid: tuple[int, int],
+    *,
+    box: Box | None = None,
+    title: str | None = None,
+    ax: Any = None,
+) -> tuple[Any, Any]:
+    """The photo with each winning patch in the colour of the query patch that chose it (`position_colors`).
+
+    image: [H, W, 3]. argmax: int [rows * cols of query_grid], winners as flat index into ``grid``. Where several query
+    patches chose one patch, it takes the mean of their colours. Returns (fig, ax).
+    """
+    import numpy as np
+
+    if argmax.shape != (query_grid[0] * query_grid[1],):
+        raise ValueError(f"argmax must be [{query_grid[0] * query_grid[1]}] for query_grid {query_grid}, "
+                         f"got {list(argmax.shape)}")  # fmt: skip
+    picture = as_uint8(image)
+    winners = argmax.long().cpu().numpy()
+    colors, keep = position_colors(*query_grid), winners >= 0
+    total = np.zeros((grid[0] * grid[1], 4))
+    np.add.at(total[:, :3], winners[keep], colors[keep])
+    np.add.at(total[:, 3], winners[keep], 1.0)
+    count = total[:, 3:]
+    overlay = np.concatenate([total[:, :3] / np.maximum(count, 1), 1.0 * (count > 0)], -1).reshape(*grid, 4)
+    with style() as plt:
+        fig, ax = new_axes(plt, ax, (5.4, 5.8))
+        ax.imshow(_faded(picture))
+        _blocks(ax, picture, overlay)
+        _outline(plt, ax, box)
+        if title:
+            ax.set_title(title)
+        _bare(ax)
+    return fig, ax
+
+
+def plot_ranking(
+    query: Any,
+    query_grid: tuple[int, int],
+    images: Sequence[Any],
+    names: Sequence[str],
+    scores: Sequence[float],
+    argmax: Tensor,
+    grid: tuple[int, int],
+    *,
+    ranks: Sequence[int] | None = None,
+    own: int | None = None,
+    box: Box | None = None,
+    title: str | None = None,
+) -> tuple[Any, Any]:
+    """A query crop, its best photos with scores, and which patches of each photo won.
+
+    query: [h, w, 3]. images: k photos [H, W, 3], best first, with names, scores and argmax int [k, l_q] to match.
+    ranks: their ranks where they are not 1..k. own: which of the k is the right one; box: (left, top, right, bottom) of
+    the crop in that photo's pixels. The colour of a winning patch tells which part of the crop chose it. Returns
+    (fig, axes [2, 1 + k]).
+    """
+    k = len(images)
+    if not (len(names) == len(scores) == len(argmax) == k):
+        raise ValueError(f"images, names, scores and argmax must be as many, "
+                         f"got {k}, {len(names)}, {len(scores)} and {len(argmax)}")  # fmt: skip
+    import torch
+
+    ranks = range(1, k + 1) if ranks is None else ranks
+    with style() as plt:
+        fig, axes = plt.subplots(
+            2, 1 + k, figsize=(2.15 * (1 + k), 5.4), layout="constrained",
+        )  # fmt: skip
+        fig.get_layout_engine().set(h_pad=0.1)
+        axes[0, 0].imshow(as_uint8(query, "query"))
+        axes[0, 0].set_title("query crop")
+        plot_correspondence(query, torch.arange(argmax.shape[1]), query_grid, query_grid, ax=axes[1, 0])
+        axes[1, 0].set_xlabel("a colour a patch of the\ncrop; its best match in\neach photo wears it", color=MUTED)
+        for at, (image, name, score) in enumerate(zip(images, names, scores, strict=True)):
+            right = at == own
+            color = COLORS["registers"] if right else INK
+            top, bottom = axes[0, at + 1], axes[1, at + 1]
+            top.imshow(as_uint8(image))
+            top.set_title(f"{ranks[at]}. {name}", color=color, fontweight="bold" if right else "normal")
+            top.set_xlabel(f"score {score:.2f}", color=color, fontweight="bold" if right else "normal")
+            plot_correspondence(image, argmax[at], grid, query_grid, box=box if right else None, ax=bottom)
+            if right:
+                _outline(plt, top, box)
+                bottom.set_xlabel("the right photo,\nframe: where the\ncrop was cut", color=color)
+        for ax in axes.flat:
+            _bare(ax)
+        if title:
+            fig.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    return fig, axes
+
+
+def _faded(picture: Any) -> Any:
+    """Grey and light, so that blocks of colour stand out and the subject stays readable."""
+    import numpy as np
+
+    grey = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return np.repeat((90 + grey * 0.62).clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def _blocks(ax: Any, picture: Any, overlay: Any) -> None:
+    height, width = picture.shape[:2]
+    ax.imshow(overlay, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+
+
+def _outline(plt: Any, ax: Any, box: Box | None) -> None:
+    if box is None:
+        return
+    left, top, right, bottom = box
+    for width, color in ((3.4, "white"), (1.8, INK)):
+        ax.add_patch(plt.Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, lw=width, ec=color))
+
+
+def _rgb(code: str) -> tuple[float, float, float]:
+    return tuple(int(code[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def _bare(ax: Any) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)

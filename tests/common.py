@@ -1,0 +1,87 @@
+"""What the operator's tests share: where backends run, random problems, and the one tolerance rule."""
+
+import math
+
+import pytest
+import torch
+
+from latemax import reference
+
+GPU = torch.cuda.is_available()
+# the Triton kernels run on the GPU where there is one, else in the interpreter (see conftest.py)
+TRITON_DEVICE = "cuda" if GPU else "cpu"
+BACKENDS = [
+    pytest.param(("cpu", "cpu"), id="cpu"),
+    pytest.param(("triton", TRITON_DEVICE), id="triton"),
+]
+# (n_q, n_d, l_q, l_d, dim); with an own-candidates twin where a test asks for one
+SHAPES = [
+    pytest.param((1, 1, 1, 1, 1), id="ones"),
+    pytest.param((1, 3, 5, 17, 16), id="short"),
+    pytest.param((3, 2, 15, 33, 96), id="dim96"),
+    pytest.param((5, 2, 32, 129, 64), id="packed"),
+    pytest.param((2, 3, 17, 196, 128), id="patches"),
+    pytest.param((1, 2, 140, 70, 48), id="long-query"),
+    pytest.param((2, 1, 3, 20, 300), id="wide"),
+]
+
+
+def problem(shape, *, own=False, dtype=torch.float32, device="cpu", seed=0):
+    n_q, n_d, l_q, l_d, dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(n_q, l_q, dim, generator=generator)
+    d = torch.randn(*((n_q,) if own else ()), n_d, l_d, dim, generator=generator)
+    return q.to(device, dtype), d.to(device, dtype)
+
+
+def masks(q, d, *, seed=0, keep=0.6):
+    """Random holes, not prefixes; the first query token and document token of everything always out."""
+    generator = torch.Generator().manual_seed(seed)
+    q_mask = (torch.rand(q.shape[:-1], generator=generator) < keep).to(q.device)
+    d_mask = (torch.rand(d.shape[:-1], generator=generator) < keep).to(d.device)
+    q_mask[..., 0], d_mask[..., 0] = False, False
+    return q_mask, d_mask
+
+
+def exact(q, d, *args, **options):
+    """The oracle in float64."""
+    return reference.maxsim(q.double(), d.double(), *args, **options)
+
+
+def assert_exact(ours, truth, torch_same_dtype):
+    """err(ours) ≤ 2 × err(plain torch in the same dtype) + tiny against float64; inf and NaN in place.
+
+    tiny: four units in the last place of the largest score.
+    """
+    tiny = 4 * torch.finfo(ours.dtype).eps
+    assert ours.shape == truth.shape
+    ours, truth, plain = ours.detach().double(), truth.detach().double(), torch_same_dtype.detach().double()
+    finite = truth.isfinite()
+    torch.testing.assert_close(ours[~finite], truth[~finite], equal_nan=True, rtol=0, atol=0)
+    if finite.any():
+        error = (ours - truth)[finite].abs().max().item()
+        allowed = 2 * (plain - truth)[finite].abs().max().item() + tiny * truth[finite].abs().max().item()
+        assert error <= allowed, f"error {error:.3g} exceeds {allowed:.3g}"
+
+
+def plain_torch(q, d, normalize=False):
+    """What a user would write, in the dtype of the inputs, dense and unmasked: [n_q, n_d]."""
+    if normalize:
+        q, d = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(d, dim=-1)
+    sims = torch.einsum("qic,qkjc->qkij" if d.dim() == 4 else "qic,kjc->qkij", q, d)
+    return sims.amax(-1).sum(-1)
+
+
+def assert_argmax(argmax, q, d, q_mask=None, d_mask=None, normalize=False):
+    """Every recorded winner is valid and holds the maximum, by value in float64 up to float32 rounding."""
+    _, best = exact(q, d, q_mask, d_mask, normalize=normalize, return_argmax=True)
+    assert argmax.dtype == torch.int32 and argmax.shape == best.shape
+    assert torch.equal(argmax < 0, best < 0)
+    q, d = ((torch.nn.functional.normalize(x.double(), dim=-1) if normalize else x.double()) for x in (q, d))
+    sims = torch.einsum("qic,qkjc->qkij" if d.dim() == 4 else "qic,kjc->qkij", q, d)
+    if d_mask is not None:
+        keep = d_mask if d.dim() == 4 else d_mask.unsqueeze(0)
+        sims = sims.masked_fill(~keep.unsqueeze(2), -math.inf)
+    at = [sims.gather(-1, i.clamp(min=0).long().unsqueeze(-1)).squeeze(-1) for i in (argmax, best)]
+    won = best >= 0
+    torch.testing.assert_close(at[0][won], at[1][won], rtol=1e-2 if q.dtype == torch.bfloat16 else 1e-5, atol=1e-4)

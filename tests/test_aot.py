@@ -1,0 +1,57 @@
+"""Every kernel of the tile table compiled ahead of time for GPUs that are not here: no spills, shared memory within
+the limit, Hopper's matrix instruction at every query length."""
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need triton")
+from benchmarks import aot
+from latemax.ops import tiles
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return aot.table([80, 90, 100])
+
+
+def test_no_register_spills(rows):
+    spilled = [(row["arch"], row["kernel"], row["case"], row["spills"]) for row in rows if row["spills"]]
+    assert not spilled
+
+
+def test_shared_memory_within_the_limit(rows):
+    for row in rows:
+        assert row["shared"] <= tiles.SHARED_MEMORY[row["arch"]], row
+
+
+@pytest.mark.parametrize("l_q", [16, 32, 128])
+def test_wgmma_on_hopper_at_every_query_length(rows, l_q):
+    cases = [
+        row for row in rows if row["arch"] == 90 and row["case"].startswith("half") and f"l_q {l_q}" in row["case"]
+    ]
+    assert cases
+    for row in cases:
+        assert row["wgmma"] > 0 and row["mma"] == 0, row
+
+
+def test_loads_are_16_bytes_wide(rows):
+    narrow = [
+        row["case"]
+        for row in rows
+        if row["kernel"] == "forward_kernel" and not row["vector_loads"] and row["arch"] < 100
+    ]
+    assert not narrow
+
+
+def test_the_hot_loop_stays_short(rows):
+    """Instructions of the inner loop on sm_90: a mask or bound check that slips into it shows here."""
+    loops = {row["case"]: row["loop"] for row in rows if row["arch"] == 90 and row["kernel"] == "forward_kernel"}
+    assert loops["half dim 128 l_q 32"] <= 200
+    assert loops["half dim 128 l_q 128"] <= 200
+    assert loops["half dim 128 l_q 128 d_masked=True"] <= 320
+
+
+def test_shared_memory_estimate_is_an_upper_one(rows):
+    """fits() decides with an estimate: what the compiler uses never exceeds it."""
+    for row in rows:
+        if row["kernel"] == "forward_kernel":
+            assert row["shared"] <= row["estimate"], row

@@ -1,0 +1,130 @@
+"""What only a GPU can show: graph capture, tensors of over 2^31 elements, memory, no hidden synchronisation."""
+
+import pytest
+import torch
+from common import GPU, assert_argmax, exact, masks, problem
+
+import latemax
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+
+
+def free_bytes() -> int:
+    return torch.cuda.mem_get_info()[0] if GPU else 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 100, 32, 300, 128), (8, 8, 32, 300, 128), (2, 4, 1030, 1030, 96), (4, 4, 200, 512, 768)]
+)
+def test_real_sizes(shape, dtype):
+    q, d = problem(shape, dtype=dtype, device="cuda")
+    q_mask, d_mask = masks(q, d, keep=0.9)
+    for masked in ((None, None), (q_mask, d_mask)):
+        scores, argmax = latemax.maxsim(q, d, *masked, return_argmax=True)
+        torch.testing.assert_close(scores, exact(q, d, *masked).float(), rtol=1e-4, atol=1e-1)
+        assert_argmax(argmax, q, d, *masked)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_graph_capture_on_the_first_call_after_warmup(masked, normalize):
+    latemax.warmup(dim=128, l_q=24, n_q=3, dtype=torch.bfloat16, q_masked=masked, d_masked=masked, normalize=normalize)
+    q, d = problem((3, 50, 24, 77, 128), dtype=torch.bfloat16, device="cuda")
+    q_mask, d_mask = masks(q, d) if masked else (None, None)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scores = latemax.maxsim(q, d, q_mask, d_mask, normalize=normalize)
+    d.copy_(torch.randn_like(d))
+    graph.replay()
+    torch.testing.assert_close(scores, latemax.maxsim(q, d, q_mask, d_mask, normalize=normalize))
+
+
+def test_training_step_is_captured():
+    latemax.warmup(dim=64, l_q=16, n_q=4, dtype=torch.bfloat16, train=True)
+    q, d = problem((4, 4, 16, 100, 64), dtype=torch.bfloat16, device="cuda")
+    q.requires_grad_(), d.requires_grad_()
+    q.grad, d.grad = torch.zeros_like(q), torch.zeros_like(d)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        latemax.maxsim(q, d).sum().backward()
+    graph.replay()
+    assert q.grad.abs().sum() > 0 and d.grad.abs().sum() > 0
+
+
+def test_no_synchronisation_on_the_call_path():
+    q, d = problem((2, 9, 20, 50, 128), dtype=torch.bfloat16, device="cuda")
+    q_mask, d_mask = masks(q, d)
+    q.requires_grad_(), d.requires_grad_()
+    latemax.maxsim(q, d, q_mask.float(), d_mask, normalize=True).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        latemax.maxsim(q, d, q_mask.float(), d_mask, normalize=True).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(GPU and free_bytes() < 12e9, reason="needs 12 GB of free GPU memory")
+def test_more_than_two_to_the_31_elements():
+    """17,000 documents of 1,024 × 128: 2.2 billion elements, 4.5 GB; the last one must be scored right."""
+    d = torch.empty(17_000, 1024, 128, dtype=torch.bfloat16, device="cuda").normal_()
+    q = torch.randn(1, 32, 128, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    scores, argmax = latemax.maxsim(q, d, return_argmax=True)
+    for i in (0, 16_384, 16_999):
+        torch.testing.assert_close(scores[:, i : i + 1], exact(q, d[i : i + 1]).float(), rtol=1e-4, atol=1e-1)
+        assert_argmax(argmax[:, i : i + 1], q, d[i : i + 1])
+    scores[:, -1].sum().backward()
+    assert q.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_peak_memory(train):
+    """Forward: the scores. Training: winners and gradients besides. Never the similarities, never a copy of d."""
+    q, d = problem((64, 64, 32, 512, 128), dtype=torch.bfloat16, device="cuda")
+    q.requires_grad_(train), d.requires_grad_(train)
+    latemax.maxsim(q[:2], d[:2])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    scores = latemax.maxsim(q, d)
+    if train:
+        scores.sum().backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    allowed = scores.numel() * 4 + 1e6
+    if train:
+        # winners, the two gradients, and the float32 parts of grad_q
+        allowed += 64 * 64 * 32 * 4 + (q.numel() + d.numel()) * 2 + 16 * q.numel() * 4
+    assert extra <= allowed, f"{extra / 1e6:.1f} MB used, {allowed / 1e6:.1f} MB allowed"
+
+
+def test_backward_repeats_bit_for_bit_at_real_size():
+    q, d = problem((32, 32, 32, 300, 128), dtype=torch.bfloat16, device="cuda")
+    runs = []
+    for _ in range(3):
+        a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
+        latemax.maxsim(a, b, normalize=True).square().sum().backward()
+        runs.append((a.grad, b.grad))
+    assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(runs[0], run, strict=True))
+
+
+def test_the_tensors_device_is_used_whichever_is_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    q, d = problem((1, 3, 8, 20, 64), device="cuda:1")
+    assert latemax.maxsim(q, d).device == torch.device("cuda:1")
+
+
+def test_float32_precision_follows_torch():
+    """ "highest" is IEEE float32 (errors of 1e-6); "high" may use TF32 (errors of 1e-3)."""
+    q, d = problem((1, 20, 32, 300, 128), device="cuda")
+    truth, before = exact(q, d), torch.get_float32_matmul_precision()
+    try:
+        errors = {}
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            errors[precision] = ((latemax.maxsim(q, d) - truth).abs() / truth).max().item()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors["highest"] < 2e-6 and errors["highest"] < errors["high"] < 2e-3

@@ -1,0 +1,309 @@
+"""Imports go one way: checked on the syntax trees of latemax/ and kernels/, and by importing in fresh processes."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module may import what stands on an earlier line, never its own line's other entries or a later line.
+STACK = (
+    ("latemax.kernels",),
+    ("latemax.ops.triton_backend", "latemax.ops.cuda_backend", "latemax.ops.cpu_backend"),
+    ("latemax.ops.select",),
+    ("latemax.ops.launch",),
+    ("latemax.ops.autograd",),
+    ("latemax.ops.schema",),
+    ("latemax._ragged",),
+    ("latemax.api",),
+    ("latemax.module",),
+    ("latemax",),
+)
+# Import nothing of the project but themselves; the stack may import them (encoders: `latemax` alone).
+LEAVES = ("latemax._check", "latemax.reference", "latemax.ops", "latemax.ops.tiles", "latemax.encoders")
+# Stand on top and are imported by nobody but those named; each may import the stack and the leaves. One may name
+# another's types under TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
+TOPS = {
+    "latemax.analysis": ("latemax.demo",),
+    "latemax.viz": ("latemax.demo",),
+    "latemax.compat": (),
+    "latemax.demo": ("latemax.cli",),
+    "latemax._info": ("latemax.cli",),
+    "latemax.cli": (),
+}
+LEVEL = {name: level for level, names in enumerate(STACK) for name in names}
+LAYERS = {*LEVEL, *LEAVES, *TOPS}
+
+OPTIONAL = {
+    "PIL",
+    "matplotlib",
+    "onnx",
+    "open_clip",
+    "safetensors",
+    "skimage",
+    "sklearn",
+    "timm",
+    "torchvision",
+    "tqdm",
+    "transformers",
+}
+
+
+class Import(NamedTuple):
+    """One imported name: what it resolves to, where, and when: with the "file", in a "call", for "typing" alone."""
+
+    target: str
+    line: int
+    when: str
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Dotted name -> file, of latemax/ and of kernels/ under the name it is installed by."""
+    found = {}
+    for folder, name in ((root / "latemax", "latemax"), (root / "kernels", "latemax.kernels")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if name == "latemax" and parts[0] == "kernels":
+                continue
+            found[".".join((name, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(name: str, path: Path, known: set[str]) -> Iterator[Import]:
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    nodes = [(ast.parse(path.read_text(), str(path)), "file")]
+    while nodes:
+        node, when = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, when) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                yield Import(inner if inner in known else source, node.lineno, when)
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            nodes += [(child, "typing") for child in node.body] + [(child, when) for child in node.orelse]
+        else:
+            called = when == "file" and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            nodes += [(child, "call" if called else when) for child in ast.iter_child_nodes(node)]
+
+
+def layer_of(name: str) -> str | None:
+    """The longest listed prefix; `latemax` and `latemax.ops` stand for their __init__.py alone."""
+    if name in LAYERS:
+        return name
+    parts = name.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
+    return next((p for p in prefixes if p in LAYERS and p not in ("latemax", "latemax.ops")), None)
+
+
+def may_import(source: str, target: str, when: str) -> bool:
+    """May the layer `source` import the layer `target`?"""
+    if source == target:
+        return True
+    if target in TOPS:
+        # The package hands its own tops out on demand.
+        by_type = source in TOPS and when == "typing"
+        return source in TOPS[target] or by_type or (source == "latemax" and when != "file")
+    if source in LEAVES or source == "latemax.kernels":
+        return False
+    if target == "latemax.kernels":
+        return source == "latemax.ops.triton_backend"
+    if target == "latemax.encoders":
+        return source in TOPS or (source == "latemax" and when != "file")
+    return source in TOPS or target in LEAVES or LEVEL[target] < LEVEL[source]
+
+
+def violations(root: Path) -> list[str]:
+    files = modules(root)
+    found, graph = [], {}
+    for name, path in sorted(files.items()):
+        source = layer_of(name)
+        if source is None:
+            found.append(f"{name} has no layer: give it one in tests/test_layers.py")
+        for target, line, when in imports(name, path, set(files)):
+            at, top = f"{path.relative_to(root)}:{line}", target.split(".")[0]
+            if top == "kernels":
+                found.append(f"{at} imports {target}: it is called latemax.kernels")
+            elif source == "latemax.kernels" and top not in ("triton", "latemax", "__future__"):
+                found.append(f"{at} imports {target}: kernels import triton and latemax.kernels alone")
+            elif top in OPTIONAL and when == "file":
+                found.append(f"{at} imports {target} with the file: import it in the function that needs it")
+            if top != "latemax":
+                continue
+            if when == "file" and target != name:
+                graph.setdefault(name, set()).add(target)
+            layer = layer_of(target)
+            if source is not None and layer is not None and not may_import(source, layer, when):
+                found.append(f"{at} imports {target}: {source} may not import {layer}")
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found.append(f"import cycle: {' <- '.join(error.args[1])}")
+    return list(dict.fromkeys(found))
+
+
+def test_the_project_keeps_its_layers():
+    found = violations(ROOT)
+    assert not found, "\n".join(found)
+
+
+def test_the_project_is_looked_at():
+    files = modules(ROOT)
+    assert {"latemax", "latemax.api", "latemax.ops.triton_backend", "latemax.kernels.forward"} <= set(files)
+    drawn = {
+        (layer_of(name), layer_of(target))
+        for name, path in files.items()
+        for target, _, _ in imports(name, path, set(files))
+    }
+    assert ("latemax.ops.triton_backend", "latemax.kernels") in drawn
+
+
+GOOD = {
+    "kernels/common.py": "import triton",
+    "kernels/forward.py": "import triton.language as tl\nfrom latemax.kernels.common import triton",
+    "latemax/__init__.py": "from latemax.api import maxsim\ndef __getattr__(name):\n    from latemax import encoders",
+    "latemax/_check.py": "import torch",
+    "latemax/reference.py": "import torch",
+    "latemax/ops/__init__.py": "",
+    "latemax/ops/tiles.py": "",
+    "latemax/ops/triton_backend.py": "from latemax.kernels import forward\nfrom .tiles import fits",
+    "latemax/ops/select.py": "from latemax.ops import tiles",
+    "latemax/ops/launch.py": "from latemax.ops import select, triton_backend",
+    "latemax/ops/autograd.py": "from . import launch",
+    "latemax/ops/schema.py": "from latemax.ops.autograd import x",
+    "latemax/api.py": "from latemax._check import x\nfrom latemax.ops.schema import y",
+    "latemax/module.py": "from latemax.api import maxsim",
+    "latemax/encoders/__init__.py": "from .hf import x",
+    "latemax/encoders/hf.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import timm",
+    "latemax/analysis/__init__.py": "from latemax import maxsim",
+    "latemax/viz/__init__.py": "if TYPE_CHECKING:\n    import latemax.analysis\ndef plot():\n    import matplotlib",
+    "latemax/demo/__init__.py": "import latemax.analysis\nfrom latemax import viz",
+    "latemax/cli.py": "def demo():\n    from latemax.demo import run",
+}
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "latemax" / "kernels").symlink_to("../kernels")
+    return root
+
+
+def test_a_good_tree_passes(tmp_path):
+    assert violations(plant(tmp_path, GOOD)) == []
+
+
+# In the good tree, this file says this instead.
+BAD = {
+    "backwards": ("latemax/ops/launch.py", "from latemax.api import maxsim", "launch may not import latemax.api"),
+    "relative": ("latemax/ops/autograd.py", "from .schema import x", "autograd may not import latemax.ops.schema"),
+    "in-a-function": (
+        "latemax/ops/triton_backend.py",
+        "def f():\n    from latemax.ops import launch",
+        "triton_backend may not import latemax.ops.launch",
+    ),
+    "typing-only": (
+        "latemax/ops/launch.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from latemax.module import MaxSim",
+        "launch may not import latemax.module",
+    ),
+    "backend-to-backend": (
+        "latemax/ops/cpu_backend.py",
+        "from latemax.ops import triton_backend",
+        "cpu_backend may not import latemax.ops.triton_backend",
+    ),
+    "past-the-backend": ("latemax/api.py", "import latemax.kernels.forward", "api may not import latemax.kernels"),
+    "the-root": ("latemax/ops/schema.py", "from latemax import maxsim", "schema may not import latemax"),
+    "leaf": ("latemax/reference.py", "from . import _check", "reference may not import latemax._check"),
+    "encoders-to-ops": (
+        "latemax/encoders/hf.py",
+        "def f():\n    from latemax.ops import tiles",
+        "encoders may not import latemax.ops.tiles",
+    ),
+    "encoders-at-import": ("latemax/__init__.py", "from .encoders import x", "latemax may not import latemax.encoders"),
+    "top-imported": ("latemax/api.py", "def f():\n    import latemax.viz.x", "api may not import latemax.viz"),
+    "top-to-top": ("latemax/viz/__init__.py", "from latemax import analysis", "viz may not import latemax.analysis"),
+    "top-in-a-call": (
+        "latemax/viz/__init__.py",
+        "def plot():\n    import latemax.analysis",
+        "viz may not import latemax.analysis",
+    ),
+    "cli-imported": ("latemax/demo/__init__.py", "from latemax import cli", "demo may not import latemax.cli"),
+    "kernel-torch": ("kernels/forward.py", "import torch", "kernels/forward.py:1 imports torch: kernels import triton"),
+    "kernel-up": (
+        "kernels/forward.py",
+        "from latemax.ops import tiles",
+        "latemax.kernels may not import latemax.ops.tiles",
+    ),
+    "kernels-name": ("latemax/ops/triton_backend.py", "import kernels.forward", "it is called latemax.kernels"),
+    "optional": ("latemax/viz/__init__.py", "import matplotlib.pyplot", "imports matplotlib.pyplot with the file"),
+    "optional-tried": (
+        "latemax/encoders/hf.py",
+        "try:\n    from transformers import X\nexcept ImportError:\n    X = None",
+        "hf.py:2 imports transformers with the file",
+    ),
+    "optional-in-class": ("latemax/module.py", "class A:\n    import PIL", "imports PIL with the file"),
+    "optional-untyped": (
+        "latemax/viz/__init__.py",
+        "if TYPE_CHECKING:\n    pass\nelse:\n    import tqdm",
+        "imports tqdm with the file",
+    ),
+    "cycle": ("latemax/encoders/hf.py", "from latemax.encoders import y", "import cycle: latemax.encoders"),
+    "unlisted": ("latemax/ops/extra.py", "", "latemax.ops.extra has no layer"),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "message"), BAD.values(), ids=BAD)
+def test_a_bad_tree_is_found_out(name, text, message, tmp_path):
+    found = violations(plant(tmp_path, {**GOOD, name: text}))
+    assert any(message in violation for violation in found), found
+
+
+def python(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_asks_no_gpu_and_loads_nothing_optional():
+    # torch itself loads tqdm where it is installed: what counts is what latemax adds.
+    python(
+        f"""
+        import sys, numpy, torch
+        def asked(*args, **kwargs):
+            raise AssertionError("CUDA was asked at import")
+        for name in ("is_available", "device_count", "current_device", "get_device_capability",
+                     "get_device_properties", "init", "_lazy_init"):
+            setattr(torch.cuda, name, asked)
+        before = set(sys.modules)
+        import latemax
+        added = {{name.split(".")[0] for name in set(sys.modules) - before}} & {OPTIONAL!r}
+        assert not added, f"importing latemax imports {{sorted(added)}}"
+        assert not torch.cuda.is_initialized()
+        """
+    )
+
+
+def test_the_cpu_needs_no_triton():
+    python(
+        """
+        import sys, torch
+        sys.modules["triton"] = None
+        import latemax
+        q, d = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 1.0], [1.0, 4.0]])
+        assert latemax.maxsim(q, d).item() == 11.0
+        """
+    )

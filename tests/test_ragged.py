@@ -1,0 +1,88 @@
+"""Lists of tensors and jagged nested tensors score as their items do, one by one."""
+
+import pytest
+import torch
+from common import BACKENDS
+
+import latemax
+from latemax import reference
+
+
+def items(lengths, dim=16, seed=0, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, dim, generator=generator).to(device) for n in lengths]
+
+
+@pytest.mark.parametrize("where", BACKENDS)
+def test_lists(where):
+    backend, device = where
+    q, d = items([3, 1, 7], device=device), items([5, 130, 1, 40], seed=1, device=device)
+    scores, argmax = latemax.maxsim(q, d, return_argmax=True, backend=backend)
+    truth, best = reference.maxsim(q, d, return_argmax=True)
+    torch.testing.assert_close(scores, truth)
+    assert torch.equal(argmax, best)
+    one, _ = latemax.maxsim(q[2], d, return_argmax=True, backend=backend)
+    torch.testing.assert_close(one, truth[2])
+    dense = latemax.maxsim(torch.stack([q[0], q[0]]), d, backend=backend)
+    torch.testing.assert_close(dense, truth[[0, 0]])
+
+
+@pytest.mark.parametrize("where", BACKENDS)
+def test_list_masks_and_empty_items(where):
+    backend, device = where
+    q, d = items([3, 2], device=device), items([5, 0, 4], seed=1, device=device)
+    d_mask = [torch.tensor([1, 0, 1, 0, 1], device=device), None, torch.zeros(4, device=device)]
+    q_mask = [torch.tensor([True, False, True], device=device), torch.tensor([False, False], device=device)]
+    d[0][1] = torch.nan
+    scores, argmax = latemax.maxsim(q, d, q_mask, d_mask, empty_score=-9, return_argmax=True, backend=backend)
+    assert scores[0, 1:].tolist() == [-9.0, -9.0] and scores[1].tolist() == [0.0, 0.0, 0.0]
+    expected = reference.maxsim(q[0][[0, 2]], d[0][[0, 2, 4]])
+    torch.testing.assert_close(scores[0, 0], expected)
+    assert set(argmax[0, 0].tolist()) <= {-1, 0, 2, 4} and argmax[0, 0, 1] == -1
+
+
+def test_gradients_reach_every_item():
+    q, d = items([3, 6]), items([5, 9, 2], seed=1)
+    for x in q + d:
+        x.requires_grad_()
+    latemax.maxsim(q, d, normalize=True).square().sum().backward()
+    ours = [x.grad.clone() for x in q + d]
+    for x in q + d:
+        x.grad = None
+    reference.maxsim(q, d, normalize=True).square().sum().backward()
+    for x, grad in zip(q + d, ours, strict=True):
+        torch.testing.assert_close(grad, x.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_pairs_of_lists():
+    q, d = items([3, 6]), items([5, 9], seed=1)
+    scores = latemax.maxsim_pairs(q, d)
+    torch.testing.assert_close(scores, reference.maxsim(q, d).diagonal())
+    with pytest.raises(ValueError, match="same b"):
+        latemax.maxsim_pairs(q, d[:1])
+
+
+def test_jagged_nested_tensors():
+    q, d = items([3, 6]), items([5, 9, 2], seed=1)
+    nested_q = torch.nested.nested_tensor(q, layout=torch.jagged)
+    nested_d = torch.nested.nested_tensor(d, layout=torch.jagged, requires_grad=True)
+    scores, argmax = latemax.maxsim(nested_q, nested_d, return_argmax=True)
+    truth, best = reference.maxsim(q, d, return_argmax=True)
+    torch.testing.assert_close(scores.detach(), truth)
+    assert torch.equal(argmax, best)
+    scores.sum().backward()
+    assert nested_d.grad is not None and nested_d.grad.values().isfinite().all()
+    strided = torch.nested.nested_tensor(d)
+    with pytest.raises(
+        TypeError, match=r"d must be a dense tensor, a list or a jagged nested tensor, got layout torch\.strided"
+    ):
+        latemax.maxsim(q, strided)
+
+
+def test_explain_says_that_lists_are_padded():
+    q, d = items([3, 6]), items([5, 9, 2], seed=1)
+    assert latemax.explain(q, d).notes == (
+        "q is ragged: padded to its longest item and masked",
+        "d is ragged: padded to its longest item and masked",
+    )
+    assert latemax.explain(torch.stack([q[0]]), torch.stack([d[0]])).notes == ()

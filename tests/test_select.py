@@ -1,0 +1,126 @@
+"""The choice of backend and tile: pure, explained, and never a silent fallback."""
+
+import dataclasses
+
+import pytest
+import torch
+from common import GPU, TRITON_DEVICE, problem
+
+import latemax
+from latemax._check import Problem
+from latemax.ops import select, tiles
+
+SMALL = Problem(
+    own=False, n_q=1, n_d=10, l_q=32, l_d=196, dim=128, q_dtype=torch.bfloat16, d_dtype=torch.bfloat16,
+    device=torch.device("cpu"), q_masked=False, d_masked=False, normalize=False, argmax=False, train=False,
+    matmul_precision="highest",
+)  # fmt: skip
+
+
+def test_explain_on_the_cpu():
+    q, d = problem((2, 3, 4, 9, 16))
+    choice = latemax.explain(q, d)
+    assert choice.backend == "cpu" and choice.tile is None and "on the CPU" in choice.why
+    assert latemax.explain(q, d, backend="reference").backend == "reference"
+    assert "asked for by name" in latemax.explain(q, d, backend="cpu").why
+
+
+def test_explain_names_the_tile_and_where_it_was_found():
+    q, d = problem((1, 3, 32, 9, 128), dtype=torch.bfloat16, device=TRITON_DEVICE)
+    choice = latemax.explain(q, d, backend="triton")
+    assert choice.backend == "triton" and choice.tile.block_q == 32
+    assert "tile: " in choice.why
+
+
+@pytest.mark.parametrize("backend", latemax._check.BACKENDS)
+def test_what_explain_says_is_what_runs(backend, monkeypatch):
+    from latemax.ops import cpu_backend
+
+    q, d = problem((2, 3, 4, 9, 16), device=TRITON_DEVICE if backend == "triton" else "cpu")
+    try:
+        choice = latemax.explain(q, d, backend=backend)
+    except RuntimeError as error:
+        assert backend == "cuda"
+        with pytest.raises(RuntimeError, match=str(error).split(":")[0]):
+            latemax.maxsim(q, d, backend=backend)
+        return
+    ran = []
+    monkeypatch.setattr(cpu_backend, "forward", lambda *_, **__: ran.append("cpu"))
+    monkeypatch.setattr(latemax.ops.launch.reference, "maxsim", lambda *_, **__: ran.append("reference") or (q, q))
+    from latemax.ops import triton_backend
+
+    monkeypatch.setattr(triton_backend, "forward", lambda *_, **__: ran.append("triton"))
+    latemax.maxsim(q, d, backend=backend)
+    assert ran == [choice.backend]
+
+
+def test_triton_without_a_gpu_is_refused_outside_the_interpreter(monkeypatch):
+    monkeypatch.setattr(select, "interpreted", lambda: False)
+    monkeypatch.setattr(select, "triton_status", lambda: (True, ""))
+    with pytest.raises(ValueError, match="backend='triton' needs tensors on a CUDA device; got cpu"):
+        select.choose(SMALL, "triton")
+    monkeypatch.setattr(select, "triton_status", lambda: (False, "triton is not installed"))
+    with pytest.raises(RuntimeError, match="needs triton: triton is not installed"):
+        select.choose(dataclasses.replace(SMALL, device=torch.device("cuda", 0)), "auto")
+
+
+def test_kinds_of_product():
+    kinds = {
+        (torch.bfloat16, "highest"): "half",
+        (torch.float16, "high"): "half",
+        (torch.float32, "highest"): "ieee",
+        (torch.float32, "high"): "tf32",
+        (torch.float64, "high"): "double",
+    }
+    for (dtype, precision), expected in kinds.items():
+        p = dataclasses.replace(SMALL, q_dtype=dtype, d_dtype=dtype, matmul_precision=precision)
+        assert select.kind(p) == expected
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120, 75])
+@pytest.mark.parametrize("argmax", [False, True])
+@pytest.mark.parametrize("dim", [1, 64, 96, 128, 256, 768, 4096])
+def test_every_pick_fits(capability, argmax, dim):
+    for kind, itemsize in (("half", 2), ("tf32", 4), ("ieee", 4), ("double", 8)):
+        for rows in (1, 16, 32, 64, 128, 4096):
+            tile, source = tiles.pick(kind, dim, rows, itemsize, capability, argmax)
+            assert tiles.fits(tile, dim, itemsize, capability), (kind, rows, tile, source)
+            assert tile.block_q >= 16 and tile.block_d >= 16 and tile.block_k >= 16
+
+
+def test_rows_of_the_table_are_reachable_and_in_order():
+    reached = {
+        (row.capability, row.kind, row.dim, row.q_rows)
+        for row in tiles.TABLE
+        if tiles.pick(row.kind, row.dim, row.q_rows, 2, row.capability)[1].startswith(row.source)
+    }
+    assert len(reached) == len(tiles.TABLE)
+    assert tiles.pick("unheard of", 128, 32, 2, 90)[0] == tiles.DEFAULT
+
+
+def test_short_queries_are_packed_where_they_share_documents():
+    from latemax.ops.triton_backend import packed
+
+    tile = tiles.TileConfig(128, 128, 128, True, 8, 3)
+    assert packed(tile, l_q=32, n_q=100, own=False) == 4
+    assert packed(tile, l_q=20, n_q=100, own=False) == 4
+    assert packed(tile, l_q=20, n_q=100, own=True) == 1
+    assert packed(tile, l_q=1030, n_q=100, own=False) == 1
+    assert packed(tile, l_q=32, n_q=1, own=False) == 1
+
+
+def test_warmup_runs_what_it_is_told():
+    choice = latemax.warmup(
+        dim=32, l_q=8, n_q=2, dtype=torch.float32, device=TRITON_DEVICE, q_masked=True, d_masked=True, own=True,
+        normalize=True, train=True, backend="triton",
+    )  # fmt: skip
+    assert choice.backend == "triton"
+    assert latemax.warmup(device="cpu", dtype=torch.float32).backend == "cpu"
+
+
+def test_backend_status_names_every_backend():
+    status = select.backend_status()
+    assert set(status) == set(latemax._check.BACKENDS) - {"auto"}
+    assert status["cpu"][0] and status["reference"][0] and not status["cuda"][0]
+    assert all(isinstance(reason, str) and reason for _, reason in status.values())
+    assert GPU or "interpreted" in status["triton"][1]
