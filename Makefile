@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make clean
+# make demo | make test | make bench | make lint | make clean
 # Everything is installed into .venv; only python3 and a network to the package index are needed.
 
 PYTHON ?= python3
@@ -8,11 +8,13 @@ TORCH ?= torch==2.13.0
 # Where `make demo` writes its pictures, and further options for it: make demo DEMO_ARGS="--model facebook/dinov2-base"
 OUT ?= demo_out
 DEMO_ARGS ?=
+# For example BENCH_ARGS="--rows benchmarks/results/bench-cpu.json"
+BENCH_ARGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test bench lint clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -61,6 +63,10 @@ demo: $(DEMO_STAMP)
 test: $(DEV_STAMP) $(VISION_STAMP)
 	$(PY) -m pytest
 	PYTHONPATH=$(VISION_LIBS) $(PY) -m pytest $(VISION_TESTS)
+
+# Any machine: CPU rows on a CPU, CUDA rows and peers (where installed) on a GPU.
+bench: $(DEV_STAMP)
+	$(PY) -m pytest benchmarks -q -s $(BENCH_ARGS)
 
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check .

@@ -46,6 +46,8 @@ def variants(arch: int):
                     continue
                 seen.add((tile, pack))
                 sets = [{}]
+                if dim == 128 and kind != "half":
+                    sets.append(dict(ARGMAX=True))
                 if dim == 128 and kind == "half" and l_q in (32, 128):
                     sets += [dict(D_MASKED=True), dict(NORM=1 if l_q == n_q * 32 else 2), dict(ARGMAX=True)]
                 for extra in sets:
@@ -61,19 +63,52 @@ def variants(arch: int):
                         "forward_kernel", label, dtype, constants,
                         dict(num_warps=use.num_warps, num_stages=use.num_stages),
                     )  # fmt: skip
-    for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "tf32")):
-        for dim in (128, 768):
+    for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float64, "ieee")):
+        acc = "fp64" if dtype == torch.float64 else "fp32"
+        align = 16 // dtype.itemsize
+        for dim in (128, 1030):
             columns = tiles.padded_dim(dim)
-            common = dict(DIM=dim, BLOCK_K=columns, ALIGN=16 // dtype.itemsize, ACC="fp32")
+            rows = max(1, 4096 // columns)
+            label = f"{TL[dtype]} dim {dim}"
+            yield (
+                "inverse_norm_kernel",
+                label,
+                dtype,
+                dict(
+                    DIM=dim,
+                    BLOCK_R=max(1, 4096 // min(columns, 1024)),
+                    BLOCK_K=min(columns, 1024),
+                    ALIGN=align,
+                    ACC=acc,
+                ),
+                {},
+            )
+            yield "through_norm_kernel", label, dtype, dict(DIM=dim, BLOCK_R=rows, BLOCK_K=columns, ACC=acc), {}
             for norm in (False, True):
-                label = f"{TL[dtype]} dim {dim}" + (" norm" if norm else "")
-                yield "grad_q_kernel", label, dtype, dict(common, BLOCK_R=max(1, 4096 // columns), NORM=norm), {}
-                tile = tiles.backward_tile(dim, 32, 4 if norm else dtype.itemsize)
+                case = label + (" norm" if norm else "")
+                yield (
+                    "grad_q_kernel",
+                    case,
+                    dtype,
+                    dict(DIM=dim, BLOCK_R=rows, BLOCK_K=columns, NORM=norm, ALIGN=align, ACC=acc),
+                    {},
+                )
+                compute = acc if norm else TL[dtype]
+                tile = tiles.backward_tile(dim, 32, max(dtype.itemsize, 4 if norm else 0))
                 constants = dict(
-                    common, BLOCK_D=tile.block_d, BLOCK_R=tile.block_r, OWN=False, NORM=norm,
-                    COMPUTE="fp32" if norm else TL[dtype], PRECISION="tf32" if norm else precision,
-                )  # fmt: skip
-                yield "grad_d_kernel", label, dtype, constants, dict(num_warps=tile.num_warps, num_stages=2)
+                    DIM=dim,
+                    BLOCK_D=tile.block_d,
+                    BLOCK_R=tile.block_r,
+                    BLOCK_K=tile.block_k,
+                    OWN=False,
+                    NORM=norm,
+                    PROJECT=norm and dim <= tile.block_k,
+                    ALIGN=align,
+                    ACC=acc,
+                    COMPUTE=compute,
+                    PRECISION="tf32" if norm and dtype.itemsize == 2 else precision,
+                )
+                yield "grad_d_kernel", case, dtype, constants, dict(num_warps=tile.num_warps, num_stages=2)
 
 
 def compile_one(job) -> dict:
@@ -95,12 +130,19 @@ def compile_one(job) -> dict:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            plain = {"q_ptr": half, "d_ptr": half, "argmax_ptr": "i32", "q_mask_ptr": "i1", "d_mask_ptr": "i1"}
-            grads = {"out_ptr": half if kernel_name == "grad_d_kernel" else acc}
+            plain = {
+                "q_ptr": half,
+                "d_ptr": half,
+                "x_ptr": half,
+                "argmax_ptr": "i32",
+                "q_mask_ptr": "i1",
+                "d_mask_ptr": "i1",
+            }
+            grads = {"out_ptr": half if kernel_name in ("grad_d_kernel", "through_norm_kernel") else acc}
             signature[name] = "*" + (plain | grads).get(name, acc)
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "empty_score" else "i32"
+            signature[name] = "fp64" if name == "empty_score" else "i32"
     positions = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=positions, attrs=attrs)
     built = triton_compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -70,7 +70,9 @@ def measure(shape) -> list[dict]:
     truth = torch.cat([latemax.reference.maxsim(q.double(), part.double()) for part in d.split(10)])
     errors = {name: (run().double() - truth).abs().max().item() for name, run in runs.items()}
     # a bfloat16 similarity of unit vectors is off by up to 2^-9; l_q of them are summed
-    tolerance = {name: l_q / 512 if "bfloat16" in name else 1e-4 + 1e-6 * l_q for name in runs if "approximate" not in name}
+    tolerance = {
+        name: l_q / 512 if "bfloat16" in name else 1e-4 + 1e-6 * l_q for name in runs if "approximate" not in name
+    }
     for name, allowed in tolerance.items():
         if errors[name] > allowed:
             raise RuntimeError(f"{name} at {shape}: error {errors[name]:.3g} exceeds {allowed}")

@@ -57,7 +57,80 @@ def aot() -> str:
     return markdown(head, rows)
 
 
-TABLES = {"cpu": cpu, "aot": aot}
+def host() -> str:
+    data = result("host")
+    machine = data["machine"]
+    rows = [[row["step"].strip(), f"{row['microseconds']:.1f}"] for row in data["rows"]]
+    return markdown(["step", "µs"], rows) + (
+        f"\n{machine['cpu']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}.\n"
+    )
+
+
+def suite(name: str) -> str:
+    """latemax beside the fastest other contender and the binding limit, a row a shape."""
+    data = result(name)
+    limit, machine = data["limits"], data["machine"]
+    cases: dict[tuple, list] = {}
+    for row in data["rows"]:
+        cases.setdefault((row["label"].strip(), row["train"]), []).append(row)
+    lines = []
+    for (label, train), rows in cases.items():
+        timed = {row["name"]: row for row in rows if "wall" in row}
+        mine = timed.pop("latemax")
+        best = min(timed.values(), key=lambda row: row["wall"]["p50"])
+        lines.append(
+            [
+                label + (" forward+backward" if train else ""), f"{mine['wall']['p50']:.2f}",
+                f"{best['name']} {best['wall']['p50']:.2f}", f"{best['wall']['p50'] / mine['wall']['p50']:.2f}×",
+                f"{mine['allowed_ms']:.2f} ({mine['binding']})", f"{mine['of_limit']:.0%}",
+            ]
+        )  # fmt: skip
+    head = ["(n_q,n_d,l_q,l_d) dim", "latemax ms", "fastest other ms", "ratio", "limit ms", "of limit"]
+    where = machine.get("gpu", machine["cpu"])
+    return markdown(head, lines) + (
+        f"\n{where}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}. Wall time, median of "
+        f"interleaved rounds. Limits measured in the same run: matmul float32 {limit['matmul_float32_tflops']:.3g} "
+        f"TFLOP/s, bfloat16 {limit['matmul_bfloat16_tflops']:.3g}; read {limit['read_gbs']:.3g} GB/s.\n"
+    )
+
+
+def roofline(name: str, path: pathlib.Path) -> None:
+    """Attained FLOP/s against FLOPs a byte, under the measured limits; one dot a contender and shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    data = result(name)
+    rows = [row for row in data["rows"] if "wall" in row and not row["train"]]
+    dtypes = list(dict.fromkeys(row["shape"]["dtype"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(dtypes), figsize=(5.4 * len(dtypes), 4.2), squeeze=False)
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        peak, read = data["limits"][f"matmul_{dtype}_tflops"], data["limits"]["read_gbs"]
+        here = [row for row in rows if row["shape"]["dtype"] == dtype]
+        intensity = sorted(row["flops"] / row["bytes"] for row in here)
+        xs = [intensity[0] / 2, peak * 1e3 / read, intensity[-1] * 2]
+        xs.sort()
+        axis.plot(xs, [min(peak, x * read / 1e3) for x in xs], color="0.35")
+        axis.annotate(f"measured limit: {peak:.2g} TFLOP/s, {read:.3g} GB/s", (xs[0], peak), color="0.35", fontsize=8,
+                      xytext=(0, 5), textcoords="offset points")  # fmt: skip
+        others = [row for row in here if row["name"] != "latemax"]
+        for chosen, colour, label in (
+            (others, "#b0b0b0", "others"),
+            ([r for r in here if r["name"] == "latemax"], "#d55e00", "latemax"),
+        ):
+            x = [row["flops"] / row["bytes"] for row in chosen]
+            y = [row["flops"] / row.get("cold", row["wall"])["p50"] / 1e9 for row in chosen]
+            axis.scatter(x, y, s=34, color=colour, label=label, zorder=3 if label == "latemax" else 2)
+        axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte of inputs", ylabel="TFLOP/s attained", title=dtype)
+        axis.legend(frameon=False, loc="lower right")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+TABLES = {"cpu": cpu, "aot": aot, "host": host, "suite-cpu": lambda: suite("bench-cpu")}
 
 
 def render(text: str) -> str:
@@ -71,7 +144,16 @@ def render(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail where a table is stale")
-    check = parser.parse_args().check
+    parser.add_argument(
+        "--roofline", metavar="NAME", help="draw docs/img/roofline-NAME.png from results/bench-NAME.json"
+    )
+    options = parser.parse_args()
+    check = options.check
+    if options.roofline:
+        path = ROOT / "docs" / "img" / f"roofline-{options.roofline}.png"
+        path.parent.mkdir(exist_ok=True)
+        roofline(f"bench-{options.roofline}", path)
+        print(f"drawn: {path.relative_to(ROOT)}")
     stale = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         before = path.read_text()

@@ -25,11 +25,11 @@ extern "C" {
 typedef enum { MAXSIM_F16 = 0, MAXSIM_BF16 = 1, MAXSIM_F32 = 2, MAXSIM_F64 = 3 } maxsim_dtype;
 
 typedef struct {
-    /* Tokens. The last dimension is contiguous; strides count elements and may be 0 (an expanded view). */
+    /* Tokens. Strides count elements and may be 0 (an expanded view); stride_k, of dim, is 1 where rows are dense. */
     const void *q; /* [n_q, l_q, dim], or with q_offsets [t_q, dim] */
     const void *d; /* see above; with d_offsets [t_d, dim] */
-    int64_t q_stride_n, q_stride_l;
-    int64_t d_stride_q, d_stride_n, d_stride_l;
+    int64_t q_stride_n, q_stride_l, q_stride_k;
+    int64_t d_stride_q, d_stride_n, d_stride_l, d_stride_k;
 
     /* Token counts where rows are ragged, else NULL: [n_q + 1] and [n_documents + 1], starting at 0, never falling. */
     const int64_t *q_offsets;
@@ -38,19 +38,20 @@ typedef struct {
     const int64_t *candidates;
 
     /* One byte a token, nonzero = keep; NULL keeps all. What a masked token holds is never read into a result. */
-    const uint8_t *q_mask; /* [n_q, l_q] */
-    const uint8_t *d_mask; /* the documents' leading shape */
+    const uint8_t *q_mask; /* [n_q, l_q], or with q_offsets [t_q] */
+    const uint8_t *d_mask; /* the documents' leading shape, or with d_offsets [t_d] */
     int64_t q_mask_stride_n, q_mask_stride_l;
     int64_t d_mask_stride_q, d_mask_stride_n, d_mask_stride_l;
 
-    /* Outputs, contiguous. scores is float, or double where dtype is MAXSIM_F64. */
+    /* Outputs, contiguous. scores is float, or double where a dtype is MAXSIM_F64. */
     void *scores;    /* [n_q, n_c] */
     int32_t *argmax; /* [n_q, n_c, l_q], NULL unless asked for: lowest j among equals, -1 for a masked i or no valid j */
 
     int64_t n_q, n_c;
+    int64_t n_documents; /* with d_offsets */
     int64_t l_q, l_d; /* the longest where ragged */
     int64_t dim;
-    maxsim_dtype dtype; /* of q and d alike */
+    maxsim_dtype q_dtype, d_dtype; /* the CUDA kernels want them alike */
 
     /* The score of a document without a valid token against a query with one. */
     double empty_score;

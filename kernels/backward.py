@@ -29,7 +29,8 @@ def through_norm(x, inv, g):
     do_not_specialize=[
         "d_stride_n", "d_stride_k", "d_stride_l", "d_inv_stride_n", "g_stride_n", "g_stride_k",
         "n_q", "n_d", "l_q", "l_d", "splits",
-    ]
+    ],
+    do_not_specialize_on_alignment=["g_ptr"],
 )  # fmt: skip
 def grad_q_kernel(
     d_ptr,  # [n_q, n_d, l_d, dim]; the stride of n_q is 0 where all queries share the documents
@@ -74,7 +75,8 @@ def grad_q_kernel(
     do_not_specialize=[
         "q_stride_n", "q_stride_l", "d_stride_n", "d_stride_k", "d_stride_l", "g_stride_n", "g_stride_k",
         "n_q", "n_d", "l_q", "l_d",
-    ]
+    ],
+    do_not_specialize_on_alignment=["g_ptr"],
 )  # fmt: skip
 def grad_d_kernel(
     q_ptr,  # [n_q, l_q, dim]
@@ -86,23 +88,26 @@ def grad_d_kernel(
     q_stride_n, q_stride_l, d_stride_n, d_stride_k, d_stride_l, g_stride_n, g_stride_k,
     n_q, n_d, l_q, l_d,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    OWN: tl.constexpr, NORM: tl.constexpr, ALIGN: tl.constexpr,
-    COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    OWN: tl.constexpr, NORM: tl.constexpr, PROJECT: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Each program owns BLOCK_D tokens of one document and walks over all the query tokens that met it.
+    """Each program owns BLOCK_D tokens of one document, BLOCK_K columns of them, and walks over all the query tokens
+    that met it. PROJECT: take the gradient through the norm here, where one program holds all columns.
 
     The one-hot product picks rows exactly; g multiplies the accumulator afterwards, in ACC, so that a half-precision
-    gradient rounds once, at the end.
+    gradient rounds once, at the end. A NaN or infinite g stays with the tokens that won; a NaN query token may reach
+    the other winners of its block of BLOCK_R, never a token that won nothing.
     """
     blocks = tl.cdiv(l_d, BLOCK_D)
+    column_blocks: tl.constexpr = (DIM + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
-    start = (pid % blocks) * BLOCK_D
-    item = (pid // blocks).to(tl.int64)
+    columns = pid % column_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    start = (pid // column_blocks % blocks) * BLOCK_D
+    item = (pid // column_blocks // blocks).to(tl.int64)
     doc = item % n_d
     first = item // n_d if OWN else item * 0
     past = first + 1 if OWN else first + n_q
     j = start + tl.arange(0, BLOCK_D)
-    columns = tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
     q_stride_n = aligned(q_stride_n, ALIGN)
     q_stride_l = aligned(q_stride_l, ALIGN)
@@ -113,17 +118,17 @@ def grad_d_kernel(
             i = token + r
             winner = tl.load(argmax_ptr + (query * n_d + doc) * l_q + i, mask=i < l_q, other=-1)
             rows = load_rows(
-                q_ptr + query * q_stride_n, i.to(tl.int64), winner >= 0, columns, q_stride_l, DIM, DIM == BLOCK_K, False
+                q_ptr + query * q_stride_n, i.to(tl.int64), winner >= 0, columns, q_stride_l, DIM, DIM % BLOCK_K == 0,
+                False,
             )  # fmt: skip
             if NORM:
                 inv = tl.load(q_inv_ptr + query * l_q + i, mask=winner >= 0, other=0.0)
                 rows = rows.to(ACC) * inv[:, None]
-            picked = (winner[None, :] == j[:, None]).to(COMPUTE)
-            part = tl.dot(picked, rows.to(COMPUTE), input_precision=PRECISION, out_dtype=ACC)
-            # an empty document has no winner: whatever g its score got (NaN from a softmax over -inf) stays out
-            total += part * tl.where(tl.max(winner, 0) >= 0, weight, 0.0)
+            picked = winner[None, :] == j[:, None]
+            part = tl.dot(picked.to(COMPUTE), rows.to(COMPUTE), input_precision=PRECISION, out_dtype=ACC)
+            total += tl.where((tl.max(picked.to(tl.int32), 1) > 0)[:, None], part * weight, 0.0)
     ok = j < l_d
-    if NORM:
+    if PROJECT:
         x = load_rows(
             d_ptr + first * d_stride_n + doc * d_stride_k, j.to(tl.int64), ok, columns, d_stride_l, DIM,
             DIM == BLOCK_K, False,
@@ -133,21 +138,20 @@ def grad_d_kernel(
     tl.store(out, total, mask=ok[:, None] & (columns < DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["stride_n", "stride_l", "length", "rows"])
+@triton.jit(do_not_specialize=["stride_n", "stride_k", "stride_l", "k", "length", "rows"])
 def through_norm_kernel(
-    x_ptr,  # [n, length, dim]
-    inv_ptr,  # [n * length]
-    g_ptr,  # [n, length, dim] contiguous
-    out_ptr,  # [n, length, dim] contiguous
-    stride_n, stride_l, length, rows,
+    x_ptr,  # [n, k, length, dim]
+    inv_ptr,  # [n * k * length]
+    g_ptr,  # [n, k, length, dim] contiguous
+    out_ptr,  # [n, k, length, dim] contiguous
+    stride_n, stride_k, stride_l, k, length, rows,
     DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_K)
     ok = (row < rows)[:, None] & (columns < DIM)[None, :]
-    x = tl.load(
-        x_ptr + (row // length * stride_n + row % length * stride_l)[:, None] + columns[None, :], mask=ok, other=0.0
-    ).to(ACC)  # fmt: skip
-    g = tl.load(g_ptr + row[:, None] * DIM + columns[None, :], mask=ok, other=0.0)
+    base = x_ptr + (row // length // k * stride_n + row // length % k * stride_k + row % length * stride_l)
+    x = tl.load(base[:, None] + columns[None, :], mask=ok, other=0.0).to(ACC)
+    g = tl.load(g_ptr + row[:, None] * DIM + columns[None, :], mask=ok, other=0.0).to(ACC)
     inv = tl.load(inv_ptr + row, mask=row < rows, other=0.0)
     tl.store(out_ptr + row[:, None] * DIM + columns[None, :], through_norm(x, inv, g), mask=ok)

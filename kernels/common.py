@@ -33,7 +33,8 @@ def same_bits(a, b):
     """Bitwise equality: NaN equals NaN, so a running maximum that met NaN keeps the winner that brought it."""
     if a.dtype == tl.float64:
         return a.to(tl.int64, bitcast=True) == b.to(tl.int64, bitcast=True)
-    return a.to(tl.int32, bitcast=True) == b.to(tl.int32, bitcast=True)
+    else:
+        return a.to(tl.int32, bitcast=True) == b.to(tl.int32, bitcast=True)
 
 
 @triton.jit

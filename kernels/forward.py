@@ -66,7 +66,8 @@ def step(
         "q_stride_n", "q_stride_l", "d_stride_n", "d_stride_k", "d_stride_l",
         "q_mask_stride_n", "q_mask_stride_l", "d_mask_stride_n", "d_mask_stride_k", "d_mask_stride_l",
         "d_inv_stride_n", "n_q", "n_d", "l_q", "l_d", "chunks",
-    ]
+    ],
+    do_not_specialize_on_alignment=["q_mask_ptr", "d_mask_ptr"],
 )  # fmt: skip
 def forward_kernel(
     q_ptr,  # [n_q, l_q, dim]
@@ -79,11 +80,11 @@ def forward_kernel(
     argmax_ptr,  # [n_q, n_d, l_q] int32
     q_stride_n, q_stride_l, d_stride_n, d_stride_k, d_stride_l,
     q_mask_stride_n, q_mask_stride_l, d_mask_stride_n, d_mask_stride_k, d_mask_stride_l, d_inv_stride_n,
-    n_q, n_d, l_q, l_d, chunks, empty_score,
+    n_q, n_d, l_q, l_d, chunks, empty_score: tl.float64,
     DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     PACK: tl.constexpr, SWAP: tl.constexpr,
     Q_MASKED: tl.constexpr, D_MASKED: tl.constexpr, NORM: tl.constexpr, ARGMAX: tl.constexpr,
-    ALIGN: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """PACK queries share a tile of BLOCK_Q rows, BLOCK_Q / PACK tokens each; a longer query is cut in chunks of
     BLOCK_Q, one program each (a loop over chunks cost 255 registers and spills where one chunk takes 102).

@@ -5,12 +5,14 @@ Reads shapes, dtypes and devices only, never values: no device-to-host sync.
 
 from __future__ import annotations
 
-import dataclasses
+import math
+import numbers
 from typing import NamedTuple
 
 import torch
 
 BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
+FLOAT32_MAX = torch.finfo(torch.float32).max
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -25,8 +27,7 @@ class Arguments(NamedTuple):
     one_document: bool  # the caller's d had no n_d axis
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Shapes and flags of one call: all that the choice of backend and tile may depend on."""
 
     own: bool  # every query has its own n_d candidates
@@ -53,32 +54,24 @@ class Problem:
 
 def problem(args: Arguments, *, normalize: bool, argmax: bool, train: bool) -> Problem:
     q, d = args.q, args.d
+    n_q, l_q, dim = q.shape
+    *own, n_d, l_d, _ = d.shape
     return Problem(
-        own=d.dim() == 4,
-        n_q=q.shape[0],
-        n_d=d.shape[-3],
-        l_q=q.shape[1],
-        l_d=d.shape[-2],
-        dim=q.shape[2],
-        q_dtype=q.dtype,
-        d_dtype=d.dtype,
-        device=q.device,
-        q_masked=args.q_mask is not None,
-        d_masked=args.d_mask is not None,
-        normalize=normalize,
-        argmax=argmax,
-        train=train,
-        matmul_precision=torch.get_float32_matmul_precision(),
-    )
+        bool(own), n_q, n_d, l_q, l_d, dim, q.dtype, d.dtype, q.device,
+        args.q_mask is not None, args.d_mask is not None, normalize, argmax, train,
+        torch.get_float32_matmul_precision(),
+    )  # fmt: skip
 
 
 def options(*, normalize, empty_score, return_argmax, backend) -> float:
     """Checks the keyword options; returns empty_score as a float."""
     for name, value in (("normalize", normalize), ("return_argmax", return_argmax)):
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-    if isinstance(empty_score, bool) or not isinstance(empty_score, (int, float)):
+            raise TypeError(f"{name} must be a Python bool, got {type(value).__module__}.{type(value).__name__}")
+    if isinstance(empty_score, bool) or not isinstance(empty_score, numbers.Real):
         raise TypeError(f"empty_score must be a number, got {type(empty_score).__name__}")
+    if FLOAT32_MAX < abs(empty_score) < math.inf:
+        raise ValueError(f"empty_score must be infinite or within the range of float32, got {empty_score}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     return float(empty_score)
@@ -101,6 +94,8 @@ def mask(name: str, m, of: str, x: torch.Tensor) -> torch.Tensor | None:
         return None
     if not isinstance(m, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(m).__name__}")
+    if m.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {m.layout}")
     if m.dtype.is_complex:
         raise TypeError(f"{name} must be bool, int or float, got {m.dtype}")
     if m.shape != x.shape[:-1]:

@@ -16,7 +16,10 @@ def _items(name: str, x) -> list[torch.Tensor]:
     if isinstance(x, torch.Tensor):
         if x.layout != torch.jagged:
             raise TypeError(f"{name} must be a dense tensor, a list or a jagged nested tensor, got layout {x.layout}")
-        return list(x.unbind())
+        x = x.unbind()
+        for i, item in enumerate(x):
+            _check.tokens(f"{name}[{i}]", item, (2,), "[l_i, dim]")
+        return list(x)
     for i, item in enumerate(x):
         _check.tokens(f"{name}[{i}]", item, (2,), "[l_i, dim]")
         for what in ("dtype", "device"):

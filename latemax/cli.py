@@ -45,6 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of the crops (default: %(default)s)")
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="the quick table for this machine, with the limit that binds")
+    bench.add_argument("--json", action="store_true", help="the same as JSON")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -55,6 +59,15 @@ def _info(args: argparse.Namespace) -> None:
 
     info = collect()
     print(json.dumps(info, indent=2) if args.json else render(info))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    import json
+
+    from latemax._bench import quick, render
+
+    rows = quick()
+    print(json.dumps(rows, indent=2) if args.json else render(rows))
 
 
 def _demo(args: argparse.Namespace) -> None:

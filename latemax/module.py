@@ -46,4 +46,7 @@ class MaxSim(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"normalize={self.normalize}, empty_score={self.empty_score}, backend={self.backend!r}"
+        return (
+            f"normalize={self.normalize}, empty_score={self.empty_score}, return_argmax={self.return_argmax}, "
+            f"backend={self.backend!r}"
+        )

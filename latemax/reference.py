@@ -34,6 +34,11 @@ def maxsim(q, d, q_mask=None, d_mask=None, *, normalize=False, empty_score=-math
     """
     if isinstance(q, (list, tuple)) or isinstance(d, (list, tuple)):
         return _lists(q, d, q_mask, d_mask, normalize, empty_score, return_argmax)
+    with torch.autocast(q.device.type, enabled=False):
+        return _dense(q, d, q_mask, d_mask, normalize, empty_score, return_argmax)
+
+
+def _dense(q, d, q_mask, d_mask, normalize, empty_score, return_argmax):
     dtype = torch.float64 if torch.promote_types(q.dtype, d.dtype) == torch.float64 else torch.float32
     one_query, one_document, own = q.dim() == 2, d.dim() == 2, d.dim() == 4
     q_keep = torch.ones(q.shape[:-1], dtype=torch.bool, device=q.device) if q_mask is None else q_mask != 0

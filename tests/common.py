@@ -6,18 +6,26 @@ import pytest
 import torch
 
 from latemax import reference
+from latemax.ops import native_cpu_backend
 
 GPU = torch.cuda.is_available()
 # the Triton kernels run on the GPU where there is one, else in the interpreter (see conftest.py)
 TRITON_DEVICE = "cuda" if GPU else "cpu"
 BACKENDS = [
-    pytest.param(("cpu", "cpu"), id="cpu"),
+    # what stands behind backend="cpu": the native kernel where it was built, and the torch path everywhere
+    pytest.param(
+        ("cpu", "cpu"),
+        id="cpu-native",
+        marks=pytest.mark.skipif(not native_cpu_backend.status()[0], reason=native_cpu_backend.status()[1]),
+    ),
+    pytest.param(("cpu", "cpu"), id="cpu-torch", marks=pytest.mark.torch_path),
     pytest.param(("triton", TRITON_DEVICE), id="triton"),
 ]
 # (n_q, n_d, l_q, l_d, dim); with an own-candidates twin where a test asks for one
 SHAPES = [
     pytest.param((1, 1, 1, 1, 1), id="ones"),
     pytest.param((1, 3, 5, 17, 16), id="short"),
+    pytest.param((3, 2, 1, 9, 4), id="one-token"),
     pytest.param((3, 2, 15, 33, 96), id="dim96"),
     pytest.param((5, 2, 32, 129, 64), id="packed"),
     pytest.param((2, 3, 17, 196, 128), id="patches"),

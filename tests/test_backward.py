@@ -46,17 +46,28 @@ def test_gradient_dtypes(where, dtype, normalize):
 def test_mixed_dtypes_get_gradients_of_their_own_dtype(where):
     backend, device = where
     q, d = problem((2, 2, 4, 20, 32), device=device)
-    q, d = q.bfloat16().requires_grad_(), d.requires_grad_()
-    latemax.maxsim(q, d, backend=backend).sum().backward()
-    assert q.grad.dtype == torch.bfloat16 and d.grad.dtype == torch.float32
+    for q_dtype, d_dtype in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float16, torch.float64),
+    ):
+        a, b = q.to(q_dtype).requires_grad_(), d.to(d_dtype).requires_grad_()
+        for normalize in (False, True):
+            ours = torch.autograd.grad(latemax.maxsim(a, b, normalize=normalize, backend=backend).sum(), (a, b))
+            truth = torch.autograd.grad(exact(a, b, normalize=normalize).sum(), (a, b))
+            assert ours[0].dtype == q_dtype and ours[1].dtype == d_dtype
+            torch.testing.assert_close(ours[0], truth[0])
+            torch.testing.assert_close(ours[1].double(), truth[1].double(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", BACKENDS)
 def test_only_the_side_that_needs_a_gradient_costs_one(where, monkeypatch):
     backend, device = where
-    from latemax.ops import cpu_backend, triton_backend
+    from latemax.ops import cpu_backend, native_cpu_backend, triton_backend
 
-    module = triton_backend if backend == "triton" else cpu_backend
+    module = triton_backend
+    if backend == "cpu":
+        module = native_cpu_backend if native_cpu_backend.status()[0] else cpu_backend
     seen = []
     original = module.backward
     monkeypatch.setattr(
@@ -81,6 +92,8 @@ def test_gradients_through_views_and_squeezed_shapes(where):
         (q, d, lambda q, d: (q[0], d[1])),
         (q, d, lambda q, d: (q.transpose(0, 1), d)),
         (q, d[:1], lambda q, d: (q, d.expand(3, -1, -1))),
+        (q[:1], d, lambda q, d: (q.transpose(1, 2).contiguous().transpose(1, 2), d)),
+        (q, d, lambda q, d: (q.transpose(1, 2).contiguous().transpose(1, 2), d.unsqueeze(0).expand(2, -1, -1, -1))),
     ]
     for a, b, view in cases:
         truth = gradients(lambda q, d, view=view: exact(*view(q, d)), a.double(), b.double(), 1.0)
@@ -129,3 +142,36 @@ def test_argmax_carries_no_gradient():
     q, d = problem((1, 2, 3, 5, 8))
     scores, argmax = latemax.maxsim(q.requires_grad_(), d, return_argmax=True)
     assert scores.requires_grad and not argmax.requires_grad
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", BACKENDS)
+def test_a_broken_incoming_gradient_stays_with_the_winners(where, value):
+    """Masked tokens and tokens that won nothing get exactly 0, whatever g holds."""
+    backend, device = where
+    q, d = problem((2, 2, 3, 9, 8), device=device)
+    keep = torch.ones(2, 9, dtype=torch.bool, device=device)
+    keep[:, 5:] = False
+    for normalize in (False, True):
+        a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
+        scores, argmax = latemax.maxsim(a, b, None, keep, normalize=normalize, return_argmax=True, backend=backend)
+        g = torch.ones_like(scores)
+        g[0, 0] = value
+        scores.backward(g)
+        won = torch.zeros(2, 9, dtype=torch.bool, device=device)
+        for document in range(2):
+            won[document, argmax[:, document].flatten().long()] = True
+        assert (b.grad[~won] == 0).all() and b.grad[1].isfinite().all()
+        assert a.grad[1].isfinite().all() and not a.grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalize"])
+@pytest.mark.parametrize("where", BACKENDS)
+def test_gradients_of_wide_tokens(where, normalize):
+    """More columns than one program of grad_d holds."""
+    backend, device = where
+    q, d = problem((1, 2, 3, 18, 530), device=device)
+    ours = gradients(lambda q, d: latemax.maxsim(q, d, normalize=normalize, backend=backend), q, d, 1.0)
+    truth = gradients(lambda q, d: exact(q, d, normalize=normalize), q.double(), d.double(), 1.0)
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)

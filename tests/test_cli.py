@@ -150,3 +150,21 @@ def test_wrong_usage_exits_with_2(argv, message, capsys):
         cli.main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_bench_prints_the_quick_table(monkeypatch, capsys):
+    from latemax import _bench
+
+    limits = dict(matmul_float32_tflops=1.0, matmul_bfloat16_tflops=1.0, read_gbs=10.0)
+    monkeypatch.setattr(_bench, "limits", lambda device, rounds: limits)
+    monkeypatch.setattr(_bench.quick, "__defaults__", (2,))
+    assert cli.main(["bench", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 3
+    for row in rows:
+        assert row["latemax_ms"] > 0 and row["eager_ms"] > 0 and row["error"] < 0.1
+        assert row["binding"] in ("matmul", "read")
+    # 2 · 1000 · 32 · 196 · 128 FLOPs at 1 TFLOP/s, or its documents at 10 GB/s
+    assert rows[0]["allowed_ms"] == pytest.approx(1000 * 196 * 128 * 4 / 10e9 * 1e3, rel=0.01)
+    assert cli.main(["bench"]) == 0
+    assert "of limit" in capsys.readouterr().out

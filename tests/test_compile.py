@@ -114,6 +114,13 @@ def test_autocast_changes_nothing(where):
             assert torch.equal(a, b)
 
 
+def test_the_oracle_is_deaf_to_autocast():
+    q, d = problem((2, 3, 4, 9, 16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = latemax.maxsim(q, d, backend="reference")
+    assert scores.dtype == torch.float32 and torch.equal(scores, latemax.maxsim(q, d, backend="reference"))
+
+
 def test_compile_under_autocast():
     torch._dynamo.reset()
     q, d = problem((2, 3, 4, 9, 16))
@@ -134,6 +141,12 @@ def test_forward_mode_is_refused_not_dropped():
         torch.func.jvp(lambda q: latemax.maxsim(q, d), (q,), (torch.ones_like(q),))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         latemax.maxsim(forward_ad.make_dual(q, torch.ones_like(q)), d)
+
+
+def test_functional_gradients_are_refused_in_clear_words():
+    q, d = problem((1, 2, 3, 5, 8))
+    with pytest.raises(NotImplementedError, match=r"not under torch\.func\.grad; use torch\.autograd\.grad"):
+        torch.func.grad(lambda q: latemax.maxsim(q, d).sum())(q)
 
 
 def test_second_derivative_is_refused_through_the_operator():

@@ -10,6 +10,8 @@ def test_tables_are_fresh(monkeypatch):
 
 def test_a_stale_table_is_seen():
     text = "before\n<!-- table:aot -->\n| old |\n<!-- /table -->\nafter\n"
-    assert "| old |" not in report.render(text) and report.render(text).startswith("before\n<!-- table:aot -->\n| arch |")
+    assert "| old |" not in report.render(text) and report.render(text).startswith(
+        "before\n<!-- table:aot -->\n| arch |"
+    )
     unknown = text.replace("aot", "unheard-of")
     assert report.render(unknown) == unknown

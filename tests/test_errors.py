@@ -50,9 +50,16 @@ CASES = {
         ValueError,
         r"backend must be one of auto, triton, cuda, cpu, reference; got 'gpu'",
     ),
-    "normalize": (dict(normalize="yes"), TypeError, r"normalize must be a bool, got str"),
-    "return_argmax": (dict(return_argmax=1), TypeError, r"return_argmax must be a bool, got int"),
+    "normalize": (dict(normalize="yes"), TypeError, r"normalize must be a Python bool, got builtins\.str"),
+    "return_argmax": (dict(return_argmax=1), TypeError, r"return_argmax must be a Python bool, got builtins\.int"),
     "empty_score": (dict(empty_score="zero"), TypeError, r"empty_score must be a number, got str"),
+    "empty_score too large": (
+        dict(empty_score=1e300),
+        ValueError,
+        r"infinite or within the range of float32, got 1e\+300",
+    ),
+    "numpy bool": (dict(normalize=numpy.True_), TypeError, r"normalize must be a Python bool, got numpy\.bool"),
+    "mask sparse": (dict(d_mask=torch.ones(5, 6).to_sparse()), TypeError, r"d_mask must be a dense tensor.*sparse_coo"),
     "list of 3-D": (dict(d=[D]), ValueError, r"d\[0\] must be \[l_i, dim\], got shape \[5, 6, 4\]"),
     "list of integers": (dict(d=[D[0], D[0].int()]), TypeError, r"d\[1\] must be float16.*torch\.int32"),
     "list of two dims": (

@@ -18,7 +18,12 @@ ROOT = Path(__file__).parents[1]
 # A module may import what stands on an earlier line, never its own line's other entries or a later line.
 STACK = (
     ("latemax.kernels",),
-    ("latemax.ops.triton_backend", "latemax.ops.cuda_backend", "latemax.ops.cpu_backend"),
+    (
+        "latemax.ops.triton_backend",
+        "latemax.ops.cuda_backend",
+        "latemax.ops.cpu_backend",
+        "latemax.ops.native_cpu_backend",
+    ),
     ("latemax.ops.select",),
     ("latemax.ops.launch",),
     ("latemax.ops.autograd",),
@@ -38,6 +43,7 @@ TOPS = {
     "latemax.compat": (),
     "latemax.demo": ("latemax.cli",),
     "latemax._info": ("latemax.cli",),
+    "latemax._bench": ("latemax.cli",),
     "latemax.cli": (),
 }
 LEVEL = {name: level for level, names in enumerate(STACK) for name in names}

@@ -78,6 +78,9 @@ def test_nan_gradient_stays_with_the_tokens_of_its_pair(where):
     q, d = problem((1, 2, 3, 20, 8), device=device)
     d[0, 4] = math.nan
     d.requires_grad_()
+    q.requires_grad_()
     scores = latemax.maxsim(q, d, backend=backend)
     scores[:, 1].sum().backward()
     assert d.grad[1].isfinite().all() and d.grad[0].isfinite().all()
+    # the document that holds the NaN met the query with a gradient of 0: 0 · NaN, as torch has it too
+    assert q.grad.isnan().any() and (d.grad[0] == 0).all()

@@ -1,7 +1,5 @@
 """The choice of backend and tile: pure, explained, and never a silent fallback."""
 
-import dataclasses
-
 import pytest
 import torch
 from common import GPU, TRITON_DEVICE, problem
@@ -34,7 +32,7 @@ def test_explain_names_the_tile_and_where_it_was_found():
 
 @pytest.mark.parametrize("backend", latemax._check.BACKENDS)
 def test_what_explain_says_is_what_runs(backend, monkeypatch):
-    from latemax.ops import cpu_backend
+    from latemax.ops import cpu_backend, native_cpu_backend
 
     q, d = problem((2, 3, 4, 9, 16), device=TRITON_DEVICE if backend == "triton" else "cpu")
     try:
@@ -46,22 +44,41 @@ def test_what_explain_says_is_what_runs(backend, monkeypatch):
         return
     ran = []
     monkeypatch.setattr(cpu_backend, "forward", lambda *_, **__: ran.append("cpu"))
+    monkeypatch.setattr(native_cpu_backend, "forward", lambda *_, **__: ran.append("native"))
     monkeypatch.setattr(latemax.ops.launch.reference, "maxsim", lambda *_, **__: ran.append("reference") or (q, q))
     from latemax.ops import triton_backend
 
     monkeypatch.setattr(triton_backend, "forward", lambda *_, **__: ran.append("triton"))
     latemax.maxsim(q, d, backend=backend)
-    assert ran == [choice.backend]
+    assert ran == ["native" if choice.native else choice.backend]
 
 
-def test_triton_without_a_gpu_is_refused_outside_the_interpreter(monkeypatch):
+@pytest.fixture
+def fresh_choice():
+    """A choice is remembered: forget it around a test that changes what the machine says of itself."""
+    select.choose.cache_clear()
+    yield
+    select.choose.cache_clear()
+
+
+def test_triton_without_a_gpu_is_refused_outside_the_interpreter(monkeypatch, fresh_choice):
     monkeypatch.setattr(select, "interpreted", lambda: False)
     monkeypatch.setattr(select, "triton_status", lambda: (True, ""))
     with pytest.raises(ValueError, match="backend='triton' needs tensors on a CUDA device; got cpu"):
         select.choose(SMALL, "triton")
     monkeypatch.setattr(select, "triton_status", lambda: (False, "triton is not installed"))
     with pytest.raises(RuntimeError, match="needs triton: triton is not installed"):
-        select.choose(dataclasses.replace(SMALL, device=torch.device("cuda", 0)), "auto")
+        select.choose(SMALL._replace(device=torch.device("cuda", 0)), "auto")
+
+
+def test_float64_on_an_old_triton_is_said_not_compiled(monkeypatch, fresh_choice):
+    monkeypatch.setattr(select, "triton_status", lambda: (True, ""))
+    monkeypatch.setattr(select, "float64_products", lambda: False)
+    double = SMALL._replace(q_dtype=torch.float64, device=torch.device("cuda", 0))
+    assert select.choose(double, "auto").backend == "reference"
+    assert "triton older than 3.6" in select.choose(double, "auto").why
+    with pytest.raises(RuntimeError, match="cannot run float64"):
+        select.choose(double, "triton")
 
 
 def test_kinds_of_product():
@@ -73,7 +90,7 @@ def test_kinds_of_product():
         (torch.float64, "high"): "double",
     }
     for (dtype, precision), expected in kinds.items():
-        p = dataclasses.replace(SMALL, q_dtype=dtype, d_dtype=dtype, matmul_precision=precision)
+        p = SMALL._replace(q_dtype=dtype, d_dtype=dtype, matmul_precision=precision)
         assert select.kind(p) == expected
 
 

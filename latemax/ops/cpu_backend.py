@@ -184,25 +184,28 @@ def _backward_group(d, grad_d, q, grad_q, g, argmax, normalize) -> None:
     """Gathers winners for grad_q, sums into owned document blocks for grad_d; fills both in place."""
     (n_q, l_q, dim), (n_d, l_d) = q.shape, d.shape[:2]
     wide = _wide(torch.promote_types(q.dtype, d.dtype))
-    rows = q.reshape(-1, dim).to(wide)
+    rows = q.reshape(-1, dim).to(wide).contiguous()
     q_norms = _norms(rows) if normalize else None
     units = rows / q_norms if normalize else rows
     sum_q = torch.zeros_like(rows)
+    # picked rows stay in L2; sums over whole documents, where d has a gradient, stay within a block
     docs = max(1, l2_bytes() * torch.get_num_threads() // (rows.numel() * rows.element_size()))
+    docs = min(docs, max(1, BLOCK_BYTES // 4 // (l_d * dim * rows.element_size())))
     for n in range(0, n_d, docs):
         m = min(docs, n_d - n)
         winner = argmax[:, n : n + m].transpose(0, 1).reshape(m, -1)  # [m, n_q * l_q]
         won = winner >= 0
-        flat = (winner.clamp(min=0) + l_d * torch.arange(m, device=d.device).unsqueeze(1)).view(-1)
+        flat = (winner.clamp(min=0) + l_d * torch.arange(m, device=d.device).unsqueeze(1)).reshape(-1)
         weight = g[:, n : n + m].T.to(wide).unsqueeze(-1).expand(m, n_q, l_q).reshape(m, -1, 1)
-        lost = None if bool(won.all()) else ~won.unsqueeze(-1)
+        # on a GPU (backend="reference") asking would wait for the device
+        lost = None if d.device.type == "cpu" and bool(won.all()) else ~won.unsqueeze(-1)
         if grad_q is not None:
             picked = d[n : n + m].reshape(-1, dim).index_select(0, flat).to(wide)
             if normalize:
                 picked /= _norms(picked)
             sum_q += _weighted(picked.view(m, -1, dim), weight, lost).sum(0)
         if grad_d is not None:
-            given = _weighted(units.expand(m, -1, -1), weight, lost).view(-1, dim)
+            given = _weighted(units.expand(m, -1, -1), weight, lost).reshape(-1, dim)
             total = given.new_zeros(m * l_d, dim).index_add_(0, flat, given)
             if normalize:
                 block = d[n : n + m].reshape(-1, dim).to(wide)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from latemax import _check, reference
-from latemax.ops import cpu_backend, select
+from latemax.ops import cpu_backend, native_cpu_backend, select
 
 
 def allocate(q: torch.Tensor, d: torch.Tensor, want_argmax: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +46,8 @@ def forward(
             q, d, q_mask, d_mask, scores, argmax, normalize=normalize, empty_score=empty_score, tile=choice.tile
         )
     else:
-        cpu_backend.forward(q, d, q_mask, d_mask, scores, argmax, normalize=normalize, empty_score=empty_score)
+        run = native_cpu_backend if choice.native else cpu_backend
+        run.forward(q, d, q_mask, d_mask, scores, argmax, normalize=normalize, empty_score=empty_score)
     return scores, argmax
 
 
@@ -67,5 +68,5 @@ def backward(
         from latemax.ops import triton_backend as run
     else:
         # the blocked gather runs on any device and is what backend="reference" differentiates with
-        run = cpu_backend
+        run = native_cpu_backend if choice.native else cpu_backend
     return run.backward(g, q, d, argmax, normalize=normalize, needs_q=needs_q, needs_d=needs_d)

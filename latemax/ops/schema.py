@@ -1,4 +1,4 @@
-"""The operators as torch.library knows them: for torch.compile, torch.export, FakeTensor, functorch, tensor subclasses.
+"""The operators as torch.library knows them: for torch.compile, torch.export, FakeTensor, vmap, tensor subclasses.
 
 Eager calls on plain tensors go straight to the launcher: the dispatcher costs more microseconds than small problems do.
 """
@@ -77,10 +77,19 @@ def _plain(*tensors) -> bool:
     )
 
 
-def _refuse_tangents(*tensors) -> None:
-    """A tangent of forward-mode differentiation would be dropped in silence by an operator that knows none."""
+def _refuse_transforms(*tensors) -> None:
+    """What an operator registered with torch.library can't be differentiated by, said before it goes wrong.
+
+    A tangent of forward-mode differentiation would be dropped in silence.
+    """
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError("maxsim has no forward-mode derivative (jvp); use reverse mode")
+    level = torch._C._functorch.peek_interpreter_stack()
+    if level is not None and level.key() == torch._C._functorch.TransformType.Grad:
+        # torch's own error for any operator registered this way speaks of a setup_context that no caller wrote
+        raise NotImplementedError(
+            "maxsim runs under torch.func.vmap, not under torch.func.grad; use torch.autograd.grad"
+        )
 
 
 def maxsim(args, normalize: bool, empty_score: float, want_argmax: bool, backend: str):
@@ -88,7 +97,7 @@ def maxsim(args, normalize: bool, empty_score: float, want_argmax: bool, backend
     q, d, q_mask, d_mask = args[:4]
     train = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
     if not torch.compiler.is_compiling():
-        _refuse_tangents(q, d)
+        _refuse_transforms(q, d)
         if _plain(q, d, q_mask, d_mask):
             if train:
                 return autograd.MaxSim.apply(q, d, q_mask, d_mask, normalize, empty_score, backend)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
+from typing import NamedTuple
 
 import torch
 
 from latemax._check import Problem
-from latemax.ops import tiles
+from latemax.ops import native_cpu_backend, tiles
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What would run and why."""
 
     backend: str  # "triton", "cpu" or "reference"
     why: str
     tile: tiles.TileConfig | None = None
     notes: tuple[str, ...] = ()
+    native: bool = False  # backend "cpu": the native kernel, not blocked torch matmul
 
 
 @functools.cache
@@ -45,8 +45,24 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+@functools.cache
+def float64_products() -> bool:
+    """Whether tl.dot takes float64: 3.4 refuses it, 3.6 compiles it to DMMA."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+
 def cuda_status() -> tuple[bool, str]:
     return False, "this build has no CUDA extension"
+
+
+def cpu_status() -> str:
+    usable, reason = native_cpu_backend.status()
+    threads = f"on {torch.get_num_threads()} threads"
+    if usable:
+        return f"{reason} {threads}; blocked torch matmul for float64"
+    return f"blocked torch matmul {threads}; {reason}"
 
 
 def backend_status() -> dict[str, tuple[bool, str]]:
@@ -54,7 +70,7 @@ def backend_status() -> dict[str, tuple[bool, str]]:
     return {
         "triton": triton_status(),
         "cuda": cuda_status(),
-        "cpu": (True, f"blocked torch matmul on {torch.get_num_threads()} threads"),
+        "cpu": (True, cpu_status()),
         "reference": (True, "plain torch; writes every similarity to memory"),
     }
 
@@ -68,6 +84,8 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+# remembered by shape: the same call costs a look-up instead of a search of the tile table
+@functools.lru_cache(maxsize=4096)
 def choose(p: Problem, backend: str) -> Choice:
     """Raises ValueError / RuntimeError where the asked backend cannot run this problem, and says why."""
     device = p.device.type
@@ -81,12 +99,19 @@ def choose(p: Problem, backend: str) -> Choice:
         if device != "cpu":
             raise ValueError(f"backend='cpu' needs tensors on the CPU; got {p.device}")
         why = "asked for by name" if backend == "cpu" else "the tensors are on the CPU"
-        return Choice("cpu", f"{why}: blocked torch matmul and maximum")
+        why_torch = native_cpu_backend.why_not(p.device, p.q_dtype, p.d_dtype)
+        if why_torch:
+            return Choice("cpu", f"{why}: blocked torch matmul and maximum", notes=(why_torch,))
+        return Choice("cpu", f"{why}: {native_cpu_backend.status()[1]}", native=True)
     usable, reason = triton_status()
     if not usable:
         raise RuntimeError(f"backend={backend!r} on {p.device} needs triton: {reason}")
     if device == "cpu" and not interpreted():
         raise ValueError("backend='triton' needs tensors on a CUDA device; got cpu")
+    if kind(p) == "double" and not float64_products():
+        if backend == "triton":
+            raise RuntimeError("backend='triton' cannot run float64: triton older than 3.6 multiplies none")
+        return Choice("reference", "float64 on a triton older than 3.6, which multiplies none: plain torch")
     tile, source = tiles.pick(kind(p), p.dim, query_rows(p), p.dtype.itemsize, capability(p.device), p.argmax)
     why = "asked for by name" if backend == "triton" else "the tensors are on a CUDA device"
     return Choice("triton", f"{why}; tile: {source}", tile)
@@ -110,4 +135,4 @@ def query_rows(p: Problem) -> int:
 def annotate(choice: Choice, ragged: tuple[str, ...]) -> Choice:
     """Adds what a call does besides: sides given as lists are padded and masked."""
     notes = tuple(f"{name} is ragged: padded to its longest item and masked" for name in ragged)
-    return dataclasses.replace(choice, notes=choice.notes + notes)
+    return choice._replace(notes=choice.notes + notes)

@@ -5,12 +5,11 @@ A missing row falls to ``DEFAULT``, never to a sweep at the first call.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from typing import NamedTuple
 
 
-@dataclasses.dataclass(frozen=True)
-class TileConfig:
+class TileConfig(NamedTuple):
     block_q: int  # query tokens in a tile, several packed queries together
     block_d: int  # document tokens in a tile
     block_k: int  # columns of the tokens in a tile; all of them where dim fits
@@ -46,20 +45,19 @@ TABLE = (
     Row(80, "half", 256, 1 << 30, TileConfig(64, 128, 256, True, 8, 2), None, STATIC),
     Row(80, "half", 1 << 30, 16, TileConfig(16, 128, 64, True, 4, 3), None, STATIC),
     Row(80, "half", 1 << 30, 32, TileConfig(32, 64, 128, True, 4, 3), None, STATIC),
-    Row(90, "half", 1 << 30, 1 << 30, TileConfig(128, 128, 64, True, 8, 3), None, STATIC),
-    Row(80, "half", 1 << 30, 1 << 30, TileConfig(64, 128, 64, True, 8, 3), None, STATIC_80),
+    Row(80, "half", 1 << 30, 1 << 30, TileConfig(64, 128, 64, True, 8, 3), None, STATIC),
     Row(80, "tf32", 128, 32, TileConfig(32, 64, 128, True, 4, 3), None, STATIC),
     Row(80, "tf32", 128, 1 << 30, TileConfig(64, 128, 128, True, 8, 2), None, STATIC),
     Row(80, "tf32", 1 << 30, 32, TileConfig(32, 64, 64, True, 4, 3), None, STATIC),
     Row(80, "tf32", 1 << 30, 1 << 30, TileConfig(64, 128, 64, True, 8, 3), None, STATIC),
-    Row(80, "ieee", 1 << 30, 1 << 30, TileConfig(32, 32, 32, True, 4, 2), None, STATIC),
+    Row(80, "ieee", 1 << 30, 1 << 30, TileConfig(32, 32, 32, True, 4, 2), TileConfig(16, 32, 32, True, 4, 2), STATIC),
     Row(80, "double", 1 << 30, 1 << 30, TileConfig(16, 32, 32, True, 4, 2), None, STATIC),
 )
 DEFAULT = TileConfig(16, 64, 32, True, 4, 2)
 
 # bytes of shared memory a block may use, by compute capability; 8.6, 8.9 and 12.x have less than the data-centre chips
 SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
-SMALLEST_SHARED_MEMORY = 101376
+SMALLEST_SHARED_MEMORY = 65536
 
 
 def padded_dim(dim: int) -> int:
@@ -79,6 +77,7 @@ def fits(tile: TileConfig, dim: int, itemsize: int, capability: int) -> bool:
     return shared_bytes(tile, dim, itemsize) <= SHARED_MEMORY.get(capability, SMALLEST_SHARED_MEMORY)
 
 
+@functools.lru_cache(maxsize=1024)
 def pick(
     kind: str, dim: int, q_rows: int, itemsize: int, capability: int, argmax: bool = False
 ) -> tuple[TileConfig, str]:
@@ -89,11 +88,11 @@ def pick(
             break
     else:
         tile, source = DEFAULT, "default: no row of the tile table covers this problem"
-    tile = dataclasses.replace(tile, block_k=min(tile.block_k, padded_dim(dim)))
+    tile = tile._replace(block_k=min(tile.block_k, padded_dim(dim)))
     while not fits(tile, dim, itemsize, capability) and tile.num_stages > 1:
-        tile, source = dataclasses.replace(tile, num_stages=tile.num_stages - 1), source + "; fewer stages to fit"
+        tile, source = tile._replace(num_stages=tile.num_stages - 1), source + "; fewer stages to fit"
     if not fits(tile, dim, itemsize, capability):
-        tile = dataclasses.replace(DEFAULT, block_k=min(DEFAULT.block_k, padded_dim(dim)))
+        tile = DEFAULT._replace(block_k=min(DEFAULT.block_k, padded_dim(dim)))
         source = "default: the table's tile does not fit this GPU's shared memory"
     return tile, source
 
@@ -101,11 +100,12 @@ def pick(
 class BackwardTile(NamedTuple):
     block_d: int  # document tokens that a grad_d program owns
     block_r: int  # query tokens it takes at a time
+    block_k: int  # columns that it owns
     num_warps: int = 8
 
 
 def backward_tile(dim: int, l_q: int, itemsize: int) -> BackwardTile:
-    """The grad_d tile: its accumulator is [block_d, padded dim] float32, which must stay in registers."""
-    row_bytes = padded_dim(dim) * itemsize
-    block_d = min(64, max(16, 32768 // row_bytes))
-    return BackwardTile(block_d, 16 if l_q <= 16 or row_bytes > 2048 else 32)
+    """The grad_d tile: its accumulator [block_d, block_k] stays in registers, its rows in 64 KB of shared memory."""
+    block_k = min(256, 1024 // itemsize, padded_dim(dim))
+    block_d = min(64, max(16, 32768 // (block_k * itemsize)))
+    return BackwardTile(block_d, 16 if l_q <= 16 else 32, block_k)

@@ -18,8 +18,44 @@ TL_DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+# decided when the kernels are decorated, at import
+INTERPRETED = triton.knobs.runtime.interpret
 # programs below which a GPU of 132 multiprocessors idles: then a loop over documents is split further
 ENOUGH_PROGRAMS = 4 * 132
+
+
+# (kernel, device, constants, options, pointer types) → the compiled kernel
+_built: dict = {}
+
+
+def _launch(
+    kernel, programs: int, pointers: tuple, numbers: tuple, constants: tuple, types: tuple,
+    warps: int = 4, stages: int = 3,
+) -> None:  # fmt: skip
+    """``kernel[(programs,)](*pointers, *numbers, *constants, *types)`` without triton's binder, once a build is known:
+    3 µs instead of 40 (benchmarks/host.py).
+
+    What decides the build is in the key: the constants, each pointer's dtype and 16-byte alignment. Not the numbers,
+    which are not specialised (beyond int32 they take triton's own way, which sees that they need another type), nor the
+    types of products and sums, which follow from the pointers and the constants (and are slow to hash).
+    """
+    narrow = max(numbers) < 1 << 31
+    key = (
+        kernel, pointers[0].device, constants, warps, stages, *[(x.dtype, x.data_ptr() % 16 == 0) for x in pointers]
+    )  # fmt: skip
+    built = _built.get(key) if narrow else None
+    if built is not None:
+        built[(programs, 1, 1)](*pointers, *numbers, *constants, *types)
+        return
+    built = kernel[(programs,)](*pointers, *numbers, *constants, *types, num_warps=warps, num_stages=stages)
+    # the interpreter builds nothing
+    if built is not None and narrow:
+        _built[key] = built
+
+
+def _ceil(a: int, b: int) -> int:
+    # triton.cdiv is a constexpr function: 7 µs a call
+    return -(-a // b)
 
 
 def _on(device: torch.device):
@@ -30,6 +66,8 @@ def _on(device: torch.device):
 
 
 def _unit_last(x: torch.Tensor) -> torch.Tensor:
+    # a lazy negation (of a view of a conjugate) is a flag that a pointer does not carry
+    x = x.resolve_neg() if x.is_neg() else x
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -42,17 +80,22 @@ def _strides(x: torch.Tensor | None, own: bool) -> tuple[int, int, int]:
 
 def _align(*tensors: torch.Tensor) -> int:
     """How many elements every row address is a multiple of: 16 bytes' worth, or 1."""
+    most = 16
     for x in tensors:
         step = 16 // x.element_size()
-        if x.data_ptr() % 16 or any(s % step for s in x.stride()[:-1]):
+        odd = x.data_ptr() % 16
+        for stride in x.stride()[:-1]:
+            odd |= stride % step
+        if odd:
             return 1
-    return min(16 // x.element_size() for x in tensors)
+        most = min(most, step)
+    return most
 
 
 def _compute(dtype: torch.dtype):
     """What products are taken in. The interpreter multiplies bfloat16 bit patterns as integers (triton 3.9), so there
     they are taken in float32, which holds them exactly."""
-    return tl.float32 if dtype == torch.bfloat16 and triton.knobs.runtime.interpret else TL_DTYPES[dtype]
+    return tl.float32 if dtype == torch.bfloat16 and INTERPRETED else TL_DTYPES[dtype]
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -71,10 +114,25 @@ def _inverse_norms(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         x4 = x if x.dim() == 4 else x.unsqueeze(1)
         columns = min(padded_dim(x.shape[-1]), 1024)
         block = max(1, 4096 // columns)
-        inverse_norm_kernel[(triton.cdiv(out.numel(), block),)](
-            x4, out, *x4.stride()[:3], x4.shape[1], x4.shape[2], out.numel(),
-            DIM=x.shape[-1], BLOCK_R=block, BLOCK_K=columns, ALIGN=_align(x4), ACC=_accumulator(dtype),
+        _launch(
+            inverse_norm_kernel, _ceil(out.numel(), block), (x4, out),
+            (*x4.stride()[:3], x4.shape[1], x4.shape[2], out.numel()),
+            (x.shape[-1], block, columns, _align(x4)), (_accumulator(dtype),),
         )  # fmt: skip
+    return out
+
+
+def _through_norm(x: torch.Tensor, inv: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Gradient of the tokens x given that of their unit vectors; in the dtype of x."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x4 = x if x.dim() == 4 else x.unsqueeze(1)
+    columns = padded_dim(x.shape[-1])
+    block = max(1, 4096 // columns)
+    _launch(
+        through_norm_kernel, _ceil(inv.numel(), block), (x4, inv, g, out),
+        (*x4.stride()[:3], x4.shape[1], x4.shape[2], inv.numel()), (x.shape[-1], block, columns),
+        (_accumulator(g.dtype),),
+    )  # fmt: skip
     return out
 
 
@@ -97,7 +155,7 @@ def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, til
     q, d = _unit_last(q), _unit_last(d)
     dtype = torch.promote_types(q.dtype, d.dtype)
     pack = packed(tile, l_q, n_q, own)
-    q_tiles, chunks = triton.cdiv(n_q, pack), triton.cdiv(l_q, tile.block_q)
+    q_tiles, chunks = _ceil(n_q, pack), _ceil(l_q, tile.block_q)
     # norms inside the tile are free where memory is waited for; a tile used again would pay for them again
     norm = 0
     if normalize:
@@ -105,15 +163,15 @@ def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, til
     with _on(q.device):
         q_inv, d_inv = (_inverse_norms(q, dtype), _inverse_norms(d, dtype)) if norm == 2 else (scores, scores)
         out = scores if chunks == 1 else scores.new_empty(chunks, n_q, n_d)
-        forward_kernel[(q_tiles * chunks * n_d,)](
-            q, d, scores if q_mask is None else q_mask, scores if d_mask is None else d_mask, q_inv, d_inv, out,
-            argmax, q.stride(0), q.stride(1), *_strides(d, own),
-            *((0, 0) if q_mask is None else q_mask.stride()), *_strides(d_mask, own), n_d * l_d if own else 0,
-            n_q, n_d, l_q, l_d, chunks, empty_score,
-            DIM=dim, BLOCK_Q=tile.block_q, BLOCK_D=tile.block_d, BLOCK_K=tile.block_k, PACK=pack,
-            SWAP=tile.swap, Q_MASKED=q_mask is not None, D_MASKED=d_mask is not None, NORM=norm,
-            ARGMAX=argmax.numel() > 0, ALIGN=_align(q, d), COMPUTE=_compute(dtype), ACC=_accumulator(dtype),
-            PRECISION=_precision(dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        _launch(
+            forward_kernel, q_tiles * chunks * n_d,
+            (q, d, scores if q_mask is None else q_mask, scores if d_mask is None else d_mask, q_inv, d_inv, out,
+             argmax),
+            (q.stride(0), q.stride(1), *_strides(d, own), *((0, 0) if q_mask is None else q_mask.stride()),
+             *_strides(d_mask, own), n_d * l_d if own else 0, n_q, n_d, l_q, l_d, chunks, empty_score),
+            (dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, q_mask is not None, d_mask is not None,
+             norm, argmax.numel() > 0, _align(q, d), _precision(dtype)),
+            (_compute(dtype), _accumulator(dtype)), tile.num_warps, tile.num_stages,
         )  # fmt: skip
         if chunks > 1:
             torch.sum(out, 0, out=scores)
@@ -127,39 +185,48 @@ def backward(g, q, d, argmax, *, normalize, needs_q, needs_d):
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     columns = padded_dim(dim)
     if not g.numel() or not l_d:
-        return (torch.zeros_like(q) if needs_q else None), (torch.zeros_like(d) if needs_d else None)
+        return tuple(
+            torch.zeros_like(x, memory_format=torch.contiguous_format) if needed else None
+            for x, needed in ((q, needs_q), (d, needs_d))
+        )
     q, d = _unit_last(q), _unit_last(d)
-    common = dict(DIM=dim, BLOCK_K=columns, ALIGN=_align(q, d), ACC=_accumulator(dtype))
+    align, accumulator = _align(q, d), _accumulator(dtype)
     grad_q = grad_d = None
     with _on(q.device):
         q_inv, d_inv = (_inverse_norms(q, dtype), _inverse_norms(d, dtype)) if normalize else (g, g)
         if needs_q:
             block = min(max(1, 4096 // columns), padded_dim(l_q))
-            blocks = triton.cdiv(l_q, block)
+            blocks = _ceil(l_q, block)
             splits = _splits(blocks * n_q, n_d)
-            parts = q.new_empty(splits, n_q, l_q, dim, dtype=acc if normalize or splits > 1 else q.dtype)
-            grad_q_kernel[(blocks * n_q * splits,)](
-                d, d_inv, argmax, g, parts, *_strides(d, own), n_d * l_d if own else 0, *g.stride(),
-                n_q, n_d, l_q, l_d, splits, BLOCK_R=block, NORM=normalize, **common,
+            # always wide, so that one build serves every number of splits
+            parts = q.new_empty(splits, n_q, l_q, dim, dtype=acc)
+            _launch(
+                grad_q_kernel, blocks * n_q * splits, (d, d_inv, argmax, g, parts),
+                (*_strides(d, own), n_d * l_d if own else 0, *g.stride(), n_q, n_d, l_q, l_d, splits),
+                (dim, block, columns, normalize, align), (accumulator,),
             )  # fmt: skip
             grad_q = parts[0] if splits == 1 else parts.sum(0)
             if normalize:
-                raw, grad_q = grad_q, torch.empty_like(q, memory_format=torch.contiguous_format)
-                through_norm_kernel[(triton.cdiv(n_q * l_q, block),)](
-                    q, q_inv, raw, grad_q, q.stride(0), q.stride(1), l_q, n_q * l_q,
-                    DIM=dim, BLOCK_R=block, BLOCK_K=columns, ACC=_accumulator(dtype),
-                )  # fmt: skip
+                grad_q = _through_norm(q, q_inv, grad_q)
             grad_q = grad_q.to(q.dtype)
         if needs_d:
-            grad_d = torch.empty_like(d, memory_format=torch.contiguous_format)
-            # scaled rows would round to half precision before the product, so they take the float32 path
-            compute = acc if normalize else q.dtype
+            # scaled rows would round to half precision before the product, so they take the float32 path; TF32 holds
+            # a half-precision row's digits, but where either side is float32 torch's own setting decides
+            compute = acc if normalize or acc == torch.float64 else q.dtype
+            precision = "tf32" if normalize and dtype.itemsize == 2 else _precision(compute)
             tile = backward_tile(dim, l_q, compute.itemsize)
-            grad_d_kernel[(triton.cdiv(l_d, tile.block_d) * n_d * (n_q if own else 1),)](
-                q, d, q_inv, d_inv, argmax, g, grad_d, q.stride(0), q.stride(1), *_strides(d, own), *g.stride(),
-                n_q, n_d, l_q, l_d, BLOCK_D=tile.block_d, BLOCK_R=tile.block_r, OWN=own, NORM=normalize,
-                COMPUTE=_compute(compute), num_warps=tile.num_warps, num_stages=2,
-                PRECISION=_precision(q.dtype) if compute == q.dtype else "tf32" if acc == torch.float32 else "ieee",
-                **common,
+            column_blocks = _ceil(dim, tile.block_k)
+            project = normalize and column_blocks == 1
+            grad_d = torch.empty_like(
+                d, dtype=acc if normalize and not project else d.dtype, memory_format=torch.contiguous_format
+            )
+            _launch(
+                grad_d_kernel, column_blocks * _ceil(l_d, tile.block_d) * n_d * (n_q if own else 1),
+                (q, d, q_inv, d_inv, argmax, g, grad_d),
+                (q.stride(0), q.stride(1), *_strides(d, own), *g.stride(), n_q, n_d, l_q, l_d),
+                (dim, tile.block_d, tile.block_r, tile.block_k, own, normalize, project, align, precision),
+                (_compute(compute), accumulator), tile.num_warps, 2,
             )  # fmt: skip
+            if normalize and not project:
+                grad_d = _through_norm(d, d_inv, grad_d)
     return grad_q, grad_d

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The whole GPU pass in three runs of under nine minutes each; results go to the folder named second.
+#   benchmarks/gpu_pass.sh tests OUT    the operator suite on the GPU, sanitizers on small shapes
+#   benchmarks/gpu_pass.sh tune OUT     tiles measured and written, then the tests that depend on them
+#   benchmarks/gpu_pass.sh bench OUT    every shape beside every peer, JSON
+# TINY=1 rehearses each on any machine with shrunken shapes.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+step=${1:?tests, tune or bench}
+out=${2:?a folder for the results}
+mkdir -p "$out"
+tiny=${TINY:-}
+python=${PYTHON:-python}
+
+case $step in
+tests)
+    select=(tests/test_forward.py tests/test_backward.py tests/test_masks.py tests/test_nan_inf.py tests/test_edges.py
+        tests/test_ragged.py tests/test_determinism.py tests/test_random.py tests/test_compile.py tests/test_gpu.py)
+    [ -z "$tiny" ] || select=(tests/test_nan_inf.py tests/test_gpu.py)
+    timeout 400 "$python" -m pytest "${select[@]}" -q -x --maxfail=25 2>&1 | tee "$out/tests.log"
+    if command -v compute-sanitizer > /dev/null; then
+        for tool in memcheck racecheck; do
+            timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+                "$python" -m pytest tests/test_forward.py -q -k "triton and short and test_scores" 2>&1 | tail -5 | tee "$out/$tool.log"
+        done
+    fi
+    ;;
+tune)
+    if [ -n "$tiny" ]; then
+        TRITON_INTERPRET=1 timeout 300 "$python" -m benchmarks.tune --rehearse 2>&1 | tee "$out/tune.log"
+    else
+        timeout 480 "$python" -m benchmarks.tune --write --seconds 400 2>&1 | tee "$out/tune.log"
+        cp latemax/ops/tiles.py "$out/tiles.py"
+        timeout 50 "$python" -m pytest tests/test_select.py tests/test_forward.py -q -k "tile or pick or table or dtypes" 2>&1 | tail -3
+    fi
+    ;;
+bench)
+    timeout 520 "$python" -m pytest benchmarks -q -s ${tiny:+--tiny} --rows "$out/bench.json" \
+        --benchmark-json "$out/pytest-benchmark.json" 2>&1 | tee "$out/bench.log"
+    ;;
+*)
+    echo "unknown step: $step (tests, tune or bench)" >&2
+    exit 2
+    ;;
+esac

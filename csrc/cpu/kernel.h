@@ -1,0 +1,286 @@
+/* The micro-kernel, written once over the compiler's vector extension and compiled once a level, each with its flags.
+ *
+ *          query tokens (lanes)
+ *          v = 0      v = 1
+ *      u  [ 16 ]     [ 16 ]     U x V similarities in registers: every step takes V vectors of the packed query panel
+ *      u  [ 16 ]     [ 16 ]     and one element of each of U document rows, broadcast
+ *      :
+ *
+ * A similarity is one chain of fused multiply-adds over dim in order, wherever its token stands: scores do not depend on
+ * padding, batch mates or threads, bit for bit. Everything is in an unnamed namespace: a function that the linker could
+ * share between levels would run instructions that the processor may not have.
+ */
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "level.h"
+
+namespace latemax {
+namespace {
+
+typedef float vf __attribute__((vector_size(LATEMAX_LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LATEMAX_LANES * 4)));
+typedef float vf_any __attribute__((vector_size(LATEMAX_LANES * 4), aligned(4), may_alias));
+
+#define LATEMAX_INLINE inline __attribute__((always_inline))
+
+/* One step takes 4 bytes of a row: 16 steps are a cache line. */
+constexpr int LINE = 16;
+
+template <class T>
+LATEMAX_INLINE T load(const void *from) {
+    T x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+LATEMAX_INLINE bool any(vi x) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256((__m256i)x, (__m256i)x);
+#else
+    int32_t all = 0;
+    for (int i = 0; i < LATEMAX_LANES; ++i) all |= x[i];
+    return all != 0;
+#endif
+}
+
+inline float one_f16(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
+    uint32_t bits;
+    if (exponent == 31) {
+        bits = sign | 0x7f800000 | fraction << 13;
+    } else if (exponent) {
+        bits = sign | (exponent + 112) << 23 | fraction << 13;
+    } else {
+        /* a denormal: fraction x 2^-24, exact in float32 */
+        const float x = (float)fraction * 0x1p-24f;
+        std::memcpy(&bits, &x, 4);
+        bits |= sign;
+    }
+    return load<float>(&bits);
+}
+
+inline float one_bf16(uint16_t h) {
+    const uint32_t bits = (uint32_t)h << 16;
+    return load<float>(&bits);
+}
+
+inline float one(maxsim_dtype of, const void *x, int64_t i) {
+    if (of == MAXSIM_F32) return static_cast<const float *>(x)[i];
+    const uint16_t h = static_cast<const uint16_t *>(x)[i];
+    return of == MAXSIM_BF16 ? one_bf16(h) : one_f16(h);
+}
+
+/* LANES elements from x + i on. */
+template <maxsim_dtype OF>
+LATEMAX_INLINE vf wide(const void *x, int64_t i) {
+    if (OF == MAXSIM_F32) return *reinterpret_cast<const vf_any *>(static_cast<const float *>(x) + i);
+    const uint16_t *h = static_cast<const uint16_t *>(x) + i;
+#if defined(__AVX512F__)
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(h));
+    if (OF == MAXSIM_F16) return (vf)_mm512_cvtph_ps(narrow);
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+#elif defined(__AVX2__)
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i *>(h));
+    if (OF == MAXSIM_F16) return (vf)_mm256_cvtph_ps(narrow);
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
+#else
+    vf out;
+    for (int l = 0; l < LATEMAX_LANES; ++l) out[l] = OF == MAXSIM_BF16 ? one_bf16(h[l]) : one_f16(h[l]);
+    return out;
+#endif
+}
+
+template <maxsim_dtype OF>
+void widen_as(const void *x, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + LATEMAX_LANES <= n; i += LATEMAX_LANES) *reinterpret_cast<vf_any *>(out + i) = wide<OF>(x, i);
+    for (; i < n; ++i) out[i] = one(OF, x, i);
+}
+
+template <maxsim_dtype OF>
+float sum_of_squares_as(const void *x, int64_t n) {
+    /* four chains, then a tree: one chain of 128 / 16 dependent additions would take longer than the loads */
+    constexpr int CHAINS = 4;
+    vf sum[CHAINS] = {};
+    int64_t i = 0;
+    for (; i + CHAINS * LATEMAX_LANES <= n; i += CHAINS * LATEMAX_LANES)
+#pragma GCC unroll 4
+        for (int c = 0; c < CHAINS; ++c) {
+            const vf v = wide<OF>(x, i + c * LATEMAX_LANES);
+            sum[c] += v * v;
+        }
+    for (; i + LATEMAX_LANES <= n; i += LATEMAX_LANES) {
+        const vf v = wide<OF>(x, i);
+        sum[0] += v * v;
+    }
+    const vf all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    float lane[LATEMAX_LANES];
+    std::memcpy(lane, &all, sizeof lane);
+    for (int w = LATEMAX_LANES / 2; w; w /= 2)
+        for (int l = 0; l < w; ++l) lane[l] += lane[l + w];
+    float total = lane[0];
+    for (; i < n; ++i) total += one(OF, x, i) * one(OF, x, i);
+    return total;
+}
+
+struct Float32 {
+    static constexpr maxsim_dtype DTYPE = MAXSIM_F32;
+    static int64_t steps(int64_t dim) { return dim; }
+    static bool odd(int64_t) { return false; }
+    static LATEMAX_INLINE vf step(vf sum, vf q, const char *row) { return sum + q * load<float>(row); }
+    static LATEMAX_INLINE vf last(vf sum, vf, const char *) { return sum; }
+};
+
+#if defined(__AVX512BF16__)
+/* Pairs of bfloat16. vdpbf16ps takes a bfloat16 or a sum below 2^-126 for 0. */
+struct BFloat16 {
+    static constexpr maxsim_dtype DTYPE = MAXSIM_BF16;
+    static int64_t steps(int64_t dim) { return dim / 2; }
+    static bool odd(int64_t dim) { return dim % 2 != 0; }
+    static LATEMAX_INLINE vf pair(vf sum, vf q, uint32_t d) {
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)q, (__m512bh)_mm512_set1_epi32((int)d));
+    }
+    static LATEMAX_INLINE vf step(vf sum, vf q, const char *row) { return pair(sum, q, load<uint32_t>(row)); }
+    static LATEMAX_INLINE vf last(vf sum, vf q, const char *row) { return pair(sum, q, load<uint16_t>(row)); }
+};
+#endif
+
+template <class Op, int U, int V, bool ARGMAX>
+LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t dim, vf (&best)[V], vi (&at)[V]) {
+    const char *row[U];
+    vf sum[U][V];
+#pragma GCC unroll 32
+    for (int u = 0; u < U; ++u) {
+        /* past the end the last row comes again, which changes no maximum */
+        const int64_t i = j + u < rows.count ? j + u : rows.count - 1;
+        row[u] = rows.base + (rows.gather ? rows.gather[i] : i) * rows.stride;
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sum[u][v] = vf{};
+    }
+    const int64_t steps = Op::steps(dim), ahead = U * rows.stride;
+    int64_t k = 0;
+    for (; k + LINE <= steps; k += LINE) {
+#pragma GCC unroll 32
+        for (int u = 0; u < U; ++u) __builtin_prefetch(row[u] + ahead + 4 * k);
+#pragma GCC unroll 2
+        for (int64_t l = k; l < k + LINE; ++l) {
+#pragma GCC unroll 32
+            for (int u = 0; u < U; ++u)
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) sum[u][v] = Op::step(sum[u][v], panel[l * V + v], row[u] + 4 * l);
+        }
+    }
+    for (; k < steps; ++k) {
+#pragma GCC unroll 32
+        for (int u = 0; u < U; ++u)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) sum[u][v] = Op::step(sum[u][v], panel[k * V + v], row[u] + 4 * k);
+    }
+    if (Op::odd(dim)) {
+#pragma GCC unroll 32
+        for (int u = 0; u < U; ++u)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) sum[u][v] = Op::last(sum[u][v], panel[k * V + v], row[u] + 4 * k);
+    }
+    if (rows.scale) {
+        if (rows.measure)
+            for (int u = 0; u < U && j + u < rows.count; ++u) {
+                const float norm = __builtin_sqrtf(sum_of_squares_as<Op::DTYPE>(row[u], dim));
+                rows.scale[j + u] = 1.0f / (norm < EPS ? EPS : norm);
+            }
+#pragma GCC unroll 32
+        for (int u = 0; u < U; ++u)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) sum[u][v] *= rows.scale[j + u < rows.count ? j + u : rows.count - 1];
+    }
+    vi nan = {};
+#pragma GCC unroll 32
+    for (int u = 0; u < U; ++u) {
+        const int64_t i = j + u < rows.count ? j + u : rows.count - 1;
+        const int32_t number = ARGMAX ? (int32_t)(rows.number ? rows.number[i] : rows.first + i) : 0;
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            const vf s = sum[u][v];
+            const vi more = s > best[v];
+            nan |= s != s;
+            best[v] = more ? s : best[v];
+            if (ARGMAX) at[v] = more ? vi{} + number : at[v];
+        }
+    }
+    /* no comparison is true of a NaN: the first one of a query token is put in here, and stays */
+    if (__builtin_expect(any(nan), 0)) {
+#pragma GCC unroll 32
+        for (int u = 0; u < U; ++u) {
+            const int64_t i = j + u < rows.count ? j + u : rows.count - 1;
+            const int32_t number = ARGMAX ? (int32_t)(rows.number ? rows.number[i] : rows.first + i) : 0;
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) {
+                const vi first = (sum[u][v] != sum[u][v]) & (best[v] == best[v]);
+                best[v] = first ? sum[u][v] : best[v];
+                if (ARGMAX) at[v] = first ? vi{} + number : at[v];
+            }
+        }
+    }
+}
+
+template <class Op, int U, int TAIL, int V, bool ARGMAX>
+void run(const vf *panel, const Rows &rows, int64_t dim, float *best_out, int32_t *at_out) {
+    vf best[V];
+    vi at[V] = {};
+    std::memcpy(&best, best_out, sizeof best);
+    if (ARGMAX) std::memcpy(&at, at_out, sizeof at);
+    int64_t j = 0;
+    for (; j + U <= rows.count; j += U) tile<Op, U, V, ARGMAX>(panel, rows, j, dim, best, at);
+    for (; j < rows.count; j += TAIL) tile<Op, TAIL, V, ARGMAX>(panel, rows, j, dim, best, at);
+    std::memcpy(best_out, &best, sizeof best);
+    if (ARGMAX) std::memcpy(at_out, &at, sizeof at);
+}
+
+/* U is for two vectors; one vector takes twice the rows. */
+template <class Op, int U, int TAIL>
+void run_any(const void *panel, int vectors, const Rows &rows, int64_t dim, float *best, int32_t *at) {
+    const vf *p = static_cast<const vf *>(panel);
+    if (vectors == 2)
+        at ? run<Op, U, TAIL, 2, true>(p, rows, dim, best, at) : run<Op, U, TAIL, 2, false>(p, rows, dim, best, at);
+    else
+        at ? run<Op, 2 * U, TAIL, 1, true>(p, rows, dim, best, at)
+           : run<Op, 2 * U, TAIL, 1, false>(p, rows, dim, best, at);
+}
+
+template <maxsim_dtype OF>
+void add_scaled_as(float a, const void *x, int64_t n, float *y) {
+    int64_t i = 0;
+    for (; i + LATEMAX_LANES <= n; i += LATEMAX_LANES) {
+        vf_any *to = reinterpret_cast<vf_any *>(y + i);
+        *to = *to + a * wide<OF>(x, i);
+    }
+    for (; i < n; ++i) y[i] += a * one(OF, x, i);
+}
+
+inline void widen(maxsim_dtype from, const void *x, int64_t n, float *out) {
+    if (from == MAXSIM_F32) return widen_as<MAXSIM_F32>(x, n, out);
+    if (from == MAXSIM_BF16) return widen_as<MAXSIM_BF16>(x, n, out);
+    widen_as<MAXSIM_F16>(x, n, out);
+}
+
+inline float sum_of_squares(maxsim_dtype of, const void *x, int64_t n) {
+    if (of == MAXSIM_F32) return sum_of_squares_as<MAXSIM_F32>(x, n);
+    if (of == MAXSIM_BF16) return sum_of_squares_as<MAXSIM_BF16>(x, n);
+    return sum_of_squares_as<MAXSIM_F16>(x, n);
+}
+
+inline void add_scaled(maxsim_dtype of, float a, const void *x, int64_t n, float *y) {
+    if (of == MAXSIM_F32) return add_scaled_as<MAXSIM_F32>(a, x, n, y);
+    if (of == MAXSIM_BF16) return add_scaled_as<MAXSIM_BF16>(a, x, n, y);
+    add_scaled_as<MAXSIM_F16>(a, x, n, y);
+}
+
+}  // namespace
+}  // namespace latemax

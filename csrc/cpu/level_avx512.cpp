@@ -1,0 +1,10 @@
+/* AVX-512: 12 x 2 sums of 16 lanes in 32 registers. */
+#if defined(__x86_64__)
+#define LATEMAX_LANES 16
+#include "kernel.h"
+
+namespace latemax {
+const Level level_avx512 = {"avx512", LATEMAX_LANES, run_any<Float32, 12, 4>, nullptr,
+                            widen,    sum_of_squares, add_scaled};
+}
+#endif

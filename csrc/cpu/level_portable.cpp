@@ -1,0 +1,8 @@
+/* Vectors of 4 as any 64-bit processor has them (SSE2, NEON); the compiler picks the instructions. */
+#define LATEMAX_LANES 4
+#include "kernel.h"
+
+namespace latemax {
+const Level level_portable = {"portable", LATEMAX_LANES, run_any<Float32, 6, 2>, nullptr,
+                              widen,      sum_of_squares, add_scaled};
+}

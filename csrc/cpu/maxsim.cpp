@@ -1,0 +1,285 @@
+/* Forward: cuts the documents into units of work, and walks each unit's tokens once, L2-sized batch by batch.
+ *
+ *     unit   = one part of the query rows x a few documents, taken by whichever thread is free
+ *     batch  = valid tokens of those documents, at most BATCH_BYTES: all vectors of the panel pass over them in L2
+ *     slot   = the running maxima of one document, one a query row
+ */
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
+#include "maxsim_cpu.h"
+#include "queries.h"
+#include "threads.h"
+
+namespace latemax {
+namespace {
+
+/* a quarter of the smallest L2 of processors with AVX-512, so that the panel stays there as well */
+constexpr int64_t BATCH_BYTES = 256 << 10;
+/* running maxima that a thread holds at once */
+constexpr int64_t SLOT_FLOATS = 256 << 10;
+/* what a second thread must have to do to be worth waking: about 20 us */
+constexpr double THREAD_PRODUCTS = 1e6;
+
+struct Document {
+    const char *base = nullptr;
+    const uint8_t *mask = nullptr;
+    int64_t length = 0;
+};
+
+/* Documents that have begun, tokens that wait for the panel. */
+struct Scratch {
+    Buffer<int32_t> number, at;
+    Buffer<float> scale, wide, best;
+    std::vector<Rows> rows;
+    std::vector<int64_t> slot_of_rows, document_of_slot;
+};
+
+class Forward {
+  public:
+    Forward(const maxsim_args &args, const Level &level, int threads);
+    void run();
+
+  private:
+    Document document(int64_t query, int64_t c) const;
+    void unit(const Part &part, int64_t first, int64_t past, Scratch &s);
+    Rows take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const;
+    void multiply(const Part &part, Scratch &s) const;
+    void finish(const Part &part, int64_t c, const float *best, const int32_t *at);
+    void finish_empty(const Part &part, int64_t c);
+    void sum(int64_t query, int64_t c, const float *best);
+
+    const maxsim_args &args_;
+    const Level &level_;
+    const int threads_;
+    const bool bf16_, widen_, own_;
+    const int64_t batch_;
+    Queries queries_;
+    /* maxima of all rows [n_c, rows] where parts cut through queries: summed at the end, in the one order */
+    std::vector<float> kept_;
+    std::vector<char> empty_; /* [n_c], beside kept_ */
+};
+
+int worth(const maxsim_args &args, int64_t rows, int threads) {
+    const int64_t mean = args.d_offsets ? args.d_offsets[args.n_documents] / std::max<int64_t>(1, args.n_documents)
+                                        : args.l_d;
+    const bool own = args.d_stride_q || args.candidates;
+    const double pairs = static_cast<double>(own ? args.n_q : 1) * static_cast<double>(args.n_c);
+    const double lanes = own ? static_cast<double>(rows) / std::max<double>(1, args.n_q) : static_cast<double>(rows);
+    const double products = pairs * static_cast<double>(mean) * std::max(lanes, 16.0) * static_cast<double>(args.dim);
+    return std::max(1, static_cast<int>(std::min<double>(threads, products / THREAD_PRODUCTS)));
+}
+
+bool products_in_bf16(const maxsim_args &args, const Level &level) {
+    return level.run_bf16 && args.q_dtype == MAXSIM_BF16 && args.d_dtype == MAXSIM_BF16 && args.d_stride_k == 1;
+}
+
+Forward::Forward(const maxsim_args &args, const Level &level, int threads)
+    : args_(args),
+      level_(level),
+      threads_(threads),
+      bf16_(products_in_bf16(args, level)),
+      widen_(args.d_stride_k != 1 || !(bf16_ || args.d_dtype == MAXSIM_F32)),
+      own_(args.d_stride_q != 0 || args.d_mask_stride_q != 0 || args.candidates != nullptr),
+      batch_(std::clamp<int64_t>(BATCH_BYTES / (args.dim * (bf16_ ? 2 : 4)) / 24 * 24, 24, 4096)),
+      queries_(args, level, bf16_) {}
+
+Document Forward::document(int64_t query, int64_t c) const {
+    Document doc;
+    int64_t token = 0, masked = 0;
+    if (args_.d_offsets) {
+        const int64_t number = args_.candidates ? args_.candidates[query * args_.n_c + c] : c;
+        if (number < 0) return doc;
+        const int64_t first = args_.d_offsets[number];
+        doc.length = args_.d_offsets[number + 1] - first;
+        token = first * args_.d_stride_l;
+        masked = first * args_.d_mask_stride_l;
+    } else {
+        doc.length = args_.l_d;
+        token = query * args_.d_stride_q + c * args_.d_stride_n;
+        masked = query * args_.d_mask_stride_q + c * args_.d_mask_stride_n;
+    }
+    doc.base = at(args_.d, args_.d_dtype, token);
+    if (args_.d_mask) doc.mask = args_.d_mask + masked;
+    return doc;
+}
+
+void Forward::run() {
+    const int threads = worth(args_, queries_.rows(), threads_);
+    /* shared documents too few to go round: the query rows are cut as well */
+    const int64_t wanted = threads > 1 && args_.n_c < 4 * threads ? 4 * threads : 1;
+    const bool split = !own_ && wanted > 1 && args_.n_q < threads;
+    queries_.cut(own_, split ? threads : wanted, split);
+    queries_.pack(threads);
+    if (args_.argmax && queries_.rows() < args_.n_q * args_.l_q)
+        std::fill_n(args_.argmax, args_.n_q * args_.n_c * args_.l_q, -1);
+    if (split) {
+        kept_.resize(args_.n_c * queries_.rows());
+        empty_.resize(args_.n_c);
+    }
+    const int64_t n_parts = static_cast<int64_t>(queries_.parts.size());
+    const int64_t fitting = std::max<int64_t>(1, batch_ / std::max<int64_t>(1, args_.l_d));
+    const int64_t share = std::clamp<int64_t>(args_.n_c * n_parts / (8 * threads), 1, fitting);
+    const int64_t per_part = (args_.n_c + share - 1) / share;
+    std::atomic<int64_t> next{0};
+    auto body = [&] {
+        static thread_local Scratch scratch;
+        for (int64_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < per_part * n_parts;) {
+            const int64_t first = u % per_part * share;
+            unit(queries_.parts[u / per_part], first, std::min(first + share, args_.n_c), scratch);
+        }
+    };
+    parallel(threads, body);
+    for (int64_t c = 0; split && c < args_.n_c; ++c)
+        for (int64_t a = 0; a < args_.n_q; ++a)
+            if (!empty_[c]) sum(a, c, kept_.data() + c * queries_.rows() + queries_.row_begin[a]);
+}
+
+void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
+    const int64_t width = part.vectors * level_.lanes;
+    const int64_t slots = std::clamp<int64_t>(SLOT_FLOATS / std::max<int64_t>(1, width), 1, past - first);
+    float *best = s.best.get(slots * width);
+    int32_t *at = args_.argmax ? s.at.get(slots * width) : nullptr;
+    s.number.get(batch_), s.scale.get(batch_), s.wide.get(widen_ ? batch_ * args_.dim : 0);
+    s.rows.clear(), s.slot_of_rows.clear(), s.document_of_slot.clear();
+    int64_t used = 0;
+    for (int64_t c = first; c < past; ++c) {
+        const Document doc = document(part.query_first, c);
+        int64_t j = 0;
+        bool begun = false;
+        while (j < doc.length) {
+            if (used == batch_) {
+                multiply(part, s);
+                used = 0;
+            }
+            const Rows rows = take(doc, j, batch_ - used, used, s);
+            if (!rows.count) continue;
+            const int64_t slot = static_cast<int64_t>(s.document_of_slot.size()) - begun;
+            if (!begun) {
+                begun = true;
+                s.document_of_slot.push_back(c);
+                std::fill_n(best + slot * width, width, -std::numeric_limits<float>::infinity());
+                /* where every similarity is -inf the first valid token wins */
+                const int64_t lead = rows.number ? rows.number[0] : rows.first;
+                if (at) std::fill_n(at + slot * width, width, static_cast<int32_t>(lead));
+            }
+            s.rows.push_back(rows);
+            s.slot_of_rows.push_back(slot);
+            used += rows.count;
+        }
+        if (!begun) finish_empty(part, c);
+        if (c + 1 < past && static_cast<int64_t>(s.document_of_slot.size()) < slots) continue;
+        multiply(part, s);
+        used = 0;
+        for (size_t slot = 0; slot < s.document_of_slot.size(); ++slot)
+            finish(part, s.document_of_slot[slot], best + slot * width, at ? at + slot * width : nullptr);
+        s.document_of_slot.clear();
+    }
+}
+
+/* The next valid tokens from j on, at most `room`; moves j behind them. */
+Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const {
+    const int64_t stride = args_.d_stride_l * item_size(args_.d_dtype), first = j;
+    Rows rows{doc.base, stride, nullptr, nullptr, nullptr, first, 0, false};
+    int32_t *number = s.number.get(batch_) + used;
+    if (doc.mask) {
+        for (; j < doc.length && rows.count < room; ++j) {
+            number[rows.count] = static_cast<int32_t>(j);
+            rows.count += doc.mask[j * args_.d_mask_stride_l] != 0;
+        }
+        /* a run of neighbours is read as one: ragged lists are such */
+        if (rows.count && number[rows.count - 1] - number[0] + 1 == rows.count) {
+            rows.first = number[0];
+        } else {
+            rows.number = rows.gather = number;
+        }
+    } else {
+        rows.count = std::min(room, doc.length - j);
+        j += rows.count;
+    }
+    if (!rows.gather) rows.base += rows.first * stride;
+    if (args_.normalize) rows.scale = s.scale.get(batch_) + used;
+    if (widen_) {
+        float *wide = s.wide.get(batch_ * args_.dim) + used * args_.dim;
+        for (int64_t i = 0; i < rows.count; ++i)
+            widen_row(level_, args_.d_dtype, rows.base + (rows.gather ? rows.gather[i] : i) * stride, args_.d_stride_k,
+                      args_.dim, wide + i * args_.dim);
+        rows.base = reinterpret_cast<const char *>(wide);
+        rows.stride = args_.dim * 4;
+        rows.gather = nullptr;
+    }
+    return rows;
+}
+
+void Forward::multiply(const Part &part, Scratch &s) const {
+    const int64_t width = part.vectors * level_.lanes;
+    const ::latemax::Run run = bf16_ ? level_.run_bf16 : level_.run_f32;
+    float *best = s.best.get(0);
+    int32_t *at = args_.argmax ? s.at.get(0) : nullptr;
+    for (int64_t v = 0; v < part.vectors; v += 2)
+        for (size_t r = 0; r < s.rows.size(); ++r) {
+            const int64_t lane = s.slot_of_rows[r] * width + v * level_.lanes;
+            s.rows[r].measure = args_.normalize && v == 0;
+            run(queries_.panel(part, v), v + 1 < part.vectors ? 2 : 1, s.rows[r], args_.dim, best + lane,
+                at ? at + lane : nullptr);
+        }
+    s.rows.clear(), s.slot_of_rows.clear();
+}
+
+void Forward::finish(const Part &part, int64_t c, const float *best, const int32_t *at) {
+    for (int64_t a = part.query_first; a < part.query_past; ++a) {
+        const int64_t first = std::max(queries_.row_begin[a], part.row_first);
+        const int64_t past = std::min(queries_.row_begin[a + 1], part.row_past);
+        for (int64_t row = first; at && row < past; ++row)
+            args_.argmax[(a * args_.n_c + c) * args_.l_q + queries_.token[row]] = at[row - part.row_first];
+        if (kept_.empty())
+            sum(a, c, best + (first - part.row_first));
+        else if (first < past)
+            std::copy(best + (first - part.row_first), best + (past - part.row_first),
+                      kept_.data() + c * queries_.rows() + first);
+    }
+}
+
+void Forward::finish_empty(const Part &part, int64_t c) {
+    if (part.row_first != queries_.row_begin[part.query_first]) return;
+    for (int64_t a = part.query_first; a < part.query_past; ++a) {
+        const bool valid = queries_.row_begin[a] < queries_.row_begin[a + 1];
+        if (args_.argmax) std::fill_n(args_.argmax + (a * args_.n_c + c) * args_.l_q, args_.l_q, -1);
+        static_cast<float *>(args_.scores)[a * args_.n_c + c] = valid ? static_cast<float>(args_.empty_score) : 0.0f;
+    }
+    if (!empty_.empty()) empty_[c] = 1;
+}
+
+/* In float64, in the order of the tokens: rounded once, whatever the vectors' length. */
+void Forward::sum(int64_t query, int64_t c, const float *best) {
+    double total = 0;
+    const int64_t first = queries_.row_begin[query], n = queries_.row_begin[query + 1] - first;
+    const float *scale = queries_.scale.empty() ? nullptr : queries_.scale.data() + first;
+    for (int64_t i = 0; i < n; ++i) total += scale ? best[i] * scale[i] : best[i];
+    static_cast<float *>(args_.scores)[query * args_.n_c + c] = static_cast<float>(total);
+}
+
+}  // namespace
+
+int levels(const Level **out) {
+    int n = 0;
+    out[n++] = &level_portable;
+#if defined(__x86_64__)
+    /* these ask the operating system too whether it saves the registers */
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx2) out[n++] = &level_avx2;
+    if (avx512) out[n++] = &level_avx512;
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) out[n++] = &level_avx512_bf16;
+#endif
+    return n;
+}
+
+void forward(const maxsim_args &args, const Level &level, int threads) {
+    if (args.n_q && args.n_c) Forward(args, level, threads).run();
+}
+
+}  // namespace latemax

@@ -1,0 +1,127 @@
+#include "queries.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "threads.h"
+
+namespace latemax {
+
+namespace {
+constexpr int64_t KEEP_BYTES = 1 << 20;
+}
+
+Queries::Queries(const maxsim_args &args, const Level &level, bool bf16)
+    : args_(args), level_(level), bf16_(bf16), steps_(bf16 ? (args.dim + 1) / 2 : args.dim) {
+    row_begin.resize(args.n_q + 1);
+    token.reserve(args.q_offsets ? args.q_offsets[args.n_q] : args.n_q * args.l_q);
+    for (int64_t a = 0; a < args.n_q; ++a) {
+        const int64_t first = args.q_offsets ? args.q_offsets[a] : 0;
+        const int64_t length = args.q_offsets ? args.q_offsets[a + 1] - first : args.l_q;
+        const uint8_t *mask = args.q_mask;
+        if (mask) mask += args.q_offsets ? first * args.q_mask_stride_l : a * args.q_mask_stride_n;
+        for (int64_t i = 0; i < length; ++i)
+            if (!mask || mask[i * args.q_mask_stride_l]) token.push_back(static_cast<int32_t>(i));
+        row_begin[a + 1] = static_cast<int64_t>(token.size());
+    }
+}
+
+void Queries::add(int64_t query_first, int64_t query_past, int64_t row_first, int64_t row_past) {
+    const int64_t vectors = (row_past - row_first + level_.lanes - 1) / level_.lanes;
+    parts.push_back({query_first, query_past, row_first, row_past, vectors_, vectors});
+    vectors_ += vectors;
+}
+
+void Queries::cut(bool each, int64_t wanted, bool split) {
+    const int64_t n_q = args_.n_q;
+    if (each) {
+        for (int64_t a = 0; a < n_q; ++a) add(a, a + 1, row_begin[a], row_begin[a + 1]);
+    } else if (split) {
+        /* two vectors at least: one runs at the rate of a few registers less */
+        const int64_t pair = 2 * level_.lanes;
+        const int64_t share = std::max((rows() + wanted * pair - 1) / (wanted * pair), int64_t{1}) * pair;
+        for (int64_t r = 0; r < rows(); r += share) add(0, n_q, r, std::min(r + share, rows()));
+        if (!rows()) add(0, n_q, 0, 0);
+    } else {
+        const int64_t share = (n_q + wanted - 1) / wanted;
+        for (int64_t a = 0; a < n_q; a += share) {
+            const int64_t past = std::min(a + share, n_q);
+            add(a, past, row_begin[a], row_begin[past]);
+        }
+    }
+}
+
+void Queries::pack(int threads) {
+    /* one small enough to keep is kept from call to call: the first touch of its pages costs more than packing */
+    static thread_local Buffer<char> kept;
+    const int64_t bytes = vectors_ * level_.lanes * steps_ * 4;
+    panel_ = (bytes > KEEP_BYTES ? own_ : kept).get(bytes);
+    if (args_.normalize && bf16_) scale.resize(rows());
+    struct Block {
+        size_t part;
+        int64_t vector;
+    };
+    std::vector<Block> blocks;
+    for (size_t p = 0; p < parts.size(); ++p)
+        for (int64_t v = 0; v < parts[p].vectors; v += 2) blocks.push_back({p, v});
+    std::atomic<size_t> next{0};
+    auto body = [&] {
+        static thread_local Buffer<float> wide_memory;
+        float *wide = wide_memory.get(args_.dim);
+        for (size_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < blocks.size();) {
+            const Part &part = parts[blocks[b].part];
+            const int64_t v = blocks[b].vector, stride = std::min<int64_t>(2, part.vectors - v) * level_.lanes;
+            char *block = const_cast<char *>(panel(part, v));
+            const int64_t first = part.row_first + v * level_.lanes;
+            int64_t query = std::upper_bound(row_begin.begin(), row_begin.end(), first) - row_begin.begin() - 1;
+            for (int64_t lane = 0; lane < stride; ++lane) {
+                const int64_t row = first + lane;
+                char *out = block + 4 * lane;
+                if (row >= part.row_past) {
+                    for (int64_t k = 0; k < steps_; ++k) std::memset(out + 4 * k * stride, 0, 4);
+                    continue;
+                }
+                while (row >= row_begin[query + 1]) ++query;
+                pack_row(query, row, out, stride, wide);
+            }
+        }
+    };
+    parallel(threads, body);
+}
+
+void Queries::pack_row(int64_t query, int64_t row, char *out, int64_t stride, float *wide) {
+    const int64_t dim = args_.dim, step = args_.q_stride_k;
+    const int64_t at_token = token[row] * args_.q_stride_l +
+                             (args_.q_offsets ? args_.q_offsets[query] * args_.q_stride_l : query * args_.q_stride_n);
+    const char *x = at(args_.q, args_.q_dtype, at_token);
+    const bool plain = bf16_ && !args_.normalize;
+    if (plain) {
+        for (int64_t k = 0; k < dim; ++k) std::memcpy(out + 4 * (k / 2) * stride + k % 2 * 2, x + 2 * k * step, 2);
+    } else {
+        widen_row(level_, args_.q_dtype, x, step, dim, wide);
+        float factor = 1.0f;
+        if (args_.normalize) {
+            const float norm = clamped_norm(level_.sum_of_squares(MAXSIM_F32, wide, dim));
+            if (bf16_) {
+                /* a power of two keeps bfloat16 exact and its products in range; the rest is applied to the maximum */
+                int exponent = 0;
+                if (std::isfinite(norm)) std::frexp(norm, &exponent);
+                factor = std::ldexp(1.0f, -exponent);
+                scale[row] = 1.0f / std::ldexp(norm, -exponent);
+            } else {
+                for (int64_t k = 0; k < dim; ++k) wide[k] /= norm;
+            }
+        }
+        for (int64_t k = 0; k < dim; ++k) {
+            const float value = wide[k] * factor;
+            if (bf16_)
+                std::memcpy(out + 4 * (k / 2) * stride + k % 2 * 2, reinterpret_cast<const char *>(&value) + 2, 2);
+            else
+                std::memcpy(out + 4 * k * stride, &value, 4);
+        }
+    }
+    if (bf16_ && dim % 2) std::memset(out + 4 * (dim / 2) * stride + 2, 0, 2);
+}
+
+}  // namespace latemax

@@ -1,0 +1,56 @@
+/* Rows of any float dtype, stride and alignment, one at a time. */
+#ifndef LATEMAX_CPU_ROWS_H
+#define LATEMAX_CPU_ROWS_H
+
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "level.h"
+
+namespace latemax {
+
+inline int64_t item_size(maxsim_dtype dtype) { return dtype == MAXSIM_F32 ? 4 : 2; }
+
+/* max(norm, EPS), and NaN of a NaN. */
+inline float clamped_norm(float squares) {
+    const float norm = std::sqrt(squares);
+    return norm < EPS ? EPS : norm;
+}
+
+inline const char *at(const void *base, maxsim_dtype dtype, int64_t element) {
+    return static_cast<const char *>(base) + element * item_size(dtype);
+}
+
+/* A row of float32; stride counts elements. */
+inline void widen_row(const Level &level, maxsim_dtype dtype, const void *x, int64_t stride, int64_t n, float *out) {
+    if (stride == 1) return level.widen(dtype, x, n, out);
+    for (int64_t k = 0; k < n; ++k) level.widen(dtype, at(x, dtype, k * stride), 1, out + k);
+}
+
+/* Cache-line aligned memory that only grows: a fresh one for each call would cost a page fault every 4 KiB. */
+template <class T>
+class Buffer {
+  public:
+    T *get(int64_t n) {
+        if (n > size_) {
+            const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
+            memory_.reset(static_cast<T *>(std::aligned_alloc(64, bytes)));
+            size_ = memory_ ? n : 0;
+            if (!memory_) throw std::bad_alloc();
+        }
+        return memory_.get();
+    }
+
+  private:
+    struct Free {
+        void operator()(T *memory) const { std::free(memory); }
+    };
+    std::unique_ptr<T, Free> memory_;
+    int64_t size_ = 0;
+};
+
+}  // namespace latemax
+
+#endif

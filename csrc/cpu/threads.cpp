@@ -1,0 +1,33 @@
+/* Torch's own worker threads where they can be had: two pools would spin against each other on the same cores.
+ *
+ * Torch loads its OpenMP runtime with global symbols; the entry below is what the compiler makes of `omp parallel` and
+ * both GNU's and LLVM's runtime have it. Found at run time, it makes the library depend on neither.
+ */
+#include "threads.h"
+
+#include <dlfcn.h>
+
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace latemax {
+
+void parallel(int threads, void (*body)(void *), void *data) {
+    if (threads <= 1) return body(data);
+#if !defined(LATEMAX_OWN_THREADS)
+    using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+    static const Parallel openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (openmp) return openmp(body, data, static_cast<unsigned>(threads), 0);
+#endif
+    std::vector<std::thread> others;
+    try {
+        while (static_cast<int>(others.size()) < threads - 1) others.emplace_back(body, data);
+    } catch (const std::system_error &) {
+        /* no more threads to be had: those that run share the work */
+    }
+    body(data);
+    for (std::thread &other : others) other.join();
+}
+
+}  // namespace latemax

@@ -1,0 +1,124 @@
+"""The native CPU kernel: every instruction set that runs here, threads, packed documents, and how it is chosen.
+
+The operator's own tests run over it too (id "cpu-native"), and over the torch path beside it (id "cpu-torch").
+"""
+
+import math
+
+import pytest
+import torch
+from common import assert_argmax, exact, masks, problem
+
+import latemax
+from latemax import reference
+from latemax.ops import cpu_backend, native_cpu_backend, select
+
+USABLE, WHY = native_cpu_backend.status()
+needs_native = pytest.mark.skipif(not USABLE, reason=WHY)
+LEVELS = list(enumerate(native_cpu_backend.levels()))
+
+
+def outputs(q, d):
+    n_q, n_d = len(q), d.shape[-3]
+    return torch.full((n_q, n_d), math.nan), torch.full((n_q, n_d, q.shape[1]), -99, dtype=torch.int32)
+
+
+@needs_native
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 5, 17, 16), (3, 2, 33, 70, 129), (2, 5, 17, 31, 7), (1, 2, 130, 65, 300)], ids=str
+)
+def test_every_instruction_set(shape, own, dtype, level):
+    q, d = problem(shape, own=own, dtype=dtype)
+    q_mask, d_mask = masks(q, d)
+    q[~q_mask], d[~d_mask] = math.nan, math.nan
+    d_mask[..., 1, :] = False
+    for normalize in (False, True):
+        scores, argmax = outputs(q, d)
+        options = dict(normalize=normalize, empty_score=-3.0)
+        native_cpu_backend.forward(q, d, q_mask, d_mask, scores, argmax, level=level[0], **options)
+        truth = exact(q, d, q_mask, d_mask, **options)
+        torch.testing.assert_close(scores.double(), truth, rtol=1e-5, atol=1e-4)
+        assert_argmax(argmax, q.nan_to_num(0), d.nan_to_num(0), q_mask, d_mask, normalize)
+        g = torch.randn(scores.shape, generator=torch.Generator().manual_seed(2))
+        sides = dict(normalize=normalize, needs_q=True, needs_d=True)
+        ours = native_cpu_backend.backward(g, q, d, argmax, level=level[0], **sides)
+        theirs = cpu_backend.backward(g, q, d, argmax, **sides)
+        for x, y in zip(ours, theirs, strict=True):
+            assert x.dtype == y.dtype
+            torch.testing.assert_close(x, y, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
+
+
+@needs_native
+def test_threads_change_no_bit():
+    q, d = problem((3, 17, 20, 90, 64))
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
+            scores = latemax.maxsim(a, b, normalize=True)
+            scores.square().sum().backward()
+            runs.append((scores.detach(), a.grad, b.grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        for x, y in zip(runs[0], other, strict=True):
+            assert torch.equal(x, y)
+
+
+@needs_native
+def test_a_score_depends_neither_on_padding_nor_on_batch_mates():
+    q, d = problem((2, 5, 12, 70, 64))
+    scores = latemax.maxsim(q, d)
+    padded = torch.full((5, 200, 64), torch.nan)
+    padded[:, :70] = d
+    keep = torch.arange(200).expand(5, -1) < 70
+    assert torch.equal(latemax.maxsim(q, padded, None, keep), scores)
+    assert torch.equal(latemax.maxsim(q[1:], d[3:4]), scores[1:, 3:4])
+
+
+@needs_native
+def test_documents_end_to_end_and_candidates_where_they_lie():
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randn(n, 24, generator=generator) for n in (5, 0, 130, 1, 40)]
+    q, tokens = torch.randn(2, 7, 24, generator=generator), torch.cat(documents)
+    offsets = torch.tensor([0, 5, 5, 135, 136, 176])
+    truth = reference.maxsim(q, documents)
+    scores, argmax = torch.empty(2, 5), torch.empty(0, dtype=torch.int32)
+    options = dict(normalize=False, empty_score=-math.inf)
+    native_cpu_backend.forward_packed(q, tokens, None, offsets, None, scores, argmax, **options)
+    torch.testing.assert_close(scores, truth)
+    candidates = torch.tensor([[4, -1, 0], [2, 1, 2]])
+    picked = torch.empty(2, 3)
+    native_cpu_backend.forward_packed(q, tokens, None, offsets, candidates, picked, argmax, **options)
+    expected = truth.gather(1, candidates.clamp(min=0)).masked_fill(candidates < 0, -math.inf)
+    torch.testing.assert_close(picked, expected)
+    for bad_offsets, bad_candidates in (
+        (offsets.flip(0).contiguous(), None),
+        (offsets + 1, None),
+        (offsets, candidates + 3),
+    ):
+        with pytest.raises(ValueError):
+            native_cpu_backend.forward_packed(q, tokens, None, bad_offsets, bad_candidates, picked, argmax, **options)
+
+
+@needs_native
+def test_explain_names_the_kernel_and_float64_stays_with_torch():
+    q, d = problem((1, 2, 3, 5, 8))
+    choice = latemax.explain(q, d)
+    assert choice.backend == "cpu" and choice.native and LEVELS[-1][1] in choice.why
+    double = latemax.explain(q.double(), d.double())
+    assert not double.native and double.notes == ("the native kernel does not take float64",)
+
+
+@pytest.mark.torch_path
+def test_without_the_build_explain_says_why():
+    q, d = problem((1, 2, 3, 5, 8))
+    choice = latemax.explain(q, d)
+    assert choice.backend == "cpu" and not choice.native
+    assert choice.notes == ("the native kernel cannot be loaded: taken away by a test",)
+    assert "taken away by a test" in select.backend_status()["cpu"][1]
+    torch.testing.assert_close(latemax.maxsim(q, d), reference.maxsim(q, d))
