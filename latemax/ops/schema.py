@@ -21,14 +21,19 @@ _library.define(
 )
 
 
+# an operator returns tensors, not None: an output that is not wanted has no element
+def _forward(q, d, q_mask, d_mask, normalize, empty_score, argmax, backend):
+    scores, winners = launch.forward(q, d, q_mask, d_mask, normalize, empty_score, argmax, backend)
+    return scores, q.new_empty(0, dtype=torch.int32) if winners is None else winners
+
+
 def _backward(g, q, d, argmax, normalize, needs_q, needs_d, backend):
-    # an operator returns tensors, not None: a side that needs no gradient gets one of no element
     grads = launch.backward(g, q, d, argmax, normalize, needs_q, needs_d, backend)
     return tuple(x.new_empty(0) if grad is None else grad for grad, x in zip(grads, (q, d), strict=True))
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("maxsim", launch.forward, _key)
+    _library.impl("maxsim", _forward, _key)
     _library.impl("maxsim_backward", _backward, _key)
 
 

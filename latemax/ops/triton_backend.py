@@ -7,6 +7,7 @@ import contextlib
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from latemax.kernels.backward import grad_d_kernel, grad_q_kernel, through_norm_kernel
 from latemax.kernels.forward import forward_kernel, inverse_norm_kernel
@@ -31,13 +32,15 @@ _built: dict = {}
 def _launch(
     kernel, programs: int, pointers: tuple, numbers: tuple, constants: tuple, types: tuple,
     warps: int = 4, stages: int = 3,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """``kernel[(programs,)](*pointers, *numbers, *constants, *types)`` without triton's binder, once a build is known:
     3 µs instead of 40 (benchmarks/host.py).
 
     What decides the build is in the key: the constants, each pointer's dtype and 16-byte alignment. Not the numbers,
     which are not specialised (beyond int32 they take triton's own way, which sees that they need another type), nor the
     types of products and sums, which follow from the pointers and the constants (and are slow to hash).
+
+    Returns the build where it may be launched again, else None.
     """
     narrow = max(numbers) < 1 << 31
     key = (
@@ -46,11 +49,58 @@ def _launch(
     built = _built.get(key) if narrow else None
     if built is not None:
         built[(programs, 1, 1)](*pointers, *numbers, *constants, *types)
-        return
+        return built
     built = kernel[(programs,)](*pointers, *numbers, *constants, *types, num_warps=warps, num_stages=stages)
     # the interpreter builds nothing
-    if built is not None and narrow:
-        _built[key] = built
+    if built is None or not narrow:
+        return None
+    _built[key] = built
+    return built
+
+
+def _hooked() -> bool:
+    """Whether somebody, a profiler say, wants to be called around launches (triton 3.4: one hook; later: a chain)."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+class Again:
+    """A forward that was one launch, prepared for other tensors of the same shapes, strides, dtypes, 16-byte alignment
+    and device. What it leaves out of a call is two thirds of its host time (benchmarks/host.py)."""
+
+    __slots__ = ("built", "constants", "function", "grid", "index", "metadata", "numbers", "outputs", "run")
+
+    def __init__(self, built, programs: int, numbers: tuple, constants: tuple, scores, argmax):
+        self.built, self.numbers, self.constants, self.grid = built, numbers, constants, (programs, 1, 1)
+        self.run, self.function, self.metadata = built.run, built.function, built.packed_metadata
+        self.index = scores.device.index if scores.is_cuda else None
+        # (shape, strides, dtype, device) of the outputs: torch.empty_strided is the quickest of the allocations
+        self.outputs = [
+            (x.shape, x.stride(), x.dtype, x.device) if x.numel() else None for x in (scores, argmax)
+        ]  # fmt: skip
+
+    def __call__(self, q, d, q_mask, d_mask, empty_score: float):
+        """(scores, argmax or None where none is wanted); None where another device is the current one."""
+        if self.index is not None and self.index != torch.cuda.current_device():
+            return None
+        (shape, strides, dtype, device), winners = self.outputs
+        scores = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        argmax = None
+        if winners is not None:
+            argmax = torch.empty_strided(winners[0], winners[1], dtype=winners[2], device=device)
+        pointers = (
+            q, d, scores if q_mask is None else q_mask, scores if d_mask is None else d_mask, scores, scores, scores,
+            scores if argmax is None else argmax,
+        )  # fmt: skip
+        if _hooked():
+            self.built[self.grid](*pointers, *self.numbers, empty_score, *self.constants)
+        else:
+            stream = driver.active.get_current_stream(self.index or 0)
+            self.run(
+                *self.grid, stream, self.function, self.metadata, None, None, None, *pointers, *self.numbers,
+                empty_score, *self.constants,
+            )  # fmt: skip
+        return scores, argmax
 
 
 def _ceil(a: int, b: int) -> int:
@@ -146,12 +196,16 @@ def packed(tile: TileConfig, l_q: int, n_q: int, own: bool) -> int:
     return 1 if own or n_q == 1 else max(1, tile.block_q >> (l_q - 1).bit_length())
 
 
-def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, tile) -> None:
-    """Fills scores [n_q, n_d] and, where it has elements, argmax int32 [n_q, n_d, l_q]."""
+def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, tile) -> Again | None:
+    """Fills scores [n_q, n_d] and, where it has elements, argmax int32 [n_q, n_d, l_q].
+
+    Returns how to repeat it on other tensors of the same form, where that takes one launch and nothing else.
+    """
     n_q, l_q, dim = q.shape
     own, n_d, l_d = d.dim() == 4, d.shape[-3], d.shape[-2]
     if not scores.numel():
-        return
+        return None
+    given = q, d
     q, d = _unit_last(q), _unit_last(d)
     dtype = torch.promote_types(q.dtype, d.dtype)
     pack = packed(tile, l_q, n_q, own)
@@ -163,18 +217,26 @@ def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, til
     with _on(q.device):
         q_inv, d_inv = (_inverse_norms(q, dtype), _inverse_norms(d, dtype)) if norm == 2 else (scores, scores)
         out = scores if chunks == 1 else scores.new_empty(chunks, n_q, n_d)
-        _launch(
-            forward_kernel, q_tiles * chunks * n_d,
+        programs, types = q_tiles * chunks * n_d, (_compute(dtype), _accumulator(dtype))
+        numbers = (
+            q.stride(0), q.stride(1), *_strides(d, own), *((0, 0) if q_mask is None else q_mask.stride()),
+            *_strides(d_mask, own), n_d * l_d if own else 0, n_q, n_d, l_q, l_d, chunks,
+        )  # fmt: skip
+        constants = (
+            dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, q_mask is not None, d_mask is not None,
+            norm, argmax.numel() > 0, _align(q, d), _precision(dtype),
+        )  # fmt: skip
+        built = _launch(
+            forward_kernel, programs,
             (q, d, scores if q_mask is None else q_mask, scores if d_mask is None else d_mask, q_inv, d_inv, out,
-             argmax),
-            (q.stride(0), q.stride(1), *_strides(d, own), *((0, 0) if q_mask is None else q_mask.stride()),
-             *_strides(d_mask, own), n_d * l_d if own else 0, n_q, n_d, l_q, l_d, chunks, empty_score),
-            (dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, q_mask is not None, d_mask is not None,
-             norm, argmax.numel() > 0, _align(q, d), _precision(dtype)),
-            (_compute(dtype), _accumulator(dtype)), tile.num_warps, tile.num_stages,
+             argmax if argmax.numel() else scores),
+            (*numbers, empty_score), constants, types, tile.num_warps, tile.num_stages,
         )  # fmt: skip
         if chunks > 1:
             torch.sum(out, 0, out=scores)
+    if built is None or norm == 2 or chunks > 1 or given[0] is not q or given[1] is not d:
+        return None
+    return Again(built, programs, numbers, constants + types, scores, argmax)
 
 
 def backward(g, q, d, argmax, *, normalize, needs_q, needs_d):
