@@ -30,7 +30,7 @@ def row_max(x, AXIS: tl.constexpr):
 
 @triton.jit
 def same_bits(a, b):
-    """Bitwise equality: NaN equals NaN, so a running maximum that met NaN keeps the winner that brought it."""
+    """Bitwise equality: NaN equals NaN, so the one that turned a running maximum to NaN is recorded as its winner."""
     if a.dtype == tl.float64:
         return a.to(tl.int64, bitcast=True) == b.to(tl.int64, bitcast=True)
     else:
@@ -62,4 +62,4 @@ def load_rows(
 def inverse_norm(x, ACC: tl.constexpr):
     """1 / max(‖row‖₂, 1e-12), the eps of torch.nn.functional.normalize. x: [rows, columns] -> [rows]."""
     x = x.to(ACC)
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
+    return tl.rsqrt(tl.maximum(tl.sum(x * x, axis=1), 1e-24))

@@ -22,7 +22,7 @@ def step(
     """One document tile: its similarities, and the running maximum with them.
 
     Tiles are [BLOCK_D, BLOCK_Q] if SWAP else [BLOCK_Q, BLOCK_D]; ``tile`` keeps the start of the tile that holds each
-    element's maximum. FULL: all BLOCK_D tokens from ``start`` lie before ``hi``.
+    element's maximum. FULL: all BLOCK_D tokens from ``start`` lie before ``hi``. q_tile: transposed if SWAP.
     """
     columns = tl.arange(0, BLOCK_K)
     j = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -31,7 +31,7 @@ def step(
     if DIM <= BLOCK_K:
         d = load_rows(base, j, ok, columns, d_stride, DIM, DIM == BLOCK_K, FULL)
         if SWAP:
-            s = tl.dot(d.to(COMPUTE), tl.trans(q_tile), input_precision=PRECISION, out_dtype=ACC)
+            s = tl.dot(d.to(COMPUTE), q_tile, input_precision=PRECISION, out_dtype=ACC)
         else:
             s = tl.dot(q_tile, tl.trans(d.to(COMPUTE)), input_precision=PRECISION, out_dtype=ACC)
         if NORM == 1:
@@ -55,7 +55,7 @@ def step(
         s = tl.where(ok[:, None] if SWAP else ok[None, :], s, float("-inf"))
     new = nan_max(best, s)
     if ARGMAX:
-        tile = tl.where(same_bits(new, best), tile, start)
+        tile = tl.where(same_bits(new, s), start, tile)
     return new, tile
 
 
@@ -142,19 +142,24 @@ def forward_kernel(
     if NORM == 2:
         q_inv = tl.load(q_inv_ptr + query * l_q + token, mask=q_ok, other=0.0)
 
+    if SWAP:
+        # here and not at the product: there it was stored to shared memory again for every document tile
+        q_tile = tl.trans(q_tile)
     best = tl.full([BLOCK_D, BLOCK_Q] if SWAP else [BLOCK_Q, BLOCK_D], float("-inf"), ACC)
     tile = tl.zeros([BLOCK_D, BLOCK_Q] if SWAP else [BLOCK_Q, BLOCK_D], tl.int32)
-    for start in range(lo, full_end, BLOCK_D):
-        best, tile = step(
-            best, tile, start, hi, q_base, q_rows, q_ok, q_tile, q_stride_l,
-            d_base, d_stride_l, d_inv_base, d_mask_base, d_mask_stride_l,
-            DIM, BLOCK_Q, BLOCK_D, BLOCK_K, SWAP, True, D_MASKED, NORM, ARGMAX, COMPUTE, ACC, PRECISION,
-        )  # fmt: skip
+    # backwards, so that the last tile to equal the maximum is the first in the document: same_bits then needs the new
+    # maximum alone, which replaces the old one in place (307 instructions a tile instead of 371)
     if full_end < hi:
         best, tile = step(
             best, tile, full_end, hi, q_base, q_rows, q_ok, q_tile, q_stride_l,
             d_base, d_stride_l, d_inv_base, d_mask_base, d_mask_stride_l,
             DIM, BLOCK_Q, BLOCK_D, BLOCK_K, SWAP, False, D_MASKED, NORM, ARGMAX, COMPUTE, ACC, PRECISION,
+        )  # fmt: skip
+    for done in range(lo, full_end, BLOCK_D):
+        best, tile = step(
+            best, tile, full_end - BLOCK_D - (done - lo), hi, q_base, q_rows, q_ok, q_tile, q_stride_l,
+            d_base, d_stride_l, d_inv_base, d_mask_base, d_mask_stride_l,
+            DIM, BLOCK_Q, BLOCK_D, BLOCK_K, SWAP, True, D_MASKED, NORM, ARGMAX, COMPUTE, ACC, PRECISION,
         )  # fmt: skip
 
     value = row_max(best, AXIS)  # [BLOCK_Q]
