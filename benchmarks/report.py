@@ -60,9 +60,13 @@ def aot() -> str:
 def host() -> str:
     data = result("host")
     machine = data["machine"]
-    rows = [[row["step"].strip(), f"{row['microseconds']:.1f}"] for row in data["rows"]]
-    return markdown(["step", "µs"], rows) + (
-        f"\n{machine['cpu']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}.\n"
+    rows = [
+        [row["step"].replace("  ", "– "), f"{row['microseconds']:.1f}", f"{row['adds']:.1f}" if "adds" in row else ""]
+        for row in data["rows"]
+    ]
+    return markdown(["step", "µs", "of torch.add"], rows) + (
+        f"\nMedian of interleaved rounds, processor time; the last column survives a slow machine. "
+        f"{machine['cpu']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}.\n"
     )
 
 

@@ -30,7 +30,7 @@ def row_max(x, AXIS: tl.constexpr):
 
 @triton.jit
 def same_bits(a, b):
-    """Bitwise equality: NaN equals NaN, so a running maximum that met NaN keeps the winner that brought it."""
+    """Bitwise equality: NaN equals NaN, so the one that turned a running maximum to NaN is recorded as its winner."""
     if a.dtype == tl.float64:
         return a.to(tl.int64, bitcast=True) == b.to(tl.int64, bitcast=True)
     else:
@@ -68,7 +68,7 @@ def sum_of_squares(x, ACC: tl.constexpr):
 @triton.jit
 def inverse(squares):
     """1 / max(‖row‖₂, 1e-12), the eps of torch.nn.functional.normalize."""
-    return 1.0 / tl.maximum(tl.sqrt(squares), 1e-12)
+    return tl.rsqrt(tl.maximum(squares, 1e-24))
 
 
 @triton.jit

@@ -105,7 +105,8 @@ def options(*, normalize, empty_score, return_argmax, backend) -> float:
     for name, value in (("normalize", normalize), ("return_argmax", return_argmax)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be a Python bool, got {type(value).__module__}.{type(value).__name__}")
-    if isinstance(empty_score, bool) or not isinstance(empty_score, numbers.Real):
+    # numbers.Real is an abstract class: asking it takes 0.4 µs
+    if type(empty_score) is not float and (isinstance(empty_score, bool) or not isinstance(empty_score, numbers.Real)):
         raise TypeError(f"empty_score must be a number, got {type(empty_score).__name__}")
     if FLOAT32_MAX < abs(empty_score) < math.inf:
         raise ValueError(f"empty_score must be infinite or within the range of float32, got {empty_score}")

@@ -22,14 +22,19 @@ _library.define(
 )
 
 
+# an operator returns tensors, not None: an output that is not wanted has no element
+def _forward(q, d, *args):
+    scores, winners = launch.forward(q, d, *args)
+    return scores, q.new_empty(0, dtype=torch.int32) if winners is None else winners
+
+
 def _backward(g, q, d, *args):
-    # an operator returns tensors, not None: a side that needs no gradient gets one of no element
     grads = launch.backward(g, q, d, *args)
     return tuple(x.new_empty(0) if grad is None else grad for grad, x in zip(grads, (q, d), strict=True))
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("maxsim", launch.forward, _key)
+    _library.impl("maxsim", _forward, _key)
     _library.impl("maxsim_backward", _backward, _key)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from latemax._check import DENSE, sizes
 from latemax.kernels.backward import grad_d_kernel, grad_q_kernel, through_norm_kernel
@@ -32,13 +33,15 @@ _built: dict = {}
 def _launch(
     kernel, programs: int, pointers: tuple, numbers: tuple, constants: tuple, types: tuple,
     warps: int = 4, stages: int = 3,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """``kernel[(programs,)](*pointers, *numbers, *constants, *types)`` without triton's binder, once a build is known:
     3 µs instead of 40 (benchmarks/host.py).
 
     What decides the build is in the key: the constants, each pointer's dtype and 16-byte alignment. Not the numbers,
     which are not specialised (beyond int32 they take triton's own way, which sees that they need another type), nor the
     types of products and sums, which follow from the pointers and the constants (and are slow to hash).
+
+    Returns the build where it may be launched again, else None.
     """
     narrow = max(numbers) < 1 << 31
     key = (
@@ -47,11 +50,58 @@ def _launch(
     built = _built.get(key) if narrow else None
     if built is not None:
         built[(programs, 1, 1)](*pointers, *numbers, *constants, *types)
-        return
+        return built
     built = kernel[(programs,)](*pointers, *numbers, *constants, *types, num_warps=warps, num_stages=stages)
     # the interpreter builds nothing
-    if built is not None and narrow:
-        _built[key] = built
+    if built is None or not narrow:
+        return None
+    _built[key] = built
+    return built
+
+
+def _hooked() -> bool:
+    """Whether somebody, a profiler say, wants to be called around launches (triton 3.4: one hook; later: a chain)."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+class Again:
+    """A forward that was one launch, prepared for other tensors of the same shapes, strides, dtypes, 16-byte alignment
+    and device. What it leaves out of a call is two thirds of its host time (benchmarks/host.py)."""
+
+    __slots__ = ("built", "constants", "function", "grid", "index", "metadata", "numbers", "outputs", "run")
+
+    def __init__(self, built, programs: int, numbers: tuple, constants: tuple, scores, argmax):
+        self.built, self.numbers, self.constants, self.grid = built, numbers, constants, (programs, 1, 1)
+        self.run, self.function, self.metadata = built.run, built.function, built.packed_metadata
+        self.index = scores.device.index if scores.is_cuda else None
+        # (shape, strides, dtype, device) of the outputs: torch.empty_strided is the quickest of the allocations
+        self.outputs = [
+            (x.shape, x.stride(), x.dtype, x.device) if x.numel() else None for x in (scores, argmax)
+        ]  # fmt: skip
+
+    def __call__(self, q, d, q_mask, d_mask, empty_score: float):
+        """(scores, argmax or None where none is wanted); None where another device is the current one."""
+        if self.index is not None and self.index != torch.cuda.current_device():
+            return None
+        (shape, strides, dtype, device), winners = self.outputs
+        scores = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        argmax = None
+        if winners is not None:
+            argmax = torch.empty_strided(winners[0], winners[1], dtype=winners[2], device=device)
+        pointers = (
+            q, d, scores if q_mask is None else q_mask, scores if d_mask is None else d_mask, scores, scores, scores,
+            *[scores if argmax is None else argmax] * 4,
+        )  # fmt: skip
+        if _hooked():
+            self.built[self.grid](*pointers, *self.numbers, empty_score, *self.constants)
+        else:
+            stream = driver.active.get_current_stream(self.index or 0)
+            self.run(
+                *self.grid, stream, self.function, self.metadata, None, None, None, *pointers, *self.numbers,
+                empty_score, *self.constants,
+            )  # fmt: skip
+        return scores, argmax
 
 
 def _ceil(a: int, b: int) -> int:
@@ -162,12 +212,16 @@ def packed(tile: TileConfig, l_q: int, n_q: int, own: bool) -> int:
     return 1 if own or n_q == 1 else max(1, tile.block_q >> (l_q - 1).bit_length())
 
 
-def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, tile, packing=DENSE) -> None:
-    """Fills scores [n_q, n_d] and, where it has elements, argmax: int32 [n_q, n_d, l_q], or with cu_q [n_d, t_q]."""
+def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, tile, packing=DENSE) -> Again | None:
+    """Fills scores [n_q, n_d] and, where it has elements, argmax: int32 [n_q, n_d, l_q], or with cu_q [n_d, t_q].
+
+    Returns how to repeat it on other dense tensors of the same form, where that takes one launch and nothing else.
+    """
     own, n_q, n_d, l_q, l_d, dim = sizes(q, d, packing)
     cu_q, cu_d, candidates = packing
     if not scores.numel():
-        return
+        return None
+    given = q, d
     q, d = _unit_last(q), _unit_last(d)
     dtype = torch.promote_types(q.dtype, d.dtype)
     pack = 1 if cu_q is not None else packed(tile, l_q, n_q, own)
@@ -190,17 +244,23 @@ def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, til
             argmax.fill_(-1)
         elif chunks > 1:
             out = scores.new_empty(chunks, n_q, n_d)
-        _launch(
-            forward_kernel, q_tiles * chunks * n_d,
+        programs, types = q_tiles * chunks * n_d, (_compute(dtype), _accumulator(dtype))
+        numbers = (
+            *_q_strides(q, packing), *_strides(d, packing), *_q_strides(q_mask, packing),
+            *_strides(d_mask, packing, True), n_d * l_d if own else 0, n_q, n_d, l_q, l_d, chunks,
+            0 if cu_d is None else len(cu_d) - 1,
+        )  # fmt: skip
+        constants = (
+            dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, cu_q is not None, cu_d is not None,
+            candidates is not None, q_mask is not None, d_mask is not None, norm, argmax.numel() > 0, _align(q, d),
+            _precision(dtype),
+        )  # fmt: skip
+        winners = argmax if argmax.numel() else scores
+        built = _launch(
+            forward_kernel, programs,
             (q, d, scores if q_mask is None else q_mask, scores if d_mask is None else d_mask, q_inv, d_inv, out,
-             argmax, *(argmax if x is None else x for x in packing)),
-            (*_q_strides(q, packing), *_strides(d, packing), *_q_strides(q_mask, packing),
-             *_strides(d_mask, packing, True), n_d * l_d if own else 0, n_q, n_d, l_q, l_d, chunks,
-             0 if cu_d is None else len(cu_d) - 1, empty_score),
-            (dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, cu_q is not None, cu_d is not None,
-             candidates is not None, q_mask is not None, d_mask is not None, norm, argmax.numel() > 0, _align(q, d),
-             _precision(dtype)),
-            (_compute(dtype), _accumulator(dtype)), tile.num_warps, tile.num_stages,
+             winners, *(winners if x is None else x for x in packing)),
+            (*numbers, empty_score), constants, types, tile.num_warps, tile.num_stages,
         )  # fmt: skip
         if cu_q is not None:
             _launch(
@@ -209,6 +269,9 @@ def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, til
             )  # fmt: skip
         elif chunks > 1:
             torch.sum(out, 0, out=scores)
+    if built is None or norm == 2 or chunks > 1 or packing is not DENSE or given[0] is not q or given[1] is not d:
+        return None
+    return Again(built, programs, numbers, constants + types, scores, argmax)
 
 
 def _owners(cu_q: torch.Tensor, t_q: int) -> torch.Tensor:
