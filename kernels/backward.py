@@ -71,6 +71,39 @@ def grad_q_kernel(
     tl.store(out, total, mask=(token < l_q)[:, None] & column_ok[None, :])
 
 
+@triton.jit
+def gather_won(
+    q_ptr, q_inv_ptr, argmax_ptr, g_ptr, q_stride_n, q_stride_l, g_stride_n, g_stride_k, first, past, doc, n_d, l_q, j,
+    columns, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
+    GUARD: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sum of g · q over the query tokens that document tokens j [BLOCK_D] won: [BLOCK_D, BLOCK_K].
+
+    GUARD: nothing is added to a token that won nothing in a block of query tokens, not even 0 times a NaN or infinity.
+    That look at the winners doubled the loop (464 issue slots a block instead of 235, with 4 warps).
+    """
+    r = tl.arange(0, BLOCK_R)
+    total = tl.zeros([BLOCK_D, BLOCK_K], ACC)
+    for query in range(first, past):
+        weight = tl.load(g_ptr + query * g_stride_n + doc * g_stride_k).to(ACC)
+        for token in range(0, l_q, BLOCK_R):
+            i = token + r
+            winner = tl.load(argmax_ptr + (query * n_d + doc) * l_q + i, mask=i < l_q, other=-1)
+            rows = load_rows(
+                q_ptr + query * q_stride_n, i.to(tl.int64), winner >= 0, columns, q_stride_l, DIM, DIM % BLOCK_K == 0,
+                False,
+            )  # fmt: skip
+            if NORM:
+                inv = tl.load(q_inv_ptr + query * l_q + i, mask=winner >= 0, other=0.0)
+                rows = rows.to(ACC) * inv[:, None]
+            picked = winner[None, :] == j[:, None]
+            part = tl.dot(picked.to(COMPUTE), rows.to(COMPUTE), input_precision=PRECISION, out_dtype=ACC) * weight
+            if GUARD:
+                part = tl.where((tl.max(picked.to(tl.int32), 1) > 0)[:, None], part, 0.0)
+            total += part
+    return total
+
+
 @triton.jit(
     do_not_specialize=[
         "q_stride_n", "q_stride_l", "d_stride_n", "d_stride_k", "d_stride_l", "g_stride_n", "g_stride_k",
@@ -108,25 +141,18 @@ def grad_d_kernel(
     first = item // n_d if OWN else item * 0
     past = first + 1 if OWN else first + n_q
     j = start + tl.arange(0, BLOCK_D)
-    r = tl.arange(0, BLOCK_R)
     q_stride_n = aligned(q_stride_n, ALIGN)
     q_stride_l = aligned(q_stride_l, ALIGN)
-    total = tl.zeros([BLOCK_D, BLOCK_K], ACC)
-    for query in range(first, past):
-        weight = tl.load(g_ptr + query * g_stride_n + doc * g_stride_k).to(ACC)
-        for token in range(0, l_q, BLOCK_R):
-            i = token + r
-            winner = tl.load(argmax_ptr + (query * n_d + doc) * l_q + i, mask=i < l_q, other=-1)
-            rows = load_rows(
-                q_ptr + query * q_stride_n, i.to(tl.int64), winner >= 0, columns, q_stride_l, DIM, DIM % BLOCK_K == 0,
-                False,
-            )  # fmt: skip
-            if NORM:
-                inv = tl.load(q_inv_ptr + query * l_q + i, mask=winner >= 0, other=0.0)
-                rows = rows.to(ACC) * inv[:, None]
-            picked = winner[None, :] == j[:, None]
-            part = tl.dot(picked.to(COMPUTE), rows.to(COMPUTE), input_precision=PRECISION, out_dtype=ACC)
-            total += tl.where((tl.max(picked.to(tl.int32), 1) > 0)[:, None], part * weight, 0.0)
+    total = gather_won(
+        q_ptr, q_inv_ptr, argmax_ptr, g_ptr, q_stride_n, q_stride_l, g_stride_n, g_stride_k, first, past, doc, n_d, l_q,
+        j, columns, DIM, BLOCK_D, BLOCK_R, BLOCK_K, NORM, False, PRECISION, COMPUTE, ACC,
+    )  # fmt: skip
+    # 0 times a NaN or infinity is a NaN that this token never won: once more, looking at who won
+    if tl.sum((total != total).to(tl.int32)) > 0:
+        total = gather_won(
+            q_ptr, q_inv_ptr, argmax_ptr, g_ptr, q_stride_n, q_stride_l, g_stride_n, g_stride_k, first, past, doc, n_d,
+            l_q, j, columns, DIM, BLOCK_D, BLOCK_R, BLOCK_K, NORM, True, PRECISION, COMPUTE, ACC,
+        )  # fmt: skip
     ok = j < l_d
     if PROJECT:
         x = load_rows(
