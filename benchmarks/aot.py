@@ -52,6 +52,7 @@ def variants(arch: int):
                     sets.append(dict(ARGMAX=True))
                 if dim == 128 and kind == "half" and l_q in (32, 128):
                     sets += [dict(D_MASKED=True), dict(NORM=1 if l_q == n_q * 32 else 2), dict(ARGMAX=True)]
+                    sets += [dict(D_MASKED=True, ARGMAX=True)]
                     if n_q == 1:
                         sets += [varlen, rerank, rerank | dict(NORM=1)]
                 for extra in sets:
@@ -168,6 +169,7 @@ def compile_one(job) -> dict:
     if kernel_name == "forward_kernel":
         sizes = [constants[name] for name in ("BLOCK_Q", "BLOCK_D", "BLOCK_K", "SWAP")]
         tile = tiles.TileConfig(*sizes, options["num_warps"], options["num_stages"])
+        row.update(tile=[*tile], dim=constants["DIM"])
         row["estimate"] = tiles.shared_bytes(tile, constants["DIM"], dtype.itemsize)
     return row
 

@@ -88,6 +88,49 @@ def grad_q_kernel(
     tl.store(out, total, mask=(token < l_q)[:, None] & column_ok[None, :])
 
 
+@triton.jit
+def gather_won(
+    q_ptr, q_inv_ptr, argmax_ptr, g_ptr, cu_q_ptr, q_stride_n, q_stride_l, g_stride_n, g_stride_k, first, past, doc,
+    n_d, l_q, j, columns, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    Q_RAGGED: tl.constexpr, NORM: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Sum of g · q over the query tokens that document tokens j [BLOCK_D] won: [BLOCK_D, BLOCK_K].
+
+    GUARD: nothing is added to a token that won nothing in a block of query tokens, not even 0 times a NaN or infinity.
+    That look at the winners doubled the loop (464 issue slots a block instead of 235, with 4 warps).
+    """
+    r = tl.arange(0, BLOCK_R)
+    total = tl.zeros([BLOCK_D, BLOCK_K], ACC)
+    for query in range(first, past):
+        weight = tl.load(g_ptr + query * g_stride_n + doc * g_stride_k).to(ACC)
+        if Q_RAGGED:
+            q_row, q_past = span(cu_q_ptr, wide(query), wide(query) >= 0, l_q)
+            q_len = (q_past - q_row).to(tl.int32)
+            q_base = q_ptr + q_row * q_stride_l
+            winners = argmax_ptr + doc * l_q + q_row
+        else:
+            q_row = wide(query) * l_q
+            q_len = l_q
+            q_base = q_ptr + query * q_stride_n
+            winners = argmax_ptr + (query * n_d + doc) * l_q
+        for token in range(0, q_len, BLOCK_R):
+            i = token + r
+            winner = tl.load(winners + i, mask=i < q_len, other=-1)
+            rows = load_rows(
+                q_base, i.to(tl.int64), winner >= 0, columns, q_stride_l, DIM, DIM % BLOCK_K == 0, False
+            )  # fmt: skip
+            if NORM:
+                inv = tl.load(q_inv_ptr + q_row + i, mask=winner >= 0, other=0.0)
+                rows = rows.to(ACC) * inv[:, None]
+            picked = winner[None, :] == j[:, None]
+            part = tl.dot(picked.to(COMPUTE), rows.to(COMPUTE), input_precision=PRECISION, out_dtype=ACC) * weight
+            if GUARD:
+                part = tl.where((tl.max(picked.to(tl.int32), 1) > 0)[:, None], part, 0.0)
+            total += part
+    return total
+
+
 @triton.jit(
     do_not_specialize=[
         "q_stride_n", "q_stride_l", "d_stride_n", "d_stride_k", "d_stride_l", "g_stride_n", "g_stride_k",
@@ -146,33 +189,16 @@ def grad_d_kernel(
         d_base = d_ptr + first * d_stride_n + doc * d_stride_k
     past = first + 1 if OWN else first + n_q
     j = start + tl.arange(0, BLOCK_D)
-    r = tl.arange(0, BLOCK_R)
-    total = tl.zeros([BLOCK_D, BLOCK_K], ACC)
-    for query in range(first, past):
-        weight = tl.load(g_ptr + query * g_stride_n + doc * g_stride_k).to(ACC)
-        if Q_RAGGED:
-            q_row, q_past = span(cu_q_ptr, wide(query), wide(query) >= 0, l_q)
-            q_len = (q_past - q_row).to(tl.int32)
-            q_base = q_ptr + q_row * q_stride_l
-            winners = argmax_ptr + doc * l_q + q_row
-        else:
-            q_row = wide(query) * l_q
-            q_len = l_q
-            q_base = q_ptr + query * q_stride_n
-            winners = argmax_ptr + (query * n_d + doc) * l_q
-        for token in range(0, q_len, BLOCK_R):
-            i = token + r
-            winner = tl.load(winners + i, mask=i < q_len, other=-1)
-            rows = load_rows(
-                q_base, i.to(tl.int64), winner >= 0, columns, q_stride_l, DIM, DIM % BLOCK_K == 0,
-                False,
-            )  # fmt: skip
-            if NORM:
-                inv = tl.load(q_inv_ptr + q_row + i, mask=winner >= 0, other=0.0)
-                rows = rows.to(ACC) * inv[:, None]
-            picked = winner[None, :] == j[:, None]
-            part = tl.dot(picked.to(COMPUTE), rows.to(COMPUTE), input_precision=PRECISION, out_dtype=ACC)
-            total += tl.where((tl.max(picked.to(tl.int32), 1) > 0)[:, None], part * weight, 0.0)
+    total = gather_won(
+        q_ptr, q_inv_ptr, argmax_ptr, g_ptr, cu_q_ptr, q_stride_n, q_stride_l, g_stride_n, g_stride_k, first, past, doc,
+        n_d, l_q, j, columns, DIM, BLOCK_D, BLOCK_R, BLOCK_K, Q_RAGGED, NORM, False, PRECISION, COMPUTE, ACC,
+    )  # fmt: skip
+    # 0 times a NaN or infinity is a NaN that this token never won: once more, looking at who won
+    if tl.sum((total != total).to(tl.int32)) > 0:
+        total = gather_won(
+            q_ptr, q_inv_ptr, argmax_ptr, g_ptr, cu_q_ptr, q_stride_n, q_stride_l, g_stride_n, g_stride_k, first, past,
+            doc, n_d, l_q, j, columns, DIM, BLOCK_D, BLOCK_R, BLOCK_K, Q_RAGGED, NORM, True, PRECISION, COMPUTE, ACC,
+        )  # fmt: skip
     ok = j < d_len
     if PROJECT:
         x = load_rows(d_base, j.to(tl.int64), ok, columns, d_stride_l, DIM, DIM == BLOCK_K, False).to(ACC)

@@ -153,7 +153,7 @@ def test_cached_launches_equal_triton_s_own():
 
 def test_the_host_path_is_timed_step_by_step():
     rows = run("from benchmarks import host; [print(row) for row in host.steps()]").splitlines()
-    assert len(rows) == 14 and "torch.add" in rows[0] and "whole call" in rows[1] and "first call" in rows[-1]
+    assert len(rows) == 15 and "torch.add" in rows[0] and "whole call" in rows[1] and "first training" in rows[-1]
 
 
 def test_a_remembered_form_is_launched_as_one_met_for_the_first_time():

@@ -105,7 +105,7 @@ class BackwardTile(NamedTuple):
     block_d: int  # document tokens that a grad_d program owns
     block_r: int  # query tokens it takes at a time
     block_k: int  # columns that it owns
-    num_warps: int = 8
+    num_warps: int
 
 
 def backward_tile(dim: int, l_q: int, itemsize: int) -> BackwardTile:
@@ -114,4 +114,6 @@ def backward_tile(dim: int, l_q: int, itemsize: int) -> BackwardTile:
     block_d = min(64, max(16, 32768 // (block_k * itemsize)))
     # sm_100 builds of float32: a block of 128 columns spills with 32 query tokens, one of 256 columns with 16
     few = l_q <= 16 or (itemsize > 2 and block_k <= 128)
-    return BackwardTile(block_d, 16 if few else 32, block_k)
+    # 235 issue slots a block of 64 x 32 x 128 with 4 warps, 306 with 8 (sm_90)
+    warps = 4 if itemsize == 2 and block_k <= 128 else 8
+    return BackwardTile(block_d, 16 if few else 32, block_k, warps)
