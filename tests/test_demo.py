@@ -15,7 +15,8 @@ pytest.importorskip("PIL", reason="the demo reads photos with pillow")
 from latemax.demo import photos as photos_module
 from latemax.demo import pipeline, retrieval, run
 from latemax.demo.photos import Crop, load_photos, random_crops
-from latemax.demo.progress import Bar, Stages
+from latemax._progress import Bar
+from latemax.demo.progress import Stages
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,4 @@
-"""Arrow columns ``list<fixed_size_list<float16 | float32>[dim]>``, as LanceDB keeps multi-vectors, without copying tokens.
+"""Arrow columns ``list<fixed_size_list<float16 | float32>[dim]>``, as LanceDB keeps them, without copying tokens.
 
 Arrow has no bfloat16: a bfloat16 corpus is converted where ``dtype`` says so, and refused otherwise.
 """
@@ -58,8 +58,8 @@ def _list_array(pa, tokens: Tensor, offsets: Tensor, dtype: torch.dtype | None):
     wanted = dtype or tokens.dtype
     if wanted not in (torch.float16, torch.float32):
         raise TypeError(
-            f"Arrow has float16 and float32 but no {str(wanted).removeprefix('torch.')}; dtype=torch.float32 keeps every "
-            "bfloat16 value and copies"
+            f"Arrow has float16 and float32 but no {_name(wanted)}; dtype=torch.float32 keeps every bfloat16 value and "
+            "copies"
         )
     values = tokens.detach().to(wanted).contiguous()
     if values.device.type != "cpu":
@@ -76,10 +76,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def from_arrow(column) -> Packed:
-    """(tokens [t_d, dim], offsets int64 [n_d + 1]) of a column; the tokens are the column's own memory, not to be written.
+    """(tokens [t_d, dim], offsets int64 [n_d + 1]) of a column; the tokens are its own memory, not to be written.
 
     Args:
-        column: a pyarrow Array, or a ChunkedArray of one chunk, of (large_)list<fixed_size_list<float16 | float32>[dim]>.
+        column: a pyarrow Array, or a ChunkedArray of one chunk, of list (or large_list) of
+            fixed_size_list<float16 | float32>[dim].
 
     Raises:
         TypeError: another type. ValueError: nulls; several chunks (``column.combine_chunks()`` copies them into one,
@@ -93,9 +94,8 @@ def from_arrow(column) -> Packed:
                 "[from_arrow(c) for c in column.chunks] does not copy"
             )
         column = column.chunk(0)
-    if not isinstance(column, (pa.ListArray, pa.LargeListArray)) or not isinstance(
-        column.values, pa.FixedSizeListArray
-    ):
+    lists = isinstance(column, (pa.ListArray, pa.LargeListArray))
+    if not lists or not isinstance(column.values, pa.FixedSizeListArray):
         came = getattr(column, "type", type(column).__name__)
         raise TypeError(f"column must be of type list<fixed_size_list<float16 | float32>>, got {came}")
     vectors = column.values

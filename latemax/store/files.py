@@ -69,7 +69,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["version"] != VERSION:
             raise StoreError(f"{path}: this latemax reads version {VERSION}, the store has {manifest['version']!r}")
         manifest["shards"] = [ShardEntry(**entry) for entry in manifest["shards"]]
-        manifest["dim"], manifest["dtype"], manifest["id_type"], manifest["meta"]  # noqa: B018
+        for key in ("dim", "dtype", "id_type", "meta"):
+            manifest[key]
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     return manifest

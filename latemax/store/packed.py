@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class Packed(NamedTuple):
     def documents(self) -> list[Tensor]:
         """Views [l_i, dim], one a document."""
         bounds = self.offsets.tolist()
-        return [self.tokens[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [self.tokens[a:b] for a, b in pairwise(bounds)]
 
 
 def check(tokens: Tensor, offsets: Tensor) -> None:

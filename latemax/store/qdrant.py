@@ -35,7 +35,7 @@ def from_qdrant(
         tokens = torch.tensor(value, dtype=dtype)
         if tokens.dim() != 2:
             raise ValueError(
-                f"point {point.id!r}: its vector must be a multi-vector [l, dim], got {list(tokens.shape)}"
+                f"point {point.id!r}: its vector must be [l, dim], a multi-vector; got {list(tokens.shape)}"
             )
         ids.append(point.id)
         documents.append(tokens)
@@ -43,10 +43,10 @@ def from_qdrant(
 
 
 def to_qdrant(documents: Iterable[Tensor], ids: Iterable[int | str], *, vector: str | None = None) -> Iterator:
-    """PointStructs, one a document [l, dim], made as they are asked for: ``client.upload_points(name, to_qdrant(...))``.
+    """PointStructs, one a document, made as they are asked for: ``client.upload_points(name, to_qdrant(...))``.
 
     Args:
-        documents: a PatchStore, or any iterable of tensors. ids: unsigned ints or UUID strings, as Qdrant asks.
+        documents: a PatchStore, or any iterable of tensors [l, dim]. ids: unsigned ints or UUID strings, as Qdrant asks.
         vector: the name of the multi-vector; None where the collection has one unnamed.
 
     Raises:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Shard:
             return self._load("ids", torch.int64).tolist()
         text, bounds = bytes(as_bytes(self._load("id_bytes", torch.uint8))), self._load("id_offsets", torch.int64)
         bounds = bounds.tolist()
-        return [text[a:b].decode() for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [text[a:b].decode() for a, b in pairwise(bounds)]
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -110,8 +111,8 @@ class PatchStore(Sequence):
         path: the folder.
 
     Attributes:
-        dim, dtype: of the tokens; float16, bfloat16 or float32. n_tokens: of all documents. meta: what the writer noted.
-        offsets: int64 [n_d + 1] into all tokens. shards: in order.
+        dim, dtype: of the tokens; float16, bfloat16 or float32. n_tokens: of all documents.
+        offsets: int64 [n_d + 1] into all tokens. shards: in order. meta: what the writer noted.
 
     Raises:
         FileNotFoundError: no store there.
@@ -171,7 +172,7 @@ class PatchStore(Sequence):
         return (Packed(shard.tokens, shard.offsets) for shard in self.shards)
 
     def read(self, first: int, last: int, out: Tensor) -> None:
-        """Documents first … last - 1 into out [t, dim]; contiguous, on the CPU, of this dtype. Leaves no pages mapped."""
+        """Documents first … last - 1 into out [t, dim]; contiguous, on the CPU, of this dtype; maps no pages."""
         row = 0
         for shard in self.shards:
             a, b = max(first - shard.first, 0), min(last - shard.first, len(shard))
@@ -188,6 +189,4 @@ class PatchStore(Sequence):
         """
         wrong = [shard.entry.file for shard in self.shards if sha256(shard.path) != shard.entry.sha256]
         if wrong:
-            raise StoreError(
-                f"{self.path}: wrong checksum (SHA-256) of shard {', '.join(wrong)}: the bytes have changed"
-            )
+            raise StoreError(f"{self.path}: wrong checksum (SHA-256), the bytes have changed: shard {', '.join(wrong)}")
