@@ -165,7 +165,7 @@ def _items(items: list) -> Corpus:
     return Items(items)
 
 
-def runs(corpus: Corpus, budget: int, row_bytes: int, document_bytes: int, names: str) -> list[tuple[int, int]]:
+def runs(corpus: Corpus, budget: int, row_bytes: int, document_bytes: int) -> list[tuple[int, int]]:
     """Runs of documents [a, b) in order, each as long as ``budget`` bytes allow.
 
     row_bytes: what a token costs; document_bytes: what a document costs besides.
@@ -177,9 +177,9 @@ def runs(corpus: Corpus, budget: int, row_bytes: int, document_bytes: int, names
         b = bisect_right(cost, cost[a] + budget) - 1
         if b == a:
             raise ValueError(
-                f"memory must hold {names} of the largest document: document {a} has "
-                f"{int(corpus.offsets[a + 1] - corpus.offsets[a])} tokens and needs {cost[a + 1] - cost[a]} bytes of the "
-                f"{budget} that are left"
+                f"memory must hold the largest document: document {a} has "
+                f"{int(corpus.offsets[a + 1] - corpus.offsets[a])} tokens and needs {cost[a + 1] - cost[a]} bytes of "
+                f"the {budget} that are left"
             )
         found.append((a, b))
         a = b

@@ -20,7 +20,7 @@ def score_packed(q, tokens: Tensor, offsets: Tensor, q_mask=None, **options) -> 
 def score_candidates(
     q: Tensor, tokens: Tensor, offsets: Tensor, candidates: Tensor, q_mask=None, *, empty_score: float, **options
 ) -> Tensor:
-    """Scores [n_q, k] of the documents that candidates int64 [n_q, k] name; -1 is no document and scores empty_score."""
+    """Scores [n_q, k] of the documents that candidates int64 [n_q, k] name; -1, no document, scores empty_score."""
     rows = []
     bounds = offsets.tolist()
     for i, own in enumerate(candidates.tolist()):

@@ -14,7 +14,7 @@ Run = tuple[int, int]
 
 
 def chunks(corpus: Corpus, runs: list[Run], device: torch.device) -> Iterator[tuple[Run, Tensor]]:
-    """((a, b), tokens [t, dim] of documents a … b - 1 on the device) in order; tokens are valid until the next chunk."""
+    """((a, b), tokens [t, dim] of documents a … b - 1 on the device) in order; valid until the next."""
     if corpus.resident and corpus.device == device:
         return (((a, b), corpus.view(a, b)) for a, b in runs)
     return _to_cuda(corpus, runs, device) if device.type == "cuda" else _read_ahead(corpus, runs)

@@ -34,9 +34,7 @@ def from_qdrant(
             )
         tokens = torch.tensor(value, dtype=dtype)
         if tokens.dim() != 2:
-            raise ValueError(
-                f"point {point.id!r}: its vector must be [l, dim], a multi-vector; got {list(tokens.shape)}"
-            )
+            raise ValueError(f"point {point.id!r}: vector must be a multi-vector [l, dim], got {list(tokens.shape)}")
         ids.append(point.id)
         documents.append(tokens)
     return ids, documents
@@ -46,7 +44,7 @@ def to_qdrant(documents: Iterable[Tensor], ids: Iterable[int | str], *, vector: 
     """PointStructs, one a document, made as they are asked for: ``client.upload_points(name, to_qdrant(...))``.
 
     Args:
-        documents: a PatchStore, or any iterable of tensors [l, dim]. ids: unsigned ints or UUID strings, as Qdrant asks.
+        documents: a PatchStore, or any iterable of tensors [l, dim]. ids: unsigned ints or UUID strings.
         vector: the name of the multi-vector; None where the collection has one unnamed.
 
     Raises:

@@ -14,9 +14,9 @@ from latemax import _check
 from latemax._progress import Bar
 from latemax.search import corpus as corpora
 from latemax.search import stream
+from latemax.search.exact import topk
 from latemax.search.merge import TopK, best
 from latemax.search.score import score_candidates
-from latemax.search.topk import topk
 
 ENGINES = ("auto", "faiss", "torch")
 
@@ -103,8 +103,8 @@ def two_stage(
     Args:
         q: [l_q, dim] or [n_q, l_q, dim]. corpus: as in `topk`, without a mask.
         k: how many; 1 <= k <= n_candidates.
-        first: called as ``first(q [n_q, l_q, dim], q_mask or None, n)``, returns candidates int64 [n_q, n] in any order,
-            -1 for none: a `MeanPool`, or any search of yours. Named twice counts once.
+        first: called as ``first(q [n_q, l_q, dim], q_mask or None, n)``, returns candidates int64 [n_q, n] in any
+            order, -1 for none: a `MeanPool`, or any search of yours. Named twice counts once.
         n_candidates: how many to ask for; at most n_d are asked for.
         q_mask, normalize, empty_score, backend: as in `maxsim`.
 

@@ -43,8 +43,8 @@ def topk(
 
     Args:
         q: query tokens [l_q, dim], [n_q, l_q, dim], a list of n_q tensors [l_i, dim], or a jagged nested tensor.
-        corpus: [n_d, l_d, dim]; a list of [l_i, dim]; a jagged nested tensor; (tokens [t_d, dim], offsets [n_d + 1]); or
-            a `PatchStore`. On the CPU, or where the scoring runs.
+        corpus: [n_d, l_d, dim]; a list of [l_i, dim]; a jagged nested tensor; (tokens [t_d, dim], offsets [n_d + 1]);
+            or a `PatchStore`. On the CPU, or where the scoring runs.
         k: how many, 1 <= k <= n_d, as in torch.topk.
         q_mask: as in `maxsim`. d_mask: [n_d, l_d], beside a dense corpus alone.
         normalize, empty_score, backend: as in `maxsim`.
@@ -54,8 +54,8 @@ def topk(
         progress: a bar on stderr.
 
     Returns:
-        TopK(scores [n_q, k] float32 (float64 if the promoted dtype is), indices [n_q, k] int64), on the device; [k] each
-        for q [l_q, dim].
+        TopK(scores [n_q, k] float32 (float64 if the promoted dtype is), indices [n_q, k] int64), on the device; [k]
+        each for q [l_q, dim].
 
     Raises:
         TypeError, ValueError: as `maxsim`; k out of range; a document that ``memory`` cannot hold, named.
@@ -82,12 +82,10 @@ def topk(
     moves = found.device != one.device
     copied = moves or not found.resident or isinstance(found, corpora.Items)
     row = found.dim * found.dtype.itemsize * (2 if moves or not found.resident else 1) if copied else 0
-    room = memory - 2 * n_q * k * SCORE_BYTES
-    if room < 1:
-        raise ValueError(
-            f"memory must hold the {k} best of {n_q} queries, {2 * n_q * k * SCORE_BYTES} bytes; got {memory}"
-        )
-    runs = corpora.runs(found, room, row, n_q * SCORE_BYTES)
+    merging = 2 * n_q * k * SCORE_BYTES
+    if memory <= merging:
+        raise ValueError(f"memory must hold the {k} best of {n_q} queries, {merging} bytes; got {memory}")
+    runs = corpora.runs(found, memory - merging, row, n_q * SCORE_BYTES)
     options = dict(normalize=normalize, empty_score=empty_score, backend=backend)
     kept, bar = None, Bar(len(found), "searching ") if progress else None
     with torch.no_grad():
