@@ -54,6 +54,7 @@ TOPS = {
     "latemax.demo": ("latemax.cli",),
     "latemax._info": ("latemax.cli",),
     "latemax._bench": ("latemax.cli",),
+    "latemax._corpus_cli": ("latemax.cli",),
     "latemax.cli": (),
 }
 LEVEL = {name: level for level, names in enumerate(STACK) for name in names}
