@@ -110,16 +110,15 @@ def fresh(folder: pathlib.Path, limit: int, memory: int) -> dict:
     return json.loads(done.stdout)
 
 
-def brute(folder: pathlib.Path) -> tuple[list, list]:
-    """Top k by plain torch over each shard, in float32 of the same float16 tokens."""
+def brute(folder: pathlib.Path) -> torch.Tensor:
+    """Every score by plain torch over each shard, in float32 of the same float16 tokens."""
     generator = torch.Generator().manual_seed(1)
     q = torch.nn.functional.normalize(torch.randn(L_Q, DIM, generator=generator), dim=-1).half().float()
     scores = []
     for tokens, _ in PatchStore(folder).packed():
         for part in tokens.view(-1, L_D, DIM).split(512):
             scores.append((part.float() @ q.T).amax(1).sum(-1))
-    best = torch.cat(scores).topk(K)
-    return best.values.tolist(), best.indices.tolist()
+    return torch.cat(scores)
 
 
 def scoring_rate() -> float:
@@ -161,11 +160,15 @@ def main() -> None:
         result["cached"] = fresh(folder, limit, 1 << 28)
         result["memory_gbs"] = memory_rate()
         result["scoring_gbs"] = scoring_rate()
-        scores, indices = brute(folder)
+        scores = brute(folder)
         for name in ("cold", "cached"):
-            worst = max(abs(a - b) for a, b in zip(result[name]["scores"], scores, strict=True))
-            if result[name]["indices"] != indices or worst > 1e-4:
-                raise RuntimeError(f"{name}: not the brute force ranking (scores differ by {worst:.2g})")
+            # scores that float32 cannot tell apart may stand in another order
+            found = torch.tensor(result[name]["scores"])
+            here = (found - scores[result[name]["indices"]]).abs().max().item()
+            rank = (found - scores.topk(K).values).abs().max().item()
+            result[name]["error"] = max(here, rank)
+            if not result[name]["error"] < 1e-5:
+                raise RuntimeError(f"{name}: not the brute force ranking: scores differ by {result[name]['error']:.2g}")
     finally:
         shutil.rmtree(folder.parent)
     print(json.dumps({key: value for key, value in result.items() if key != "machine"}, indent=1))
