@@ -258,6 +258,17 @@ def warmup(
     return choice
 
 
+def score_packed(
+    q, tokens, offsets, q_mask=None, *, normalize: bool = False, empty_score: float = -math.inf, backend: str = "auto"
+):
+    """``maxsim`` of q, in any of its forms, against documents end to end; their offsets, int64 [n_d + 1], are good."""
+    flat, cu_q = q, None
+    if _ragged.is_ragged(q):
+        flat, q_mask, cu_q = _ragged.flatten("q", q, q_mask, tokens)
+    args = _check.arguments(flat, tokens, q_mask, cu_q=cu_q, cu_d=offsets.to(tokens.device))
+    return _score(args, q, normalize, empty_score, False, backend)
+
+
 def _arguments(q, d, q_mask, d_mask, *, pairs: bool = False) -> _check.Arguments:
     cu_q = cu_d = None
     if _ragged.is_ragged(q):
