@@ -221,6 +221,7 @@ def warmup(
     q_masked: bool = False,
     d_masked: bool = False,
     own: bool = False,
+    layout: str = "dense",
     normalize: bool = False,
     return_argmax: bool = False,
     train: bool = False,
@@ -230,9 +231,11 @@ def warmup(
     capture too, compiles nothing. The number and length of documents do not matter to it.
 
     Args:
-        dim, l_q, n_q: as in q [n_q, l_q, dim].
+        dim, l_q, n_q: as in q [n_q, l_q, dim]; of layout "varlen" l_q is the mean length.
         dtype: of q and d. device: where to compile and run one tiny problem.
         q_masked, d_masked: whether calls will pass q_mask, d_mask. own: whether d will be [n_q, k, l_d, dim].
+        layout: "dense" for ``maxsim`` and ``maxsim_pairs`` of tensors, "varlen" for ``maxsim_varlen`` and for lists on
+            both sides, "rerank" for ``rerank``.
         normalize, return_argmax, backend: as the calls will pass. train: also the backward kernels of both sides.
 
     Returns:
@@ -241,18 +244,34 @@ def warmup(
     Raises:
         As ``maxsim``.
     """
+    if layout not in ("dense", "varlen", "rerank"):
+        raise ValueError(f"layout must be dense, varlen or rerank; got {layout!r}")
+    if own and layout != "dense":
+        raise ValueError(f"own candidates are of layout 'dense'; got {layout!r}")
     q = torch.zeros(n_q, l_q, dim, dtype=dtype, device=device, requires_grad=train)
     d = torch.zeros(*((n_q,) if own else ()), 1, 16, dim, dtype=dtype, device=device, requires_grad=train)
+    if layout != "dense":
+        d = d.detach()[0].requires_grad_(train)
+    if layout == "varlen":
+        q = q.detach().flatten(0, 1).requires_grad_(train)
+    cu_q, cu_d = torch.arange(n_q + 1, device=device) * l_q, torch.arange(2, device=device) * 16
+    slots = torch.zeros(n_q, 1, dtype=torch.int64, device=device)
     masks = dict(
         q_mask=q.new_ones(q.shape[:-1], dtype=torch.bool) if q_masked else None,
         d_mask=d.new_ones(d.shape[:-1], dtype=torch.bool) if d_masked else None,
     )
     flags = dict(normalize=normalize, return_argmax=return_argmax, backend=backend)
     with torch.set_grad_enabled(train):
-        out = maxsim(q, d, **masks, **flags)
+        if layout == "dense":
+            out, args = maxsim(q, d, **masks, **flags), _arguments(q, d, **masks)
+        elif layout == "varlen":
+            out, args = maxsim_varlen(q, d, cu_q, cu_d, **masks, **flags), _check.varlen(q, d, cu_q, cu_d, **masks)
+        else:
+            args = _check.rerank(q, d, cu_d, slots, masks["q_mask"])
+            out = rerank(q, d, cu_d, slots, masks["q_mask"], **flags)
         if train:
             (out[0] if return_argmax else out).sum().backward()
-        choice = explain(q, d, **masks, **flags)
+        choice = launch.choose(args, backend, normalize=normalize, argmax=return_argmax or train, train=train)
     if q.is_cuda:
         torch.cuda.synchronize(q.device)
     return choice

@@ -138,7 +138,9 @@ def backward_packed(g, q, d, argmax, cu_q, cu_d, candidates, *, normalize, needs
             won = winner >= 0
             c = torch.arange(first, first + len(winner), device=d.device)
             if candidates is not None:
-                base = cu_d[candidates[:, first : first + step].clamp(min=0).T[:, owner]]
+                # a number that is no document has won nothing
+                numbers = candidates[:, first : first + step].clamp(0, max(0, len(cu_d) - 2))
+                base = cu_d[numbers.T[:, owner]]
             elif cu_d is not None:
                 base = cu_d[c].unsqueeze(1)
             else:
