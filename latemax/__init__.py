@@ -7,7 +7,7 @@ scores = maxsim(query_tokens, page_tokens)  # [n_q, l_q, dim] x [n_d, l_d, dim] 
 from __future__ import annotations
 
 from latemax import reference
-from latemax.api import explain, maxsim, maxsim_pairs, warmup
+from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, warmup
 from latemax.module import MaxSim
 from latemax.ops.select import Choice
 
@@ -22,7 +22,9 @@ __all__ = [
     "explain",
     "maxsim",
     "maxsim_pairs",
+    "maxsim_varlen",
     "reference",
+    "rerank",
     "warmup",
 ]
 _ENCODERS = ("LoRA", "PatchEncoder", "PatchTokens", "add_lora")
