@@ -31,7 +31,7 @@ tests)
     ;;
 tune)
     if [ -n "$tiny" ]; then
-        TRITON_INTERPRET=1 timeout 300 "$python" -m benchmarks.tune --rehearse 2>&1 | tee "$out/tune.log"
+        TRITON_INTERPRET=1 timeout 500 "$python" -m benchmarks.tune --rehearse 2>&1 | tee "$out/tune.log"
     else
         timeout 480 "$python" -m benchmarks.tune --write --seconds 400 2>&1 | tee "$out/tune.log"
         cp latemax/ops/tiles.py "$out/tiles.py"

@@ -91,9 +91,10 @@ def grad_q_kernel(
 @triton.jit
 def gather_won(
     q_ptr, q_inv_ptr, argmax_ptr, g_ptr, cu_q_ptr, q_stride_n, q_stride_l, g_stride_n, g_stride_k, first, past, doc,
-    n_d, l_q, j, columns, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    Q_RAGGED: tl.constexpr, NORM: tl.constexpr, GUARD: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
-    ACC: tl.constexpr,
+    n_d, l_q, j, columns,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    Q_RAGGED: tl.constexpr, NORM: tl.constexpr, GUARD: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sum of g · q over the query tokens that document tokens j [BLOCK_D] won: [BLOCK_D, BLOCK_K].
 
