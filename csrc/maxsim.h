@@ -12,6 +12,8 @@
  *     pairs                 n_c = 1, d_stride_q = l_d * dim         (dense) query a against document a
  *     ragged documents      d_offsets set                           document c holds rows d_offsets[c] .. d_offsets[c + 1]
  *     rerank in place       d_offsets and candidates set            as above for document candidates[a, c]; -1: none
+ *
+ * The CUDA kernels also take ragged queries (q_offsets) and need room to work in, given by the caller.
  */
 #ifndef LATEMAX_MAXSIM_H
 #define LATEMAX_MAXSIM_H
@@ -59,6 +61,15 @@ typedef struct {
     int32_t normalize;
     /* Nonzero: float32 products may be rounded to TF32. */
     int32_t allow_tf32;
+
+    /* CUDA only. Nonzero: every query has its own documents, so that queries cannot share a tile. */
+    int32_t own;
+    /* CUDA only, room for inverse norms where normalize is set: a float a token, in the order of the masks' shapes. */
+    float *q_inverse_norms; /* [n_q, l_q] or [t_q] */
+    float *d_inverse_norms; /* [n_c, l_d], with own [n_q, n_c, l_d], or [t_d] */
+    int64_t q_tokens, d_tokens;
+    /* CUDA only, room for the sums of a long query's parts: [parts, n_q, n_c], NULL where a query has one part. */
+    float *partial;
 } maxsim_args;
 
 #ifdef __cplusplus
