@@ -16,9 +16,9 @@ struct Run80 {
         const int shared = sm80::shared_bytes(f.plan, sm80::table_bytes<N, ARGMAX>());
         if (shared > device.shared_block)
             throw std::runtime_error("dim " + std::to_string(f.a.dim) + " needs more shared memory than this GPU has");
-        // 1 KB of every block is the system's
-        const int resident = device.shared_multiprocessor / (shared + 1024);
-        plan_grid(f.plan, f.a, static_cast<int64_t>(device.multiprocessors) * (resident < 3 ? resident : 3));
+        // 1 KB of every block is the system's; two blocks of 128 threads have 255 registers each, more would not
+        const int resident = device.shared_multiprocessor / (shared + 1024) > 1 ? 2 : 1;
+        plan_grid(f.plan, f.a, static_cast<int64_t>(device.multiprocessors) * resident);
         launch(sm80::forward<T, N, ARGMAX>, f.plan.grid, sm80::THREADS, shared, stream, f);
     }
 };

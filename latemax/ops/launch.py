@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from latemax import _check, reference
-from latemax.ops import cpu_backend, native_cpu_backend, select
+from latemax.ops import cpu_backend, cuda_backend, native_cpu_backend, select
 
 
 def allocate(q: torch.Tensor, d: torch.Tensor, want_argmax: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,6 +45,8 @@ def forward(
         triton_backend.forward(
             q, d, q_mask, d_mask, scores, argmax, normalize=normalize, empty_score=empty_score, tile=choice.tile
         )
+    elif choice.backend == "cuda":
+        cuda_backend.forward(q, d, q_mask, d_mask, scores, argmax, normalize=normalize, empty_score=empty_score)
     else:
         run = native_cpu_backend if choice.native else cpu_backend
         run.forward(q, d, q_mask, d_mask, scores, argmax, normalize=normalize, empty_score=empty_score)
@@ -64,7 +66,7 @@ def backward(
     """Gradients from the recorded winners; None for a side that needs none."""
     args = _check.Arguments(q, d, None, None, False, False)
     choice = choose(args, backend, normalize=normalize, argmax=True, train=True)
-    if choice.backend == "triton":
+    if choice.backend in ("triton", "cuda"):
         from latemax.ops import triton_backend as run
     else:
         # the blocked gather runs on any device and is what backend="reference" differentiates with
