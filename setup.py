@@ -3,7 +3,7 @@
 `kernels/` is installed as `latemax.kernels`: the top-level name `kernels` belongs to another package.
 
 LATEMAX_BUILD_CPU: unset = the native CPU kernels are built if a C++ compiler is there, 1 = built or the build fails,
-0 = left out. LATEMAX_BUILD_CUDA: the same for the CUDA kernels and nvcc (12.3 or later; a C++ compiler too). Neither
+0 = left out. LATEMAX_BUILD_CUDA: the same for the CUDA kernels and nvcc (12.5 or later; a C++ compiler too). Neither
 needs torch. Without both the wheel is pure Python.
 """
 
@@ -99,8 +99,8 @@ def why_not_cuda() -> str:
     if not reason:
         told = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
         version = re.search(r"release (\d+)\.(\d+)", told)
-        if version and (int(version[1]), int(version[2])) < (12, 3):
-            reason = f"nvcc {version[1]}.{version[2]} is older than 12.3"
+        if version and (int(version[1]), int(version[2])) < (12, 5):
+            reason = f"nvcc {version[1]}.{version[2]} is older than 12.5"
     if not reason and not cudart(home):
         reason = f"there is no libcudart_static.a in {home}"
     reason = reason or no_compiler()

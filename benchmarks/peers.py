@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import latemax
 from benchmarks.shapes import Shape
+from latemax.ops.select import cuda_status
 
 # largest [n_q, n_d, l_q, l_d] float32 that the eager contenders may write, in bytes
 EAGER_LIMIT = 8 << 30
@@ -18,6 +19,10 @@ EAGER_LIMIT = 8 << 30
 
 def ours(q, d, d_mask, normalize):
     return latemax.maxsim(q, d, None, d_mask, normalize=normalize)
+
+
+def ours_cuda(q, d, d_mask, normalize):
+    return latemax.maxsim(q, d, None, d_mask, normalize=normalize, backend="cuda")
 
 
 def eager(q, d, d_mask, normalize):
@@ -54,6 +59,14 @@ def contenders(shape: Shape, device: str, train: bool) -> tuple[dict[str, Callab
             absent["torch.compile"] = "timed on CUDA only"
     else:
         absent["torch eager"] = absent["torch.compile"] = f"would write {similarities / 2**30:.0f} GiB"
+    # beside the choice of auto, so that the table of what auto chooses can be written from one run
+    why_not = "runs on CUDA only" if device != "cuda" else cuda_status()[1] * (not cuda_status()[0])
+    if not why_not and (shape.dtype == "float32" or shape.dim % 8):
+        why_not = "takes half precision and a dim that is a multiple of 8"
+    if why_not:
+        absent["latemax cuda"] = why_not
+    else:
+        runs["latemax cuda"] = ours_cuda
     for name, module, build in (
         ("late-interaction-kernels", "late_interaction_kernels", late_interaction_kernels),
         ("flash-maxsim", "flash_maxsim", flash_maxsim),

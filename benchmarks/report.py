@@ -57,6 +57,35 @@ def aot() -> str:
     return markdown(head, rows)
 
 
+def cuda_aot() -> str:
+    data = result("cuda-aot")
+    built = data["build"]
+    head = [
+        "arch",
+        "kernel",
+        "query columns",
+        "winners",
+        "registers",
+        "spills",
+        "HGMMA",
+        "HMMA",
+        "instructions",
+        "loop",
+    ]
+    rows = []
+    for row in data["rows"]:
+        # float16 and bfloat16 compile alike; a row that differed would stand beside
+        line = [row["arch"], row["kernel"], row["columns"] or "", "yes" if row["argmax"] else "",
+                *(row[key] for key in ("registers", "spills", "hgmma", "hmma", "instructions", "loop"))]  # fmt: skip
+        if line not in rows:
+            rows.append(line)
+    return markdown(head, rows) + (
+        f"\nnvcc {built['nvcc']}; `{built['wheel']}`, {built['wheel_bytes'] / 1e6:.2f} MB, built in "
+        f"{built['seconds']:.0f} s on {built['cores']} cores, the native CPU kernels included; commit "
+        f"{built['commit']}, {built['date']}.\n"
+    )
+
+
 def host() -> str:
     data = result("host")
     machine = data["machine"]
@@ -75,7 +104,7 @@ def suite(name: str) -> str:
         cases.setdefault((row["label"].strip(), row["train"]), []).append(row)
     lines = []
     for (label, train), rows in cases.items():
-        timed = {row["name"]: row for row in rows if "wall" in row}
+        timed = {row["name"]: row for row in rows if "wall" in row and row["name"] != "latemax cuda"}
         mine = timed.pop("latemax")
         best = min(timed.values(), key=lambda row: row["wall"]["p50"])
         lines.append(
@@ -130,7 +159,7 @@ def roofline(name: str, path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
-TABLES = {"cpu": cpu, "aot": aot, "host": host, "suite-cpu": lambda: suite("bench-cpu")}
+TABLES = {"cpu": cpu, "aot": aot, "cuda-aot": cuda_aot, "host": host, "suite-cpu": lambda: suite("bench-cpu")}
 
 
 def render(text: str) -> str:

@@ -51,7 +51,7 @@ def test_every_contender_on_this_machine_is_right():
         q, d, mask = tiny.tensors("cpu")
         functions, absent = peers.contenders(tiny, "cpu", False)
         assert set(functions) == {"latemax", "torch chunked", "torch eager"}
-        assert set(absent) == {"torch.compile", "late-interaction-kernels", "flash-maxsim"}
+        assert set(absent) == {"latemax cuda", "torch.compile", "late-interaction-kernels", "flash-maxsim"}
         for name, function in functions.items():
             timing.check(name, function(q, d, mask, tiny.normalize), timing.truth_of(q, d, mask), tiny)
 

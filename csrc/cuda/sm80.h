@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Forwa
     Walk walk(f, ptx::block_index(), ptx::grid_size());
     while (walk.next()) {
         if (walk.moved) {
+            // nobody reads the last ones any more: the barrier below the tiles came after
             group = group_of(f, walk.block, 0);
-            ptx::block_barrier();
             load_queries<N>(f, group, queries, thread);
             ptx::cp_async_commit();
             ptx::cp_async_wait<0>();

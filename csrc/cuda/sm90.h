@@ -157,7 +157,7 @@ __device__ __forceinline__ void consume(const Forward &f, const Shared &s, Table
                         ptx::wgmma_commit();
                         d += SLAB_BYTES >> 4, q += N * 128 >> 4;
                     }
-                    ptx::wgmma_wait();
+                    ptx::wgmma_wait(acc);
                 }
                 // a lane that still waits here when the stage has been filled again would wait for the wrong phase
                 ptx::warp_barrier();

@@ -134,7 +134,10 @@ template <int REGISTERS>
 inline void take_registers() {}
 inline void wgmma_fence() { emulator::wgmma_fence(); }
 inline void wgmma_commit() { emulator::wgmma_commit(); }
-inline void wgmma_wait() { emulator::wgmma_wait(); }
+template <int COUNT>
+inline void wgmma_wait(float (&)[COUNT]) {
+    emulator::wgmma_wait();
+}
 
 }  // namespace ptx
 }  // namespace latemax

@@ -141,7 +141,13 @@ __device__ inline void take_registers() {
 /* Accumulators may be written by wgmma from here on. */
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+/* Names the accumulators, so that the compiler moves no reading of them before the wait. */
+template <int COUNT>
+__device__ __forceinline__ void wgmma_wait(float (&d)[COUNT]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
 
 }  // namespace ptx
 }  // namespace latemax
