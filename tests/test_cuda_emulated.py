@@ -11,7 +11,8 @@ import pytest
 import torch
 from common import assert_argmax, assert_exact, exact, masks, plain_torch, problem
 
-from latemax.ops import cuda_backend, tiles
+import latemax
+from latemax.ops import cuda_backend, select, tiles
 
 HERE = Path(__file__).parent / "cuda_emulator"
 spec = importlib.util.spec_from_file_location("cuda_emulator_build", HERE / "build.py")
@@ -239,3 +240,33 @@ def test_the_widest_dim_that_python_lets_through_fits(device, shared, monkeypatc
         assert_right(*problem((n_q, 1, l_q, 9, dim), dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="more shared memory than this GPU has"):
         run(*problem((4, 1, 128, 9, 2 * dim), dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="backward is Triton's")
+def test_through_the_public_call_with_gradients(device, monkeypatch):
+    monkeypatch.setattr(select, "why_not_cuda", lambda p: cuda_backend.why_not(p, device.capability))
+    monkeypatch.setattr(select, "capability", lambda d: device.capability)
+    select.choose.cache_clear()
+    try:
+        for shape, normalize in (((2, 3, 7, 40, 16), False), ((3, 3, 20, 33, 24), True)):
+            q, d = problem(shape, dtype=torch.bfloat16)
+            q_mask, d_mask = masks(q, d)
+            ran, grads = {}, {}
+            for backend in ("cuda", "reference"):
+                a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
+                assert latemax.explain(a, b, backend=backend).backend == backend
+                scores, argmax = latemax.maxsim(
+                    a, b, q_mask, d_mask, normalize=normalize, return_argmax=True, backend=backend
+                )
+                scores.square().sum().backward()
+                ran[backend], grads[backend] = (scores.detach(), argmax), (a.grad, b.grad)
+            torch.testing.assert_close(ran["cuda"][0], ran["reference"][0], rtol=1e-5, atol=1e-4)
+            assert torch.equal(ran["cuda"][1], ran["reference"][1])
+            for ours, theirs in zip(grads["cuda"], grads["reference"], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+            pairs = latemax.maxsim_pairs(q[:2], d[:2], normalize=normalize, backend="cuda")
+            torch.testing.assert_close(pairs, latemax.maxsim(q[:2], d[:2], normalize=normalize).diagonal())
+        with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* dim must be a multiple of 8"):
+            latemax.maxsim(q[..., :9], d[..., :9], backend="cuda")
+    finally:
+        select.choose.cache_clear()
