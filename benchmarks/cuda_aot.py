@@ -53,9 +53,9 @@ def describe(mangled: str) -> dict:
     found = FORWARD.search(mangled)
     if found:
         return dict(kernel=f"forward_{found[1]}", dtype=found[2].lower(), columns=int(found[3]), argmax=found[4] == "1")
-    name = re.search(r"\d+(inverse_norms|sum_parts)", mangled)[1]
+    name = re.search(r"\d+(inverse_norms|lengths|sum_parts)", mangled)[1]
     dtype = re.search(r"INS_\d(B?F16)E", mangled)
-    return dict(kernel=name, dtype=dtype[1].lower() if dtype else "float", columns=None, argmax=False)
+    return dict(kernel=name, dtype=dtype[1].lower() if dtype else "", columns=None, argmax=False)
 
 
 def count(sass: str) -> dict:

@@ -33,7 +33,7 @@ bool unlocked(Work work) {
 /* (device, stream, capability, own,
  *  dtype, q, q shape, q strides, q offsets, q tokens,
  *  d, n_c, l_d, d strides, d offsets, d tokens, documents, candidates,
- *  q_mask, strides, d_mask, strides, q norms, d norms, partial, scores, argmax, normalize, empty_score) */
+ *  q_mask, strides, d_mask, strides, lengths, q norms, d norms, partial, scores, argmax, normalize, empty_score) */
 PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
     maxsim_args a{};
@@ -59,6 +59,7 @@ PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     in.tuple(x, 2), a.q_mask_stride_n = x[0], a.q_mask_stride_l = x[1];
     a.d_mask = in.address<const uint8_t>();
     in.tuple(x, 3), a.d_mask_stride_q = x[0], a.d_mask_stride_n = x[1], a.d_mask_stride_l = x[2];
+    a.d_lengths = in.address<int32_t>();
     a.q_inverse_norms = in.address<float>();
     a.d_inverse_norms = in.address<float>();
     a.partial = in.address<float>();

@@ -68,6 +68,8 @@ typedef struct {
     float *q_inverse_norms; /* [n_q, l_q] or [t_q] */
     float *d_inverse_norms; /* [n_c, l_d], with own [n_q, n_c, l_d], or [t_d] */
     int64_t q_tokens, d_tokens;
+    /* CUDA only, room for the documents' lengths up to their last kept token where d_mask is set, else NULL. */
+    int32_t *d_lengths; /* [n_c], with own [n_q, n_c], or [n_documents] */
     /* CUDA only, room for the sums of a long query's parts: [parts, n_q, n_c], NULL where a query has one part. */
     float *partial;
 } maxsim_args;

@@ -29,6 +29,7 @@ void forward(const maxsim_args &a, int index, void *stream, int capability) {
         throw std::runtime_error("more than 2^31 tokens, queries or documents on one axis");
     const Stream on = static_cast<Stream>(stream);
     if (a.normalize) launch_norms(a, on);
+    if (a.d_mask) launch_lengths(a, on);
     (sm90 ? launch_sm90 : launch_sm80)(f, device, on);
     if (f.plan.chunks > 1) launch_sum(f, on);
 }

@@ -116,11 +116,12 @@ struct Document {
 
 __device__ inline Document document_of(const maxsim_args &a, int64_t query, int64_t c) {
     const int64_t owner = a.own ? query : 0;
-    if (!a.d_offsets) return {owner, c, 0, static_cast<int>(a.l_d)};
+    if (!a.d_offsets) return {owner, c, 0, a.d_lengths ? a.d_lengths[owner * a.n_c + c] : static_cast<int>(a.l_d)};
     const int64_t id = a.candidates ? a.candidates[query * a.n_c + c] : c;
     // checking candidates would take a synchronisation: one that is no document scores as an empty one
     if (id < 0 || id >= a.n_documents) return {0, 0, 0, 0};
-    return {0, 0, a.d_offsets[id], static_cast<int>(a.d_offsets[id + 1] - a.d_offsets[id])};
+    const int64_t start = a.d_offsets[id];
+    return {0, 0, start, a.d_lengths ? a.d_lengths[id] : static_cast<int>(a.d_offsets[id + 1] - start)};
 }
 
 /* What a similarity with this document token is multiplied with; negative: the token is masked or there is none. */

@@ -12,6 +12,8 @@ void launch_sm90(Forward &f, const Device &device, Stream stream);
 
 /* 1 / max(norm, 1e-12) of every token of q and d. */
 void launch_norms(const maxsim_args &a, Stream stream);
+/* d_lengths of masked documents. */
+void launch_lengths(const maxsim_args &a, Stream stream);
 /* scores = the sum of the partial ones, in order. */
 void launch_sum(const Forward &f, Stream stream);
 

@@ -1,4 +1,4 @@
-/* Small kernels beside the forward: inverse norms, and the sum over a long query's chunks. */
+/* Small kernels beside the forward: inverse norms, lengths of masked documents, the sum over a long query's chunks. */
 #include "launch.h"
 
 namespace latemax {
@@ -27,6 +27,26 @@ __global__ void __launch_bounds__(THREADS)
             // not fmaxf, which would hide a NaN
             out[row] = 1.0f / (norm < 1e-12f ? 1e-12f : norm);
         }
+    }
+}
+
+/* A warp a document: masked tokens behind the last kept one are neither read nor multiplied. */
+__global__ void __launch_bounds__(THREADS) lengths(const __grid_constant__ maxsim_args a, int64_t documents) {
+    const int thread = ptx::thread_index(), lane = thread % 32;
+    const int64_t step = static_cast<int64_t>(ptx::grid_size()) * (THREADS / 32);
+    for (int64_t id = static_cast<int64_t>(ptx::block_index()) * (THREADS / 32) + thread / 32; id < documents; id += step) {
+        const int64_t start = a.d_offsets ? a.d_offsets[id] : 0;
+        const int64_t length = a.d_offsets ? a.d_offsets[id + 1] - start : a.l_d;
+        const uint8_t *mask = a.d_mask + (a.d_offsets ? start * a.d_mask_stride_l
+                                                      : id / a.n_c * a.d_mask_stride_q + id % a.n_c * a.d_mask_stride_n);
+        int end = 0;
+        for (int64_t i = lane; i < length; i += 32)
+            if (mask[i * a.d_mask_stride_l]) end = static_cast<int>(i) + 1;
+        for (int other = 16; other > 0; other /= 2) {
+            const int theirs = ptx::shuffle_xor(end, other);
+            end = theirs > end ? theirs : end;
+        }
+        if (lane == 0) a.d_lengths[id] = end;
     }
 }
 
@@ -59,6 +79,11 @@ void launch_norms(const maxsim_args &a, Stream stream) {
     else norms(a, a.q, a.q_inverse_norms, 1, a.n_q, a.l_q, 0, a.q_stride_n, a.q_stride_l, stream);
     if (a.d_offsets) norms(a, a.d, a.d_inverse_norms, 1, 1, a.d_tokens, 0, 0, a.d_stride_l, stream);
     else norms(a, a.d, a.d_inverse_norms, a.own ? a.n_q : 1, a.n_c, a.l_d, a.d_stride_q, a.d_stride_n, a.d_stride_l, stream);
+}
+
+void launch_lengths(const maxsim_args &a, Stream stream) {
+    const int64_t documents = a.d_offsets ? a.n_documents : (a.own ? a.n_q : 1) * a.n_c;
+    if (documents) launch(lengths, blocks(documents, THREADS / 32), THREADS, 0, stream, a, documents);
 }
 
 void launch_sum(const Forward &f, Stream stream) {

@@ -109,6 +109,9 @@ def _run(
     with _on(q.device):
         floats = functools.partial(q.new_empty, dtype=torch.float32)
         norms = (floats(q[..., 0].numel()), floats(d[..., 0].numel())) if normalize else (None, None)
+        # of documents, not of tokens: what the kernels find there is where the last kept token lies
+        documents = 0 if d_mask is None else len(d_offsets) - 1 if flat_d else d.shape[:-2].numel()
+        lengths = None if d_mask is None else q.new_empty(documents, dtype=torch.int32)
         parts = _cuda.parts(l_q, device, capability)
         partial = floats(parts, n_q, n_c) if parts > 1 else None
         _cuda.forward(
@@ -117,7 +120,7 @@ def _run(
             len(q) if flat_q else 0,
             d.data_ptr(), n_c, 0 if flat_d else d.shape[-2], d_strides, _address(d_offsets), len(d) if flat_d else 0,
             len(d_offsets) - 1 if flat_d else 0, _address(candidates),
-            _address(q_mask), q_mask_strides, _address(d_mask), d_mask_strides,
+            _address(q_mask), q_mask_strides, _address(d_mask), d_mask_strides, _address(lengths),
             _address(norms[0]), _address(norms[1]), _address(partial), scores.data_ptr(),
             argmax.data_ptr() if argmax.numel() else 0, normalize, empty_score,
         )  # fmt: skip
