@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import latemax
 from benchmarks.shapes import Shape
+from latemax.ops.select import cuda_status
 
 # shapes that torch.compile(mode="max-autotune") is timed at: tuning takes it up to a minute each
 COMPILED = {(1, 1000, 32, 300), (1, 1000, 1024, 1024), (32, 32, 32, 300), (128, 128, 32, 300)}
@@ -27,6 +28,10 @@ def ours(q, d, d_mask, normalize):
 
 def ours_with_winners(q, d, d_mask, normalize):
     return latemax.maxsim(q, d, None, d_mask, normalize=normalize, return_argmax=True)[0]
+
+
+def ours_cuda(q, d, d_mask, normalize):
+    return latemax.maxsim(q, d, None, d_mask, normalize=normalize, backend="cuda")
 
 
 def eager(q, d, d_mask, normalize):
@@ -66,6 +71,14 @@ def contenders(shape: Shape, device: str, train: bool) -> tuple[dict[str, Callab
             absent["torch.compile"] = "its tuning takes too long for every shape"
     else:
         absent["torch eager"] = absent["torch.compile"] = f"would write {similarities / 2**30:.0f} GiB"
+    # beside the choice of auto, so that the table of what auto chooses can be written from one run
+    why_not = "runs on CUDA only" if device != "cuda" else cuda_status()[1] * (not cuda_status()[0])
+    if not why_not and (shape.dtype == "float32" or shape.dim % 8):
+        why_not = "takes half precision and a dim that is a multiple of 8"
+    if why_not:
+        absent["latemax cuda"] = why_not
+    else:
+        runs["latemax cuda"] = ours_cuda
     for name, module, build in (
         ("late-interaction-kernels", "late_interaction_kernels", late_interaction_kernels),
         ("flash-maxsim", "flash_maxsim", flash_maxsim),

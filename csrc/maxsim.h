@@ -14,6 +14,7 @@
  *     rerank in place       d_offsets and candidates set            as above for document candidates[a, c]; -1: none
  *
  * Ragged queries (q_offsets) go with any of these.
+ * The CUDA kernels need room to work in, given by the caller.
  */
 #ifndef LATEMAX_MAXSIM_H
 #define LATEMAX_MAXSIM_H
@@ -63,6 +64,17 @@ typedef struct {
     int32_t normalize;
     /* Nonzero: float32 products may be rounded to TF32. */
     int32_t allow_tf32;
+
+    /* CUDA only. Nonzero: every query has its own documents, so that queries cannot share a tile. */
+    int32_t own;
+    /* CUDA only, room for inverse norms where normalize is set: a float a token, in the order of the masks' shapes. */
+    float *q_inverse_norms; /* [n_q, l_q] or [t_q] */
+    float *d_inverse_norms; /* [n_c, l_d], with own [n_q, n_c, l_d], or [t_d] */
+    int64_t q_tokens, d_tokens;
+    /* CUDA only, room for the documents' lengths up to their last kept token where d_mask is set, else NULL. */
+    int32_t *d_lengths; /* [n_c], with own [n_q, n_c], or [n_documents] */
+    /* CUDA only, room for the sums of a long query's parts: [parts, n_q, n_c], NULL where a query has one part. */
+    float *partial;
 } maxsim_args;
 
 #ifdef __cplusplus

@@ -52,6 +52,7 @@ def test_every_contender_on_this_machine_is_right():
         functions, absent = peers.contenders(tiny, "cpu", False)
         assert set(functions) == {"latemax", "torch chunked", "torch eager"}
         assert set(absent) == {
+            "latemax cuda",
             "torch.compile",
             "late-interaction-kernels",
             "flash-maxsim",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from latemax import _check, reference
-from latemax.ops import cpu_backend, native_cpu_backend, packed, select
+from latemax.ops import cpu_backend, cuda_backend, native_cpu_backend, packed, select
 
 
 def allocate(
@@ -79,6 +79,10 @@ def forward(
             if len(_again) >= 4096:
                 _again.clear()
             _again[form] = again
+    elif choice.backend == "cuda" and packing is _check.DENSE:
+        cuda_backend.forward(q, d, q_mask, d_mask, scores, argmax, **flags)
+    elif choice.backend == "cuda":
+        cuda_backend.forward_packed(q, d, q_mask, d_mask, cu_d, candidates, scores, argmax, **flags)
     elif packing is _check.DENSE:
         run = native_cpu_backend if choice.native else cpu_backend
         run.forward(q, d, q_mask, d_mask, scores, argmax, **flags)
@@ -106,7 +110,7 @@ def backward(
     args = _check.Arguments(q, d, None, None, False, False, packing)
     choice = choose(args, backend, normalize=normalize, argmax=True, train=True)
     needs = dict(needs_q=needs_q, needs_d=needs_d)
-    if choice.backend == "triton":
+    if choice.backend in ("triton", "cuda"):
         from latemax.ops import triton_backend
 
         if candidates is None or not needs_d:

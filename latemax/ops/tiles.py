@@ -101,6 +101,25 @@ def pick(
     return tile, source
 
 
+class CudaRow(NamedTuple):
+    capability: int
+    dim: int  # up to this dim
+    q_rows: int  # up to this many query tokens in one tile
+    source: str  # GPU, date and ratio
+
+
+# where the CUDA kernels were measured faster than the tiles above, and auto picks them; none was timed yet
+CUDA_FASTER: tuple[CudaRow, ...] = ()
+
+
+def cuda_faster(dim: int, q_rows: int, capability: int) -> str:
+    """Where the CUDA kernels were found faster for this problem; empty if nowhere."""
+    for row in CUDA_FASTER:
+        if capability == row.capability and dim <= row.dim and q_rows <= row.q_rows:
+            return row.source
+    return ""
+
+
 class BackwardTile(NamedTuple):
     block_d: int  # document tokens that a grad_d program owns
     block_r: int  # query tokens it takes at a time
