@@ -28,20 +28,23 @@ class Arguments {
     T *address() {
         return reinterpret_cast<T *>(static_cast<uintptr_t>(integer()));
     }
-    /* A shape or strides of n, or 0s for None. */
-    void tuple(int64_t *out, Py_ssize_t n) {
+    /* A shape or strides of at most n axes, 0s in front of it; returns how many it has: 0 for None. */
+    Py_ssize_t tuple(int64_t *out, Py_ssize_t n) {
         PyObject *x = take();
         for (Py_ssize_t i = 0; i < n; ++i) out[i] = 0;
-        if (!x || x == Py_None) return;
-        if (!PyTuple_Check(x) || PyTuple_Size(x) != n) {
-            if (!failed_) PyErr_Format(PyExc_TypeError, "expected a tuple of %zd", n);
+        if (!x || x == Py_None) return 0;
+        const Py_ssize_t has = PyTuple_Check(x) ? PyTuple_Size(x) : n + 1;
+        if (has > n) {
+            PyErr_Format(PyExc_TypeError, "expected a tuple of at most %zd", n);
             failed_ = true;
-            return;
+            return 0;
         }
-        for (Py_ssize_t i = 0; i < n; ++i) {
-            out[i] = PyLong_AsLongLong(PyTuple_GetItem(x, i));
-            failed_ |= out[i] == -1 && PyErr_Occurred();
+        for (Py_ssize_t i = 0; i < has; ++i) {
+            int64_t &value = out[n - has + i];
+            value = PyLong_AsLongLong(PyTuple_GetItem(x, i));
+            failed_ |= value == -1 && PyErr_Occurred();
         }
+        return has;
     }
     bool ok() {
         if (!failed_ && next_ != end_) {

@@ -6,8 +6,10 @@ scores = maxsim(query_tokens, page_tokens)  # [n_q, l_q, dim] x [n_d, l_d, dim] 
 
 from __future__ import annotations
 
+import importlib
+
 from latemax import reference
-from latemax.api import explain, maxsim, maxsim_pairs, warmup
+from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, warmup
 from latemax.module import MaxSim
 from latemax.ops.select import Choice
 
@@ -16,22 +18,34 @@ __all__ = [
     "Choice",
     "LoRA",
     "MaxSim",
+    "MeanPool",
     "PatchEncoder",
+    "PatchStore",
     "PatchTokens",
+    "StoreWriter",
+    "TopK",
     "add_lora",
     "explain",
+    "first_stage_recall",
     "maxsim",
     "maxsim_pairs",
+    "maxsim_varlen",
     "reference",
+    "rerank",
+    "topk",
+    "two_stage",
     "warmup",
 ]
-_ENCODERS = ("LoRA", "PatchEncoder", "PatchTokens", "add_lora")
+# loaded when first asked for: scoring needs none of it
+_LATER = {
+    "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "add_lora"),
+    "store": ("PatchStore", "StoreWriter"),
+    "search": ("MeanPool", "TopK", "first_stage_recall", "topk", "two_stage"),
+}
 
 
 def __getattr__(name: str):
-    # the encoder is loaded when first asked for: scoring needs none of it
-    if name in _ENCODERS:
-        from latemax import encoders
-
-        return getattr(encoders, name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(importlib.import_module(f"latemax.{module}"), name)
     raise AttributeError(f"module 'latemax' has no attribute {name!r}")

@@ -10,11 +10,15 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (the process's own if None).
 
-    Returns the exit status: 0, or 1 for an error it explains. Wrong usage exits with 2, as argparse does.
+    Returns the exit status: 0, 1 for an error it explains, 130 after an interrupt. Wrong usage exits with 2, as
+    argparse does.
     """
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+    except KeyboardInterrupt:
+        print(f"latemax {args.command}: interrupted", file=sys.stderr)
+        return 130
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         if args.traceback:
             raise
@@ -46,10 +50,53 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="seed of the crops (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
+    index = commands.add_parser(
+        "index",
+        help="encode images into a store that `search` reads",
+        description="Encode images into a store. Run again, it goes on where it was stopped and skips what is there.",
+    )
+    index.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of them")
+    index.add_argument("--model", metavar="NAME_OR_PATH", required=True, help="a model folder or hub name")
+    index.add_argument("-o", "--out", metavar="STORE", required=True, help="the store's folder; made or appended to")
+    index.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="of the stored tokens (default: %(default)s)",
+    )
+    index.add_argument("--size", type=int, help="image size in pixels (default: the model's own)")
+    index.add_argument("--batch-size", type=_positive, default=16, help="images at a time (default: %(default)s)")
+    index.add_argument("--device", help="where to encode (default: cpu)")
+    index.add_argument("--json", action="store_true", help="say what was done as JSON")
+    index.set_defaults(run=_index)
+
+    search = commands.add_parser("search", help="the best images of a store for a crop or for query tokens")
+    search.add_argument("store", metavar="STORE", help="the store's folder")
+    query = search.add_mutually_exclusive_group(required=True)
+    query.add_argument("--image", metavar="CROP", help="an image, encoded with the store's own model")
+    query.add_argument("--tokens", metavar="FILE", help=".npy, .safetensors or .pt with [l_q, dim] or [n_q, l_q, dim]")
+    search.add_argument("-k", type=_positive, default=10, metavar="N", help="how many (default: %(default)s)")
+    search.add_argument("--size", type=int, help="size of the crop in pixels (default: that of the store's images)")
+    search.add_argument("--normalize", action="store_true", help="score unit vectors")
+    search.add_argument(
+        "--memory", type=_positive, default=1024, metavar="MIB", help="of buffers (default: %(default)s)"
+    )
+    search.add_argument("--device", help="where to score (default: cpu)")
+    search.add_argument("--verify", action="store_true", help="check every byte of the store first")
+    search.add_argument("--json", action="store_true", help="the same as JSON")
+    search.set_defaults(run=_search)
+
     bench = commands.add_parser("bench", help="the quick table for this machine, with the limit that binds")
     bench.add_argument("--json", action="store_true", help="the same as JSON")
     bench.set_defaults(run=_bench)
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -68,6 +115,35 @@ def _bench(args: argparse.Namespace) -> None:
 
     rows = quick()
     print(json.dumps(rows, indent=2) if args.json else render(rows))
+
+
+def _index(args: argparse.Namespace) -> None:
+    import json
+
+    from latemax._corpus_cli import index
+
+    done = index(
+        args.images, model=args.model, store=args.out, dtype=args.dtype, size=args.size, batch_size=args.batch_size,
+        device=args.device,
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps(done, indent=2))
+    else:
+        print(f"{done['indexed']} images indexed, {done['already']} were there; {done['documents']} in {done['store']}")
+    if done["unreadable"]:
+        raise ValueError(f"{len(done['unreadable'])} images could not be read and were left out")
+
+
+def _search(args: argparse.Namespace) -> None:
+    import json
+
+    from latemax._corpus_cli import render, search
+
+    found = search(
+        args.store, image=args.image, tokens=args.tokens, k=args.k, size=args.size, normalize=args.normalize,
+        memory_mib=args.memory, device=args.device, verify=args.verify,
+    )  # fmt: skip
+    print(json.dumps(found, indent=2) if args.json else render(found))
 
 
 def _demo(args: argparse.Namespace) -> None:

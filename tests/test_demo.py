@@ -12,10 +12,11 @@ pytest.importorskip("sklearn", reason="two of the demo's photos come with scikit
 pytest.importorskip("matplotlib", reason="the demo draws with matplotlib")
 pytest.importorskip("PIL", reason="the demo reads photos with pillow")
 
+from latemax._progress import Bar
 from latemax.demo import photos as photos_module
 from latemax.demo import pipeline, retrieval, run
 from latemax.demo.photos import Crop, load_photos, random_crops
-from latemax.demo.progress import Bar, Stages
+from latemax.demo.progress import Stages
 
 
 @pytest.fixture(scope="module", autouse=True)

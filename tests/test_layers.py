@@ -24,6 +24,7 @@ STACK = (
         "latemax.ops.cpu_backend",
         "latemax.ops.native_cpu_backend",
     ),
+    ("latemax.ops.packed",),
     ("latemax.ops.select",),
     ("latemax.ops.launch",),
     ("latemax.ops.autograd",),
@@ -31,10 +32,20 @@ STACK = (
     ("latemax._ragged",),
     ("latemax.api",),
     ("latemax.module",),
+    ("latemax.search",),
+    ("latemax.distributed",),
     ("latemax",),
 )
 # Import nothing of the project but themselves; the stack may import them (encoders: `latemax` alone).
-LEAVES = ("latemax._check", "latemax.reference", "latemax.ops", "latemax.ops.tiles", "latemax.encoders")
+LEAVES = (
+    "latemax._check",
+    "latemax._progress",
+    "latemax.reference",
+    "latemax.ops",
+    "latemax.ops.tiles",
+    "latemax.store",
+    "latemax.encoders",
+)
 # Stand on top and are imported by nobody but those named; each may import the stack and the leaves. One may name
 # another's types under TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
 TOPS = {
@@ -44,6 +55,7 @@ TOPS = {
     "latemax.demo": ("latemax.cli",),
     "latemax._info": ("latemax.cli",),
     "latemax._bench": ("latemax.cli",),
+    "latemax._corpus_cli": ("latemax.cli",),
     "latemax.cli": (),
 }
 LEVEL = {name: level for level, names in enumerate(STACK) for name in names}
@@ -51,9 +63,13 @@ LAYERS = {*LEVEL, *LEAVES, *TOPS}
 
 OPTIONAL = {
     "PIL",
+    "faiss",
+    "lancedb",
     "matplotlib",
     "onnx",
     "open_clip",
+    "pyarrow",
+    "qdrant_client",
     "safetensors",
     "skimage",
     "sklearn",

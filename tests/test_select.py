@@ -173,6 +173,11 @@ def test_warmup_runs_what_it_is_told():
     )  # fmt: skip
     assert choice.backend == "triton"
     assert latemax.warmup(device="cpu", dtype=torch.float32).backend == "cpu"
+    for layout in ("varlen", "rerank"):
+        choice = latemax.warmup(dim=16, l_q=8, device=TRITON_DEVICE, layout=layout, train=True, backend="triton")
+        assert choice.backend == "triton" and choice.tile.block_q == 16
+    with pytest.raises(ValueError, match="layout must be dense, varlen or rerank; got 'packed'"):
+        latemax.warmup(device="cpu", layout="packed")
 
 
 def test_backend_status_names_every_backend():

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from latemax import maxsim
+from latemax._progress import Bar
 from latemax.demo import retrieval, study
 from latemax.demo.photos import load_photos, random_crops, require
-from latemax.demo.progress import Bar, Stages
+from latemax.demo.progress import Stages
 from latemax.demo.report import print_ranking, print_study
 
 CROPS_PER_PHOTO = 3

@@ -1,4 +1,4 @@
-"""Stages of the demo with their times, and a bar for the one that has steps."""
+"""Stages of the demo with their times."""
 
 from __future__ import annotations
 
@@ -23,18 +23,3 @@ class Stages:
         yield
         self.seconds[key] = time.perf_counter() - start
         print(f"{at} done in {self.seconds[key]:.1f} s", file=sys.stderr, flush=True)
-
-
-class Bar:
-    """A bar of ``total`` steps on stderr, redrawn in place on a terminal and silent elsewhere."""
-
-    def __init__(self, total: int):
-        self.total, self.done = total, 0
-
-    def tick(self) -> None:
-        self.done += 1
-        if sys.stderr.isatty():
-            filled = 30 * self.done // self.total
-            end = "\n" if self.done == self.total else ""
-            line = f"\r      [{'#' * filled}{'.' * (30 - filled)}] {self.done}/{self.total}"
-            print(line, end=end, file=sys.stderr, flush=True)

@@ -50,6 +50,8 @@ def why_not(p: Problem, capability: int) -> str:
         return f"compute capability {capability / 10} is below 8.0"
     if p.q_dtype != p.d_dtype or p.q_dtype not in _DTYPES:
         return f"the CUDA kernels take q and d both float16 or both bfloat16, not {p.q_dtype} and {p.d_dtype}"
+    if p.q_ragged:
+        return "the CUDA kernels take ragged documents, but queries of one length"
     if p.dim % 8:
         return f"the CUDA kernels copy 16 bytes at a time: dim must be a multiple of 8, not {p.dim}"
     if p.dim > most_dims(capability):

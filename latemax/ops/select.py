@@ -147,12 +147,9 @@ def kind(p: Problem) -> str:
 
 
 def query_rows(p: Problem) -> int:
-    """Query tokens that one tile could hold: all of one query, or of all queries where they share the documents."""
+    """Query tokens that one tile could hold: all of one query, or of all queries where they share the documents.
+
+    Ragged queries stand one in a tile, their mean length deciding, so that scores do not depend on who stands beside.
+    """
     padded = 1 << (p.l_q - 1).bit_length()
-    return padded if p.own else padded * (1 << max(0, p.n_q - 1).bit_length())
-
-
-def annotate(choice: Choice, ragged: tuple[str, ...]) -> Choice:
-    """Adds what a call does besides: sides given as lists are padded and masked."""
-    notes = tuple(f"{name} is ragged: padded to its longest item and masked" for name in ragged)
-    return choice._replace(notes=choice.notes + notes)
+    return padded if p.own or p.q_ragged else padded * (1 << max(0, p.n_q - 1).bit_length())

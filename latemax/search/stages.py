@@ -1,0 +1,200 @@
+"""Two stages: candidates from something cheap, exact scores for those alone, and what the first stage loses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latemax import _check
+from latemax._progress import Bar
+from latemax.api import rerank
+from latemax.search import corpus as corpora
+from latemax.search import stream
+from latemax.search.exact import topk
+from latemax.search.merge import TopK, best
+
+ENGINES = ("auto", "faiss", "torch")
+
+
+class MeanPool:
+    """A first stage: every image as the mean of its tokens, every query as the mean of its own, ranked by cosine.
+
+    Args:
+        corpus: as in `topk`; read once, in chunks. A document without a token is the zero vector.
+        engine: "faiss" (``pip install faiss-cpu``), "torch" (an exact matrix product), or "auto": faiss where it is
+            installed. `engine` of the object says which it is.
+        factory: faiss's description of the index, such as "Flat" (exact), "IVF1024,Flat" or "HNSW32".
+        memory: bytes that chunks may take while pooling. progress: a bar on stderr.
+
+    Raises:
+        ImportError: engine="faiss" without faiss.
+        TypeError, ValueError: as `topk`.
+    """
+
+    def __init__(
+        self, corpus, *, engine: str = "auto", factory: str = "Flat", memory: int = 1 << 30, progress: bool = False
+    ):
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
+        faiss = None
+        if engine != "torch":
+            try:
+                import faiss
+            except ImportError as error:
+                if engine == "faiss":
+                    raise ImportError("engine='faiss' needs faiss: pip install faiss-cpu") from error
+        if faiss is None and factory != "Flat":
+            raise ValueError(f"factory goes with faiss, which is not at hand, got {factory!r}; pip install faiss-cpu")
+        self.engine = "torch" if faiss is None else "faiss"
+        self.vectors = pooled(corpora.of(corpus), memory, progress)  # [n_d, dim] float32 on the CPU, of length 1
+        if faiss is not None:
+            self._index = faiss.index_factory(self.vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+            self._index.train(self.vectors.numpy())
+            self._index.add(self.vectors.numpy())
+
+    def __call__(self, q: Tensor, q_mask: Tensor | None, n: int) -> Tensor:
+        """Candidates int64 [n_q, n], best first, for q [n_q, l_q, dim]; -1 where the index found fewer."""
+        q = q.detach().float()
+        if q_mask is not None:
+            # a masked token influences nothing, whatever it holds
+            q = q.masked_fill(~q_mask.bool().unsqueeze(-1), 0)
+        wanted = F.normalize(q.sum(1), dim=-1).cpu()
+        if self.engine == "torch":
+            return (wanted @ self.vectors.T).topk(n, dim=-1).indices
+        return torch.from_numpy(self._index.search(wanted.numpy(), n)[1])
+
+
+def pooled(corpus: corpora.Corpus, memory: int, progress: bool = False) -> Tensor:
+    """Mean token of every document, of length 1: float32 [n_d, dim] on the CPU."""
+    # two buffers of tokens, one widened copy, and the number of the document for every token
+    row = corpus.dim * (2 * corpus.dtype.itemsize + 4) + 8
+    runs = corpora.runs(corpus, memory, row, 0)
+    found, bar = torch.zeros(len(corpus), corpus.dim), Bar(len(corpus), "pooling ") if progress else None
+    for (a, b), tokens in stream.chunks(corpus, runs, corpus.device):
+        lengths = corpus.offsets[a : b + 1].diff()
+        owner = torch.arange(a, b).repeat_interleave(lengths)
+        found.index_add_(0, owner, tokens.detach().float().cpu())
+        if bar is not None:
+            bar.tick(b - a)
+    return F.normalize(found, dim=-1)
+
+
+def two_stage(
+    q: Tensor,
+    corpus,
+    k: int,
+    first: Callable[[Tensor, Tensor | None, int], Tensor],
+    q_mask: Tensor | None = None,
+    *,
+    n_candidates: int = 1000,
+    normalize: bool = False,
+    empty_score: float = -math.inf,
+    backend: str = "auto",
+) -> TopK:
+    """The k best of the candidates that ``first`` names, by their exact scores.
+
+    Candidates are scored where they lie, on the corpus's device: of a store, only their pages are read.
+
+    Args:
+        q: [l_q, dim] or [n_q, l_q, dim]. corpus: as in `topk`, without a mask.
+        k: how many; 1 <= k <= n_candidates.
+        first: called as ``first(q [n_q, l_q, dim], q_mask or None, n)``, returns candidates int64 [n_q, n] in any
+            order, -1 for none: a `MeanPool`, or any search of yours. Named twice counts once.
+        n_candidates: how many to ask for; at most n_d are asked for.
+        q_mask, normalize, empty_score, backend: as in `maxsim`.
+
+    Returns:
+        TopK on q's device, in the order of `topk`. Where fewer than k candidates came, index -1 and ``empty_score``
+        fill the end.
+
+    Raises:
+        TypeError, ValueError: as `topk`; candidates of another shape, dtype or outside the corpus.
+    """
+    empty_score = _check.options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
+    _check.tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
+    q_mask = _check.mask("q_mask", q_mask, "q", q)
+    found = corpora.of(corpus)
+    if q.shape[-1] != found.dim:
+        raise ValueError(f"q and corpus must have the same dim; got {q.shape[-1]} and {found.dim}")
+    for name, value in (("k", k), ("n_candidates", n_candidates)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+    n = min(n_candidates, len(found))
+    if k > n:
+        raise ValueError(f"k must be at most n_candidates and the number of documents, {n}; got {k}")
+    one_query, device = q.dim() == 2, q.device
+    if one_query:
+        q, q_mask = q.unsqueeze(0), None if q_mask is None else q_mask.unsqueeze(0)
+    candidates = _candidates(first(q, q_mask, n), len(q), len(found)).to(found.device)
+    q, q_mask = q.detach().to(found.device), None if q_mask is None else q_mask.to(found.device)
+
+    # empty slots stay NaN, so that they rank last whatever empty_score is
+    scores = torch.full(candidates.shape, math.nan, device=found.device, dtype=_score_dtype(q, found))
+    for tokens, offsets, local in found.pieces(candidates):
+        piece = rerank(
+            q, tokens, offsets.to(tokens.device), local, q_mask, normalize=normalize, empty_score=empty_score,
+            backend=backend,
+        )  # fmt: skip
+        scores = torch.where(local >= 0, piece, scores)
+    kept = best(scores, candidates, k)
+    result = TopK(kept.scores.masked_fill(kept.indices < 0, empty_score).to(device), kept.indices.to(device))
+    return TopK(result.scores[0], result.indices[0]) if one_query else result
+
+
+def _score_dtype(q: Tensor, found: corpora.Corpus) -> torch.dtype:
+    return torch.float64 if torch.promote_types(q.dtype, found.dtype) == torch.float64 else torch.float32
+
+
+def _candidates(came, n_q: int, n_d: int) -> Tensor:
+    """Rising, each once, then -1."""
+    if not isinstance(came, Tensor) or came.dtype not in (torch.int32, torch.int64):
+        what = came.dtype if isinstance(came, Tensor) else type(came).__name__
+        raise TypeError(f"first must return an int32 or int64 tensor of candidates, got {what}")
+    if came.dim() != 2 or len(came) != n_q:
+        raise ValueError(f"first must return candidates [n_q, n] with n_q {n_q}, got shape {list(came.shape)}")
+    if came.numel() and (came.min() < -1 or came.max() >= n_d):
+        raise ValueError(f"candidates must lie in -1..{n_d - 1}, got {int(came.min())} to {int(came.max())}")
+    last = torch.iinfo(torch.int64).max
+    rising = came.to(torch.int64).masked_fill(came < 0, last).sort(dim=1).values
+    rising[:, 1:].masked_fill_(rising[:, 1:] == rising[:, :-1], last)
+    rising = rising.sort(dim=1).values
+    return rising.masked_fill(rising == last, -1)
+
+
+class Recall(NamedTuple):
+    """How much of the exact top k the first stage kept."""
+
+    mean: float
+    per_query: Tensor  # [n_q] float32, the share of each query's exact top k among its candidates
+
+
+def first_stage_recall(
+    q: Tensor,
+    corpus,
+    k: int,
+    first: Callable[[Tensor, Tensor | None, int], Tensor],
+    q_mask: Tensor | None = None,
+    *,
+    n_candidates: int = 1000,
+    **options,
+) -> Recall:
+    """The share of the exact top k (by `topk`, over the whole corpus) that is among the first stage's candidates.
+
+    Args:
+        q: [n_q, l_q, dim]. The others as in `two_stage`; options go to `topk`.
+
+    Raises:
+        TypeError, ValueError: as `topk` and `two_stage`.
+    """
+    _check.tokens("q", q, (3,), "[n_q, l_q, dim]")
+    exact = topk(q, corpus, k, q_mask, **options).indices.cpu()
+    n_d = len(corpora.of(corpus))
+    mask = _check.mask("q_mask", q_mask, "q", q)
+    candidates = _candidates(first(q, mask, min(n_candidates, n_d)), len(q), n_d).cpu()
+    share = (exact.unsqueeze(-1) == candidates.unsqueeze(1)).any(-1).float().mean(-1)
+    return Recall(float(share.mean()), share)

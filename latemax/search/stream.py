@@ -1,0 +1,87 @@
+"""Chunks of a corpus on the device that scores them, the next one on its way while the last one is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from latemax.search.corpus import Corpus
+
+Run = tuple[int, int]
+
+
+def chunks(corpus: Corpus, runs: list[Run], device: torch.device) -> Iterator[tuple[Run, Tensor]]:
+    """((a, b), tokens [t, dim] of documents a … b - 1 on the device) in order; valid until the next."""
+    if corpus.resident and corpus.device == device:
+        return (((a, b), corpus.view(a, b)) for a, b in runs)
+    return _to_cuda(corpus, runs, device) if device.type == "cuda" else _read_ahead(corpus, runs)
+
+
+def _rows(corpus: Corpus, run: Run) -> int:
+    return int(corpus.offsets[run[1]] - corpus.offsets[run[0]])
+
+
+def _buffers(corpus: Corpus, runs: list[Run], **where) -> list[Tensor]:
+    longest = max((_rows(corpus, run) for run in runs), default=0)
+    return [torch.empty(longest, corpus.dim, dtype=corpus.dtype, **where) for _ in runs[:2]]
+
+
+def _read_ahead(corpus: Corpus, runs: list[Run]) -> Iterator[tuple[Run, Tensor]]:
+    """Through two host buffers; a thread fills one while the other is scored."""
+    buffers = _buffers(corpus, runs)
+
+    def read(i: int) -> Tensor:
+        tokens = buffers[i % 2][: _rows(corpus, runs[i])]
+        corpus.read(*runs[i], tokens)
+        return tokens
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read, 0) if runs else None
+        for i, run in enumerate(runs):
+            tokens = coming.result()
+            if i + 1 < len(runs):
+                coming = pool.submit(read, i + 1)
+            yield run, tokens
+
+
+def _to_cuda(corpus: Corpus, runs: list[Run], device: torch.device) -> Iterator[tuple[Run, Tensor]]:
+    """Through two pinned host buffers and two on the device; copies on a side stream.
+
+    A host buffer is filled again once its copy has ended (the thread waits for the event), a device buffer is copied
+    into again once the scoring that read it has ended (the side stream waits for the event; the host does not).
+    """
+    hosts, devices = _buffers(corpus, runs, pin_memory=True), _buffers(corpus, runs, device=device)
+    compute, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    # the device buffers were allocated on the stream that computes
+    side.wait_stream(compute)
+    copied, scored = [torch.cuda.Event() for _ in hosts], [torch.cuda.Event() for _ in hosts]
+
+    def send(i: int) -> Tensor:
+        slot, rows = i % 2, _rows(corpus, runs[i])
+        with torch.cuda.device(device), torch.no_grad():
+            # an event that was never recorded is complete
+            copied[slot].synchronize()
+            corpus.read(*runs[i], hosts[slot][:rows])
+            with torch.cuda.stream(side):
+                side.wait_event(scored[slot])
+                devices[slot][:rows].copy_(hosts[slot][:rows], non_blocking=True)
+                copied[slot].record(side)
+        return devices[slot][:rows]
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(send, 0) if runs else None
+        try:
+            for i, run in enumerate(runs):
+                tokens = coming.result()
+                if i + 1 < len(runs):
+                    # its device buffer is that of chunk i - 1, whose scoring was recorded below
+                    coming = pool.submit(send, i + 1)
+                compute.wait_event(copied[i % 2])
+                yield run, tokens
+                scored[i % 2].record(compute)
+        finally:
+            # before the buffers go back to the allocator of the stream that computes
+            compute.wait_stream(side)

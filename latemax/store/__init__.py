@@ -1,0 +1,19 @@
+"""A packed corpus of patch tokens on disk, and its conversions. Knows nothing of scoring."""
+
+from .arrow import from_arrow, to_arrow
+from .files import StoreError
+from .packed import Packed
+from .qdrant import from_qdrant, to_qdrant
+from .reader import PatchStore
+from .writer import StoreWriter
+
+__all__ = [
+    "Packed",
+    "PatchStore",
+    "StoreError",
+    "StoreWriter",
+    "from_arrow",
+    "from_qdrant",
+    "to_arrow",
+    "to_qdrant",
+]

@@ -1,0 +1,60 @@
+"""Documents end to end: flat tokens and offsets, the form every backend and every store can share without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Packed(NamedTuple):
+    """Document i is ``tokens[offsets[i] : offsets[i + 1]]``."""
+
+    tokens: Tensor  # [t_d, dim]
+    offsets: Tensor  # int32 or int64 [n_d + 1], from 0 to t_d, never falling
+
+    @classmethod
+    def of(cls, documents: Sequence[Tensor]) -> Packed:
+        """Packs [l_i, dim] tensors of one dim and dtype, in order; copies them.
+
+        Raises:
+            ValueError: no document, or dims or dtypes that differ.
+        """
+        if not len(documents):
+            raise ValueError("documents must hold at least one tensor, which tells dim and dtype")
+        first = documents[0]
+        for i, item in enumerate(documents):
+            if item.dim() != 2 or item.shape[1] != first.shape[1] or item.dtype != first.dtype:
+                raise ValueError(
+                    f"documents must be [l_i, dim] of one dim and dtype; documents[0] is {first.dtype} "
+                    f"{list(first.shape)}, documents[{i}] is {item.dtype} {list(item.shape)}"
+                )
+        lengths = torch.tensor([0, *map(len, documents)], dtype=torch.int64)
+        return cls(torch.cat(list(documents)), lengths.cumsum(0))
+
+    def documents(self) -> list[Tensor]:
+        """Views [l_i, dim], one a document."""
+        bounds = self.offsets.tolist()
+        return [self.tokens[a:b] for a, b in pairwise(bounds)]
+
+
+def check(tokens: Tensor, offsets: Tensor) -> None:
+    """TypeError or ValueError unless the two are what `Packed` says; reads the offsets."""
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        came = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens must be a tensor [t_d, dim], got {came}")
+    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
+        came = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"offsets must be an int32 or int64 tensor, got {came}")
+    if offsets.dim() != 1 or not len(offsets):
+        raise ValueError(f"offsets must be [n_d + 1], got shape {list(offsets.shape)}")
+    if offsets[0] != 0 or offsets[-1] != len(tokens):
+        raise ValueError(f"offsets must run from 0 to {len(tokens)}, got {int(offsets[0])} to {int(offsets[-1])}")
+    falls = (offsets[1:] < offsets[:-1]).nonzero()
+    if len(falls):
+        raise ValueError(f"offsets must never fall; they do after document {int(falls[0])}")
