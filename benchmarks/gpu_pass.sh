@@ -24,7 +24,7 @@ tests)
     if command -v compute-sanitizer > /dev/null; then
         for tool in memcheck racecheck; do
             timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest tests/test_forward.py -q \
-                -k "triton and short and test_scores" 2>&1 | tail -5 | tee "$out/$tool.log" || status=1
+                -k "(triton or cuda) and short and test_scores" 2>&1 | tail -5 | tee "$out/$tool.log" || status=1
         done
     fi
     exit $status

@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Forwa
             running.take(acc[0], row, scales[0], scales[1], plain);
             running.take(acc[1], row + 16, scales[2], scales[3], plain);
         }
-        running.reduce(lane, tables.values[buffer][warp], tables.wheres[buffer][ARGMAX ? warp : 0], &tables.firsts[buffer][warp]);
+        running.reduce(lane, tables.values[buffer][warp], tables.wheres[buffer][ARGMAX ? warp : 0],
+                       &tables.firsts[buffer][warp]);
         ptx::block_barrier();
         finish<N, ARGMAX>(f, group, walk.document, warp, WARPS, lane, tables.values[buffer], tables.wheres[buffer],
                           tables.firsts[buffer]);

@@ -26,7 +26,9 @@ struct Barriers {
     uint64_t full[MOST_STAGES], empty[MOST_STAGES], query_full[MOST_QUERY_BUFFERS], query_empty[MOST_QUERY_BUFFERS];
 };
 
-__host__ __device__ inline int stage_bytes(const Plan &p) { return (p.slabs < PART_SLABS ? p.slabs : PART_SLABS) * SLAB_BYTES; }
+__host__ __device__ inline int stage_bytes(const Plan &p) {
+    return (p.slabs < PART_SLABS ? p.slabs : PART_SLABS) * SLAB_BYTES;
+}
 __host__ __device__ inline int query_bytes(const Plan &p) { return p.teams * p.slabs * p.columns * 128; }
 template <int N, bool ARGMAX>
 constexpr int table_bytes() {
@@ -177,7 +179,8 @@ __device__ __forceinline__ void consume(const Forward &f, const Shared &s, Table
 
 template <class T, int N, bool ARGMAX>
 __global__ void __launch_bounds__(THREADS, 1)
-    forward(const __grid_constant__ Forward f, const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap d_map) {
+    forward(const __grid_constant__ Forward f, const __grid_constant__ TensorMap q_map,
+            const __grid_constant__ TensorMap d_map) {
     const Plan &p = f.plan;
     const int thread = ptx::thread_index(), warpgroup = ptx::uniform(thread / 128);
     char *shared = ptx::dynamic_shared();
