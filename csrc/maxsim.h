@@ -12,6 +12,8 @@
  *     pairs                 n_c = 1, d_stride_q = l_d * dim         (dense) query a against document a
  *     ragged documents      d_offsets set                           document c holds rows d_offsets[c] .. d_offsets[c + 1]
  *     rerank in place       d_offsets and candidates set            as above for document candidates[a, c]; -1: none
+ *
+ * Ragged queries (q_offsets) go with any of these.
  */
 #ifndef LATEMAX_MAXSIM_H
 #define LATEMAX_MAXSIM_H
@@ -31,7 +33,8 @@ typedef struct {
     int64_t q_stride_n, q_stride_l, q_stride_k;
     int64_t d_stride_q, d_stride_n, d_stride_l, d_stride_k;
 
-    /* Token counts where rows are ragged, else NULL: [n_q + 1] and [n_documents + 1], starting at 0, never falling. */
+    /* Where rows are ragged, else NULL: [n_q + 1] and [n_documents + 1], starting at 0, never falling, and ending within
+     * the t_q and t_d tokens. */
     const int64_t *q_offsets;
     const int64_t *d_offsets;
     /* [n_q, n_c] contiguous document numbers, or NULL. Needs d_offsets. */
@@ -45,11 +48,12 @@ typedef struct {
 
     /* Outputs, contiguous. scores is float, or double where a dtype is MAXSIM_F64. */
     void *scores;    /* [n_q, n_c] */
-    int32_t *argmax; /* [n_q, n_c, l_q], NULL unless asked for: lowest j among equals, -1 for a masked i or no valid j */
+    int32_t *argmax; /* [n_q, n_c, l_q], or with q_offsets [n_c, t_q]; NULL unless asked for: the winner's number in its
+                      * document, lowest among equals, -1 for a masked i or no valid j */
 
     int64_t n_q, n_c;
     int64_t n_documents; /* with d_offsets */
-    int64_t l_q, l_d; /* the longest where ragged */
+    int64_t l_q, l_d; /* with offsets all of them: t_q, t_d */
     int64_t dim;
     maxsim_dtype q_dtype, d_dtype; /* the CUDA kernels want them alike */
 
