@@ -95,9 +95,10 @@ double pair_score(const Case &c, int64_t a, int64_t slot) {
     const int64_t past = document < 0 ? 0 : offset(c.cu_d, document + 1, args.l_d);
     const int64_t dim = args.dim;
     auto norm = [&](const Tensor &t, int64_t row) {
+        if (!args.normalize) return 1.0;
         double squares = 0;
         for (int64_t k = 0; k < dim; ++k) squares += t.get(row * dim + k) * t.get(row * dim + k);
-        return !args.normalize ? 1.0 : std::sqrt(squares) < 1e-12 ? 1e-12 : std::sqrt(squares);
+        return std::sqrt(squares) < 1e-12 ? 1e-12 : std::sqrt(squares);
     };
     double total = 0;
     bool some_query = false, some_document = false;
@@ -153,11 +154,11 @@ int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normali
     Case c;
     maxsim_args &a = c.args;
     const int documents = form >> 1;
-    a.n_q = 3, a.n_c = documents == 3 ? 9 : 7, a.l_q = 21, a.l_d = 45, a.dim = 67;
+    a.n_q = 3, a.n_c = documents == 3 ? 6 : 5, a.l_q = 21, a.l_d = 25, a.dim = 67;
     if (form & 1) c.cu_q = lengths(a.n_q, 40), a.l_q = c.cu_q.back();
     c.own = documents == 1;
-    if (documents >= 2) a.n_documents = 7, c.cu_d = lengths(7, 90), a.l_d = c.cu_d.back();
-    for (int64_t i = 0; documents == 3 && i < a.n_q * a.n_c; ++i) c.candidates.push_back(random_bits() % 8 - INT64_C(1));
+    if (documents >= 2) a.n_documents = a.n_c = documents == 3 ? 6 : 5, c.cu_d = lengths(a.n_documents, 50), a.l_d = c.cu_d.back();
+    for (int64_t i = 0; documents == 3 && i < a.n_q * a.n_c; ++i) c.candidates.push_back(static_cast<int64_t>(random_bits() % 7) - 1);
     const int64_t t_q = form & 1 ? a.l_q : a.n_q * a.l_q;
     const int64_t t_d = documents >= 2 ? a.l_d : (c.own ? a.n_q : 1) * a.n_c * a.l_d;
     c.q = tokens(dtype, t_q, a.dim, masked, values == DENORMAL ? ORDINARY : values);
