@@ -27,9 +27,9 @@ def markdown(head: list[str], rows: list[list]) -> str:
     return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
 
 
-def cpu() -> str:
-    data = result("cpu")
-    machine = data["machine"]
+def cpu(name: str = "cpu") -> str:
+    data = result(name)
+    machine, limit = data["machine"], data.get("limits")
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in data["rows"]))
     names = list(dict.fromkeys(row["name"] for row in data["rows"]))
     cells = {(tuple(row["shape"]), row["name"]): row for row in data["rows"]}
@@ -37,17 +37,54 @@ def cpu() -> str:
     for name in names:
         line = [f"**{name}**" if name.startswith("latemax") else name]
         for shape in shapes:
-            row = cells[shape, name]
+            row = cells.get((shape, name))
+            if row is None:
+                line.append("")
+                continue
             error = f", error {row['max_error']:.2g}" if "approximate" in name or "bfloat16" in name else ""
-            line.append(f"{row['ms_p50']:.1f} ms ({row['vs_latemax']:.2f}×{error})")
+            share = f", {row['of_limit']:.0%} of limit" if limit and name.startswith("latemax") else ""
+            line.append(f"{row['ms_p50']:.1f} ms ({row['vs_latemax']:.2f}×{error}{share})")
         rows.append(line)
     head = ["(l_q, n_d, l_d, dim)", *(str(shape) for shape in shapes)]
     peers = ", ".join(f"{name} {version}" for name, version in machine["peers"].items())
     return markdown(head, rows) + (
         f"\nMedian of interleaved rounds; in brackets the time as a multiple of latemax float32. {machine['cpu']} "
         f"({machine['capability']}), {machine['threads']} threads, torch {machine['torch']}, {peers}, commit "
-        f"{machine['commit']}, {machine['date']}.\n"
+        f"{machine['commit']}, {machine['date']}.{measured_limits(limit)}\n"
     )
+
+
+def measured_limits(limit: dict | None) -> str:
+    if not limit:
+        return ""
+    return (
+        f" Limits measured in the same run: matmul float32 {limit['matmul_float32_tflops']:.3g} TFLOP/s, bfloat16 "
+        f"{limit['matmul_bfloat16_tflops']:.3g}; read {limit['read_gbs']:.3g} GB/s."
+    )
+
+
+def cpu_more() -> str:
+    """Forward and backward, ragged documents, and the sweep in one line."""
+    data = result("cpu")
+    rows = []
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in data["train"]):
+        here = [row for row in data["train"] if tuple(row["shape"]) == shape]
+        mine, best = here[0], min(here[1:], key=lambda row: row["ms_p50"])
+        rows.append([f"forward and backward {shape}", f"{mine['ms_p50']:.1f} ms",
+                     f"{best['name']} by autograd {best['ms_p50']:.1f} ms: {best['vs_latemax']:.2f}×"])  # fmt: skip
+    for row in data["ragged"]:
+        rows.append([f"1000 documents of {row['lengths']} tokens, end to end", f"{row['ms']['ragged']:.1f} ms",
+                     f"a token costs {row['per_token_vs_dense']:.2f}× that of equally long documents"])  # fmt: skip
+    ratios = []
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in data["sweep"]):
+        here = [row for row in data["sweep"] if tuple(row["shape"]) == shape and "float16" not in row["name"]]
+        ratios.append((min(row["vs_latemax"] for row in here if row["name"] != "latemax"), shape))
+    if ratios:
+        ratios.sort()
+        middle = ratios[len(ratios) // 2][0]
+        rows.append([f"sweep of {len(ratios)} shapes, float32", f"best exact peer {middle:.2f}× (median)",
+                     f"least {ratios[0][0]:.2f}× at {ratios[0][1]}"])  # fmt: skip
+    return markdown(["what", "latemax", "beside it"], rows)
 
 
 def aot() -> str:
@@ -204,8 +241,8 @@ def roofline(name: str, path: pathlib.Path) -> None:
 
 
 TABLES = {
-    "cpu": cpu, "aot": aot, "cuda-aot": cuda_aot, "host": host, "suite-cpu": lambda: suite("bench-cpu"),
-    "suite-gpu": on_gpu, "predicted": predicted,
+    "cpu": cpu, "cpu-more": cpu_more, "cpu-avx512": lambda: cpu("cpu-avx512"), "aot": aot, "cuda-aot": cuda_aot,
+    "host": host, "suite-cpu": lambda: suite("bench-cpu"), "suite-gpu": on_gpu, "predicted": predicted,
 }  # fmt: skip
 
 
