@@ -240,7 +240,67 @@ def roofline(name: str, path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
+def corpus() -> str:
+    """A store searched within a bound of memory, beside what the machine reads."""
+    data = result("corpus")
+    machine, shape = data["machine"], data["shape"]
+    rows = [
+        ["plain read of the files, page cache dropped", f"{data['disk_gbs']:.2f}", ""],
+        ["plain read of the files again", f"{data['cached_read_gbs']:.2f}", ""],
+        ["sum of an array in memory", f"{data['memory_gbs']:.2f}", ""],
+        ["`topk` of documents in memory", f"{data['scoring_gbs']:.2f}", ""],
+        *(
+            [f"**`topk` of the store**, {what}", f"{data[key]['gbs']:.2f}", f"{data[key]['peak_bytes'] / 1e6:.0f}"]
+            for key, what in (("cold", "page cache dropped"), ("cached", "again"))
+        ),
+    ]
+    one = data["cold"]
+    return markdown(["what", "GB/s", "peak resident MB"], rows) + (
+        f"\n{data['gb']:g} GB of {shape['dtype']} tokens, {data['documents']:,} documents of {shape['l_d']} x "
+        f"{shape['dim']}, one query of {shape['l_q']} tokens, k {shape['k']}; memory={one['memory'] / 1e6:.0f} MB, "
+        f"{one['before_bytes'] / 1e6:.0f} MB resident before the search, and the address space held to "
+        f"{one['address_space_added'] / 1e9:g} GB more (RLIMIT_AS). Scores within {one['error']:.1g} of brute force. "
+        f"{machine['cpu']}, {machine['threads']} threads shared with other work, torch {machine['torch']}, commit "
+        f"{machine['commit']}, {machine['date']}.\n"
+    )
+
+
+def scale() -> str:
+    """Seconds to score every page of a billion, by GPUs; inputs marked measured or spec."""
+    shape = result("corpus")["shape"]
+    page = shape["l_d"] * shape["dim"] * 2
+    total, rows = page * 1e9, []
+    for name, gbs, source in (
+        ("PCIe 5.0 x16, a direction", 64.0, "spec"),
+        ("HBM3 of one H100 SXM", 3350.0, "spec"),
+        ("disk of the CPU machine above", result("corpus")["disk_gbs"], "measured"),
+        ("topk of the CPU machine above", result("corpus")["cold"]["gbs"], "measured"),
+    ):
+        seconds = [total / gbs / 1e9 / n for n in (1, 8, 64, 512)]
+        rows.append([name, f"{gbs:.3g}", source, *(f"{s:,.3g}" for s in seconds)])
+    head = ["what feeds the scoring", "GB/s each", "input is", "1", "8", "64", "512"]
+    return markdown(head, rows) + (
+        f"\nSeconds to pass 10⁹ pages of {shape['l_d']} float16 tokens of dim {shape['dim']} ({page:,} bytes a page, "
+        f"{total / 1e12:.1f} TB) once through N devices, at the whole rate of the link named.\n"
+    )
+
+
+def kill_writer() -> str:
+    data = result("kill_writer")
+    return markdown(
+        [
+            "writers killed",
+            "stores unreadable",
+            "kills that lost a commit",
+            "kills that left a file to clear",
+            "documents at the end",
+        ],
+        [[data["kills"], data["unreadable"], data["lost"], data["left_behind"], f"{data['documents']:,}"]],
+    )
+
+
 TABLES = {
+    "corpus": corpus, "scale": scale, "kill-writer": kill_writer,
     "cpu": cpu, "cpu-more": cpu_more, "cpu-avx512": lambda: cpu("cpu-avx512"), "aot": aot, "cuda-aot": cuda_aot,
     "host": host, "suite-cpu": lambda: suite("bench-cpu"), "suite-gpu": on_gpu, "predicted": predicted,
 }  # fmt: skip
