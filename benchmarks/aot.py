@@ -28,7 +28,9 @@ TL = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torc
 
 def variants(arch: int):
     """(kernel, label, dtype, constexprs, options): each forward tile plain, and its flags on the most used tile."""
-    flags = dict(Q_MASKED=False, D_MASKED=False, NORM=0, ARGMAX=False)
+    dense = dict(Q_RAGGED=False, D_RAGGED=False, CANDIDATES=False)
+    flags = dict(Q_MASKED=False, D_MASKED=False, NORM=0, ARGMAX=False) | dense
+    varlen, rerank = dict(Q_RAGGED=True, D_RAGGED=True), dict(D_RAGGED=True, CANDIDATES=True)
     for dtype, precision, kind in (
         (torch.bfloat16, "ieee", "half"),
         (torch.float32, "tf32", "tf32"),
@@ -50,6 +52,9 @@ def variants(arch: int):
                     sets.append(dict(ARGMAX=True))
                 if dim == 128 and kind == "half" and l_q in (32, 128):
                     sets += [dict(D_MASKED=True), dict(NORM=1 if l_q == n_q * 32 else 2), dict(ARGMAX=True)]
+                    sets += [dict(D_MASKED=True, ARGMAX=True)]
+                    if n_q == 1:
+                        sets += [varlen, rerank, rerank | dict(NORM=1)]
                 for extra in sets:
                     use = argmax_tile if "ARGMAX" in extra else tile
                     constants = dict(
@@ -84,13 +89,19 @@ def variants(arch: int):
                 {},
             )
             yield "through_norm_kernel", label, dtype, dict(DIM=dim, BLOCK_R=rows, BLOCK_K=columns, ACC=acc), {}
+            if dim == 128:
+                yield "sum_slots_kernel", TL[dtype], dtype, dict(BLOCK_Q=32, BLOCK=256, ACC=acc), {}
+                for extra in (varlen, rerank):
+                    constants = dict(DIM=dim, BLOCK_R=rows, BLOCK_K=columns, NORM=False, ALIGN=align, ACC=acc)
+                    case = label + "".join(f" {name.lower()}" for name in extra)
+                    yield "grad_q_kernel", case, dtype, constants | dense | extra, {}
             for norm in (False, True):
                 case = label + (" norm" if norm else "")
                 yield (
                     "grad_q_kernel",
                     case,
                     dtype,
-                    dict(DIM=dim, BLOCK_R=rows, BLOCK_K=columns, NORM=norm, ALIGN=align, ACC=acc),
+                    dict(DIM=dim, BLOCK_R=rows, BLOCK_K=columns, NORM=norm, ALIGN=align, ACC=acc, **dense),
                     {},
                 )
                 compute = acc if norm else TL[dtype]
@@ -108,7 +119,10 @@ def variants(arch: int):
                     COMPUTE=compute,
                     PRECISION="tf32" if norm and dtype.itemsize == 2 else precision,
                 )
-                yield "grad_d_kernel", case, dtype, constants, dict(num_warps=tile.num_warps, num_stages=2)
+                for ragged in (False, True) if dim == 128 else (False,):
+                    last = constants | dict(Q_RAGGED=ragged, D_RAGGED=ragged)
+                    label_d = case + (" varlen" if ragged else "")
+                    yield "grad_d_kernel", label_d, dtype, last, dict(num_warps=tile.num_warps, num_stages=2)
 
 
 def compile_one(job) -> dict:
@@ -137,6 +151,11 @@ def compile_one(job) -> dict:
                 "argmax_ptr": "i32",
                 "q_mask_ptr": "i1",
                 "d_mask_ptr": "i1",
+                # where none is given, argmax stands in
+                "cu_q_ptr": "i64" if constants.get("Q_RAGGED", True) else "i32",
+                "owner_ptr": "i64" if constants.get("Q_RAGGED") else "i32",
+                "cu_d_ptr": "i64" if constants.get("D_RAGGED") else "i32",
+                "candidates_ptr": "i64" if constants.get("CANDIDATES") else "i32",
             }
             grads = {"out_ptr": half if kernel_name in ("grad_d_kernel", "through_norm_kernel") else acc}
             signature[name] = "*" + (plain | grads).get(name, acc)
@@ -150,6 +169,7 @@ def compile_one(job) -> dict:
     if kernel_name == "forward_kernel":
         sizes = [constants[name] for name in ("BLOCK_Q", "BLOCK_D", "BLOCK_K", "SWAP")]
         tile = tiles.TileConfig(*sizes, options["num_warps"], options["num_stages"])
+        row.update(tile=[*tile], dim=constants["DIM"])
         row["estimate"] = tiles.shared_bytes(tile, constants["DIM"], dtype.itemsize)
     return row
 

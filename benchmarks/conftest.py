@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
+import time
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from latemax import _bench
 def pytest_addoption(parser):
     group = parser.getgroup("latemax benchmarks")
     group.addoption("--rows", type=pathlib.Path, help="write machine, limits and rows to this JSON")
+    group.addoption("--seconds", type=float, default=math.inf, help="start no shape later than this")
     group.addoption("--tiny", action="store_true", help="shrink every shape: a rehearsal, not a measurement")
 
 
@@ -28,17 +31,25 @@ def limit(device, request) -> dict:
     return _bench.limits(device, rounds=2 if request.config.getoption("--tiny") else 20)
 
 
+class Rows:
+    """The rows found so far; every addition writes the file, so that a run cut short or failing leaves what it had."""
+
+    def __init__(self, path, **head):
+        self.path, self.head, self.found, self.start = path, head, [], time.monotonic()
+
+    def extend(self, rows: list[dict]) -> None:
+        self.found.extend(rows)
+        if self.path:
+            # whole or not at all
+            scratch = self.path.with_suffix(".part")
+            scratch.write_text(json.dumps(self.head | dict(rows=self.found), indent=1) + "\n")
+            scratch.replace(self.path)
+
+
 @pytest.fixture(scope="session")
 def rows(request, device, limit):
-    found: list[dict] = []
-    yield found
-    path = request.config.getoption("--rows")
-    if path and found:
-        result = dict(machine=describe(device), limits=limit, tiny=request.config.getoption("--tiny"), rows=found)
-        # whole or not at all
-        scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(result, indent=1) + "\n")
-        scratch.replace(path)
+    option = request.config.getoption
+    return Rows(option("--rows"), machine=describe(device), limits=limit, tiny=option("--tiny"))
 
 
 def describe(device: str) -> dict:

@@ -13,20 +13,23 @@ import json
 import os
 import pathlib
 import statistics
+import tempfile
 import time
 
 import torch
 
 
-def microseconds(run, rounds: int = 40, calls: int = 200) -> float:
-    """Median over rounds of the mean processor time of a call: what else the machine does stays out of it."""
-    times = []
+def interleaved(rows: dict, rounds: int = 40, calls: int = 200) -> dict[str, float]:
+    """Median over rounds of the mean processor time of a call, every round timing every row: what else the machine does
+    stays out of it, and a slow minute slows all rows alike."""
+    times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(rounds):
-        start = time.thread_time()
-        for _ in range(calls):
-            run()
-        times.append((time.thread_time() - start) / calls * 1e6)
-    return statistics.median(times)
+        for name, run in rows.items():
+            start = time.thread_time()
+            for _ in range(calls):
+                run()
+            times[name].append((time.thread_time() - start) / calls * 1e6)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def prepare():
@@ -45,38 +48,74 @@ def prepare():
     return null, q, d
 
 
+def first_calls(q, d) -> dict[str, float]:
+    """Seconds of processor time, ptxas included, of first calls with triton's cache empty: nothing is tuned in them."""
+    import triton
+
+    import latemax
+
+    def step():
+        latemax.maxsim(q.clone().requires_grad_(), d.clone().requires_grad_(), backend="triton").sum().backward()
+
+    runs = {"first call": lambda: latemax.maxsim(q, d, backend="triton"), "first training step": step}
+    spent, before = {}, triton.knobs.cache.dir
+    with tempfile.TemporaryDirectory() as folder:
+        triton.knobs.cache.dir = folder
+        for name, run in runs.items():
+            start = os.times()
+            run()
+            # user and system time, of this process and of those it waited for
+            spent[name] = sum(os.times()[:4]) - sum(start[:4])
+        triton.knobs.cache.dir = before
+    return spent
+
+
 def steps() -> list[dict]:
     import latemax
     from latemax import _check
-    from latemax.ops import launch, triton_backend
+    from latemax.ops import launch, schema, triton_backend
 
     null, q, d = prepare()
-    start = time.thread_time()
-    latemax.maxsim(q, d, backend="triton")
-    first = time.thread_time() - start
+    first = first_calls(q, d)
     args = _check.arguments(q, d)
     choice = launch.choose(args, "triton", normalize=False, argmax=False, train=False)
     scores, argmax = launch.allocate(q, d, False)
-    options = dict(normalize=False, empty_score=float("-inf"), tile=choice.tile)
+    inf = float("-inf")
     keep = torch.ones(4, 16, dtype=torch.bool)
-    q_grad = q.clone().requires_grad_()
+    q_grad, small = q.clone().requires_grad_(), torch.zeros(8)
+
+    def forgotten():
+        launch._again.clear()
+        latemax.maxsim(q, d, backend="triton")
+
     rows = {
+        "torch.add of 8 numbers, for comparison": lambda: torch.add(small, small),
         "whole call": lambda: latemax.maxsim(q, d, backend="triton"),
+        "  check the options": lambda: _check.options(
+            normalize=False, empty_score=inf, return_argmax=False, backend="triton"
+        ),
         "  check the arguments": lambda: _check.arguments(q, d),
-        "  choose backend and tile": lambda: launch.choose(args, "triton", normalize=False, argmax=False, train=False),
-        "  allocate the outputs": lambda: launch.allocate(q, d, False),
-        "  prepare and launch": lambda: triton_backend.forward(q, d, None, None, scores, argmax, **options),
+        "  rule out transforms": lambda: (schema._refuse_transforms(q, d), schema._plain(q, d, None, None)),
+        "  look up, allocate, launch": lambda: launch.forward(q, d, None, None, False, inf, False, "triton"),
         "whole call, with a document mask": lambda: latemax.maxsim(q, d, None, keep, backend="triton"),
         "whole call, normalize and winners": lambda: latemax.maxsim(
             q, d, normalize=True, return_argmax=True, backend="triton"
         ),
         "whole call that records for backward": lambda: latemax.maxsim(q_grad, d, backend="triton"),
+        "whole call of a form not met before": forgotten,
+        "  choose backend and tile": lambda: launch.choose(args, "triton", normalize=False, argmax=False, train=False),
+        "  allocate the outputs": lambda: launch.allocate(q, d, False),
+        "  prepare and launch": lambda: triton_backend.forward(
+            q, d, None, None, scores, argmax, normalize=False, empty_score=inf, tile=choice.tile
+        ),
     }
     launched = null.launches
-    table = [dict(step=name, microseconds=microseconds(run)) for name, run in rows.items()]
+    found = interleaved(rows)
     if null.launches == launched:
         raise RuntimeError("nothing was launched: the steps timed something else")
-    return [*table, dict(step="first call, compilation included (ms)", microseconds=first * 1e3)]
+    unit = next(iter(found.values()))
+    table = [dict(step=name, microseconds=spent, adds=spent / unit) for name, spent in found.items()]
+    return [*table, *(dict(step=name, seconds=spent) for name, spent in first.items())]
 
 
 def main() -> None:
@@ -85,7 +124,10 @@ def main() -> None:
     options = parser.parse_args()
     rows = steps()
     for row in rows:
-        print(f"{row['step']:42} {row['microseconds']:8.1f}")
+        if "seconds" in row:
+            print(f"{row['step']:42} {row['seconds']:8.2f} s of processor time")
+        else:
+            print(f"{row['step']:42} {row['microseconds']:8.1f} µs {row['adds']:6.1f} adds")
     if options.json:
         import triton
 

@@ -14,10 +14,11 @@ from triton.runtime import driver
 
 
 class NullDriver:
-    """Installs itself as triton's active driver; ``launches`` counts, ``last`` holds (kernel name, grid, arguments)."""
+    """Installs itself as triton's active driver; ``launches`` counts, ``last`` holds (kernel name, grid, arguments),
+    ``given`` the stream and the hooks of the last launch; ``stream`` is the current one."""
 
     def __init__(self, arch: int = 90):
-        self.arch, self.launches, self.last = arch, 0, None
+        self.arch, self.launches, self.last, self.given, self.stream = arch, 0, None, None, 0
         self.utils = types.SimpleNamespace(
             load_binary=lambda name, *_: (object(), name, 0, 0, 1024),
             unload_module=lambda _: None,
@@ -30,7 +31,7 @@ class NullDriver:
     def launcher_cls(self, source, metadata):
         def run(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
             self.launches += 1
-            self.last = (function, (x, y, z), arguments)
+            self.last, self.given = (function, (x, y, z), arguments), (stream, enter, leave)
 
         return run
 
@@ -41,7 +42,7 @@ class NullDriver:
         return 0
 
     def get_current_stream(self, device):
-        return 0
+        return self.stream
 
     def get_device_capability(self, device):
         return divmod(self.arch, 10)

@@ -51,19 +51,87 @@ def cpu() -> str:
 
 
 def aot() -> str:
-    head = ["arch", "kernel", "case", "registers", "spills", "shared bytes", "wgmma", "mma", "inner loop"]
-    keys = ["kernel", "case", "registers", "spills", "shared", "wgmma", "mma", "loop"]
-    rows = [[f"sm_{row['arch']}", *(row[key] for key in keys)] for row in result("aot")]
-    return markdown(head, rows)
+    """The sm_90 builds that most calls run: half precision at dim 128. The others are in the JSON."""
+    head = ["kernel", "case", "registers", "spills", "shared bytes", "wgmma", "inner loop"]
+    keys = ["kernel", "case", "registers", "spills", "shared", "wgmma", "loop"]
+    kept = [
+        row
+        for row in result("aot")
+        if row["arch"] == 90 and re.match(r"half dim 128 |bf16 dim 128", row["case"]) and row["loop"]
+    ]
+    spilled = sum(row["spills"] > 0 for row in result("aot"))
+    return markdown(head, [[row[key] for key in keys] for row in kept]) + (
+        f"\n{len(kept)} of {len(result('aot'))} builds, {spilled} of which spill; the others (sm_80, sm_100, other "
+        "dims and dtypes) are in benchmarks/results/aot.json.\n"
+    )
+
+
+def predicted() -> str:
+    from benchmarks import predict
+
+    return predict.table()
+
+
+def on_gpu() -> str:
+    if not (ROOT / "benchmarks" / "results" / "bench-gpu.json").exists():
+        return "No GPU has run the suite yet; benchmarks/GPU_PENDING.md says how it is to be done.\n"
+    return suite("bench-gpu")
+
+
+def cuda_aot() -> str:
+    data = result("cuda-aot")
+    built = data["build"]
+    head = [
+        "arch",
+        "kernel",
+        "query columns",
+        "winners",
+        "registers",
+        "spills",
+        "HGMMA",
+        "HMMA",
+        "instructions",
+        "loop",
+    ]
+    rows = []
+    for row in data["rows"]:
+        # float16 and bfloat16 compile alike; a row that differed would stand beside
+        line = [row["arch"], row["kernel"], row["columns"] or "", "yes" if row["argmax"] else "",
+                *(row[key] for key in ("registers", "spills", "hgmma", "hmma", "instructions", "loop"))]  # fmt: skip
+        if line not in rows:
+            rows.append(line)
+    return markdown(head, rows) + (
+        f"\nnvcc {built['nvcc']}; `{built['wheel']}`, {built['wheel_bytes'] / 1e6:.2f} MB, built in "
+        f"{built['seconds']:.0f} s on {built['cores']} cores, the native CPU kernels included; commit "
+        f"{built['commit']}, {built['date']}.\n"
+    )
 
 
 def host() -> str:
     data = result("host")
     machine = data["machine"]
-    rows = [[row["step"].strip(), f"{row['microseconds']:.1f}"] for row in data["rows"]]
-    return markdown(["step", "µs"], rows) + (
-        f"\n{machine['cpu']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}.\n"
+    rows = [
+        [row["step"].replace("  ", "– "), f"{row['microseconds']:.1f}", f"{row['adds']:.1f}"]
+        for row in data["rows"]
+        if "adds" in row
+    ]
+    first = ", ".join(f"{row['step']} {row['seconds']:.2f} s" for row in data["rows"] if "seconds" in row)
+    return markdown(["step", "µs", "of torch.add"], rows) + (
+        f"\nMedian of interleaved rounds, processor time; the last column survives a slow machine. "
+        f"Compiled with an empty cache, in processor time with ptxas: {first}. "
+        f"{machine['cpu']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}.\n"
     )
+
+
+GPU_COLUMNS = ["on the GPU, cold ms (other)", "warm ms", "peak MB (other)", "first call ms (other)"]
+
+
+def gpu_cells(mine: dict, best: dict) -> list[str]:
+    """Time of a graph replay with L2 overwritten and as left, memory beyond the inputs, first call."""
+    return [
+        f"{mine['cold']['p50']:.3f} ({best['cold']['p50']:.3f})", f"{mine['warm']['p50']:.3f}",
+        f"{mine['peak_mb']:.1f} ({best['peak_mb']:.1f})", f"{mine['first_call_ms']:.0f} ({best['first_call_ms']:.0f})",
+    ]  # fmt: skip
 
 
 def suite(name: str) -> str:
@@ -74,8 +142,11 @@ def suite(name: str) -> str:
     for row in data["rows"]:
         cases.setdefault((row["label"].strip(), row["train"]), []).append(row)
     lines = []
+    on_gpu = "gpu" in machine
     for (label, train), rows in cases.items():
-        timed = {row["name"]: row for row in rows if "wall" in row}
+        timed = {row["name"]: row for row in rows if "wall" in row and row["name"] != "latemax cuda"}
+        if "latemax" not in timed or len(timed) < 2:
+            continue
         mine = timed.pop("latemax")
         best = min(timed.values(), key=lambda row: row["wall"]["p50"])
         lines.append(
@@ -83,9 +154,11 @@ def suite(name: str) -> str:
                 label + (" forward+backward" if train else ""), f"{mine['wall']['p50']:.2f}",
                 f"{best['name']} {best['wall']['p50']:.2f}", f"{best['wall']['p50'] / mine['wall']['p50']:.2f}×",
                 f"{mine['allowed_ms']:.2f} ({mine['binding']})", f"{mine['of_limit']:.0%}",
+                *(gpu_cells(mine, best) if on_gpu else []),
             ]
         )  # fmt: skip
     head = ["(n_q,n_d,l_q,l_d) dim", "latemax ms", "fastest other ms", "ratio", "limit ms", "of limit"]
+    head += GPU_COLUMNS * on_gpu
     where = machine.get("gpu", machine["cpu"])
     return markdown(head, lines) + (
         f"\n{where}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}. Wall time, median of "
@@ -190,14 +263,9 @@ def kill_writer() -> str:
 
 
 TABLES = {
-    "corpus": corpus,
-    "scale": scale,
-    "kill-writer": kill_writer,
-    "cpu": cpu,
-    "aot": aot,
-    "host": host,
-    "suite-cpu": lambda: suite("bench-cpu"),
-}
+    "cpu": cpu, "aot": aot, "cuda-aot": cuda_aot, "host": host, "suite-cpu": lambda: suite("bench-cpu"),
+    "suite-gpu": on_gpu, "predicted": predicted, "corpus": corpus, "scale": scale, "kill-writer": kill_writer,
+}  # fmt: skip
 
 
 def render(text: str) -> str:

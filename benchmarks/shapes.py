@@ -17,10 +17,11 @@ class Shape(NamedTuple):
     own: bool = False
     masked: bool = False  # document lengths drawn from U[l_d / 32, l_d], given as a mask
     normalize: bool = False
+    argmax: bool = False  # the winners are returned too, by latemax; the others have no such output
 
     @property
     def name(self) -> str:
-        flags = [name for name in ("own", "masked", "normalize") if getattr(self, name)]
+        flags = [name for name in ("own", "masked", "normalize", "argmax") if getattr(self, name)]
         return f"({self.n_q},{self.n_d},{self.l_q},{self.l_d}) {self.dim} {self.dtype} " + " ".join(flags)
 
     @property
@@ -76,11 +77,14 @@ CORE = [
     Shape(256, 16, 32, 1030, own=True),
 ]
 VARIANTS = [
+    # ragged: lengths U[32, 1024]
     Shape(1, 1000, 32, 1024, masked=True),
     Shape(128, 128, 32, 300, masked=True),
     Shape(1, 1000, 1024, 1024, normalize=True),
     Shape(1, 10_000, 32, 1024, normalize=True),
     Shape(128, 128, 32, 300, normalize=True),
+    Shape(1, 1000, 1024, 1024, argmax=True),
+    Shape(128, 128, 32, 300, argmax=True),
     *(Shape(128, 128, 32, 300, dim) for dim in (64, 96, 256, 768)),
     *(Shape(128, 128, 32, 300, dtype=dtype) for dtype in ("float16", "float32")),
 ]

@@ -104,7 +104,7 @@ def measure(shape: Shape, device: str, train: bool, limit: dict, rounds: int = 3
                 error = check(name, scores.detach(), truth, shape)
                 runs[name] = (lambda f=function: step(f)) if train else (lambda f=function: forward(f))
                 runs[name]()
-        except (RuntimeError, AssertionError, ValueError, NotImplementedError, TypeError) as problem:
+        except Exception as problem:
             if name == "latemax":
                 raise
             # a peer that cannot run a shape, or is wrong there, is reported and not timed
@@ -116,19 +116,19 @@ def measure(shape: Shape, device: str, train: bool, limit: dict, rounds: int = 3
     with torch.set_grad_enabled(train):
         wall = interleaved(runs, device, rounds)
         if device == "cuda":
-            graphs = {name: graph for name, run in runs.items() if not train and (graph := graphed(run))}
+            # a call that can't be captured is timed as it is, and its row says so
+            graphs = {name: graphed(run) for name, run in runs.items()}
+            replays = {name: graphs[name] or run for name, run in runs.items()}
             scratch = torch.empty(256 << 20, dtype=torch.uint8, device=device)
-            warm = events(graphs or runs, rounds, lambda: None)
-            cold = events(graphs or runs, rounds, lambda: scratch.zero_())
+            warm = events(replays, rounds, lambda: None)
+            cold = events(replays, rounds, scratch.zero_)
             for name, run in runs.items():
                 torch.cuda.reset_peak_memory_stats()
                 base = torch.cuda.memory_allocated()
                 run()
                 torch.cuda.synchronize()
                 rows[name]["peak_mb"] = (torch.cuda.max_memory_allocated() - base) / 1e6
-                for kind, times in (("warm", warm), ("cold", cold)):
-                    if name in times:
-                        rows[name][kind] = fifths(times[name])
+                rows[name].update(warm=fifths(warm[name]), cold=fifths(cold[name]), graph=graphs[name] is not None)
     ours = statistics.median(wall["latemax"])
     for name, row in rows.items():
         row.update(

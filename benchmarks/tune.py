@@ -3,10 +3,10 @@
     python -m benchmarks.tune [--write] [--seconds 240]
 
 For each row of ``latemax/ops/tiles.py`` that this GPU would use, neighbours of its tile (block sizes halved and
-doubled, warps 4 and 8, stages 2 to 4, both operand orders) are timed at a shape that falls into the row, after their
-scores were found equal to the row's own. ``--write`` puts the fastest into the table as rows for this compute
-capability, with GPU, date and gain; rows of other chips stay. Without a GPU ``--rehearse`` goes through everything in
-the interpreter, once.
+doubled, warps 4 and 8, stages 2 to 4, for long queries both operand orders) are timed at a shape that falls into the
+row, after their scores were found equal to the row's own. ``--write`` puts the fastest into the table as rows for this
+compute capability, with GPU, date and gain; rows of other chips stay. Without a GPU ``--rehearse`` goes through
+everything in the interpreter, once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from latemax.ops import tiles, triton_backend
 TABLE = pathlib.Path(tiles.__file__)
 # the dtype and matmul precision under which a kind of product is met
 KINDS = {"half": ("bfloat16", "highest"), "tf32": ("float32", "high"), "ieee": ("float32", "highest")}
+# tiles tried for a row: fifteen rows of them are compiled and timed in seven minutes, at a second each
+MOST = 24
 
 
 def shape_of(row: tiles.Row) -> Shape | None:
@@ -41,17 +43,22 @@ def shape_of(row: tiles.Row) -> Shape | None:
 
 
 def neighbours(tile: tiles.TileConfig, dim: int, itemsize: int, capability: int):
+    """Tiles around this one, without those that would spill or leave the threads idle: a thread holds two numbers, the
+    similarity and the maximum, for each of its elements of the tile. Those that differ least come first."""
+    longer = {2 * tile.block_q} if tile.block_q >= 128 else set()
     sizes = itertools.product(
-        {tile.block_q, max(16, tile.block_q // 2)},
+        {tile.block_q, max(16, tile.block_q // 2)} | longer,
         {max(32, tile.block_d // 2), tile.block_d, min(256, tile.block_d * 2)},
         {tile.block_k},
-        (True, False),
+        (True, False) if tile.block_q >= 64 else (tile.swap,),
         (4, 8),
         (2, 3, 4),
     )
-    for values in sorted(sizes):
+    near = sorted(sizes, key=lambda values: (sum(a != b for a, b in zip(values, tile, strict=True)), values))
+    for values in near:
         other = tiles.TileConfig(*values)
-        if tiles.fits(other, dim, itemsize, capability):
+        held = 2 * other.block_q * other.block_d / (32 * other.num_warps)
+        if 16 <= held <= 160 and tiles.fits(other, dim, itemsize, capability):
             yield other
 
 
@@ -89,7 +96,7 @@ def tune(row: tiles.Row, device: str, capability: int, until: float, rehearse: b
     run(q, d, own, scores, argmax)
     truth, found = scores.clone(), {}
     candidates = [own, *(t for t in neighbours(own, shape.dim, itemsize, capability) if t != own)]
-    for tile in candidates[: 3 if rehearse else None]:
+    for tile in candidates[: 3 if rehearse else MOST]:
         if time.monotonic() > until:
             break
         try:

@@ -2,8 +2,7 @@
  *
  * Tensors come as addresses, shapes and strides: their owner has checked them and keeps them alive.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "binding.h"
 
 #include <new>
 
@@ -11,107 +10,112 @@
 
 namespace {
 
+using latemax::Arguments;
 using latemax::Level;
 
 const Level *available[8];
 int n_available = 0;
 
-class Arguments {
-  public:
-    Arguments(PyObject *const *args, Py_ssize_t n) : next_(args), end_(args + n) {}
-
-    int64_t integer() {
-        PyObject *x = take();
-        const int64_t value = x ? PyLong_AsLongLong(x) : 0;
-        failed_ |= value == -1 && PyErr_Occurred();
-        return value;
-    }
-    double real() {
-        PyObject *x = take();
-        const double value = x ? PyFloat_AsDouble(x) : 0;
-        failed_ |= value == -1 && PyErr_Occurred();
-        return value;
-    }
-    template <class T>
-    T *address() {
-        return reinterpret_cast<T *>(static_cast<uintptr_t>(integer()));
-    }
-    /* A shape or strides of n, or 0s for None. */
-    void tuple(int64_t *out, Py_ssize_t n) {
-        PyObject *x = take();
-        for (Py_ssize_t i = 0; i < n; ++i) out[i] = 0;
-        if (!x || x == Py_None) return;
-        if (!PyTuple_Check(x) || PyTuple_Size(x) != n) {
-            if (!failed_) PyErr_Format(PyExc_TypeError, "expected a tuple of %zd", n);
-            failed_ = true;
-            return;
-        }
-        for (Py_ssize_t i = 0; i < n; ++i) {
-            out[i] = PyLong_AsLongLong(PyTuple_GetItem(x, i));
-            failed_ |= out[i] == -1 && PyErr_Occurred();
-        }
-    }
-    bool ok() {
-        if (!failed_ && next_ != end_) {
-            PyErr_SetString(PyExc_TypeError, "too many arguments");
-            failed_ = true;
-        }
-        return !failed_;
-    }
-
-  private:
-    PyObject *take() {
-        if (next_ == end_ && !failed_) {
-            PyErr_SetString(PyExc_TypeError, "too few arguments");
-            failed_ = true;
-        }
-        return failed_ ? nullptr : *next_++;
-    }
-    PyObject *const *next_, *const *end_;
-    bool failed_ = false;
+struct Call {
+    maxsim_args args{};
+    const Level *level = nullptr;
+    int threads = 1;
+    bool own = false; /* d has an axis of queries, an expanded one included */
 };
 
-/* level, threads, then q and d: dtype, address, shape, strides. Own candidates have a 4-D d; flat tokens a 2-D one. */
-const Level *common(Arguments &in, maxsim_args &a, int &threads, bool flat) {
+/* level, threads; dtype, address, shape and strides of q and of d; q offsets, d offsets, how many documents these have,
+ * candidates, the shape [n_q, n_c] of the scores. Flat tokens have two axes. */
+Call common(Arguments &in) {
+    Call call;
+    maxsim_args &a = call.args;
     const int64_t level = in.integer();
-    threads = static_cast<int>(in.integer());
+    call.threads = static_cast<int>(in.integer());
     int64_t shape[4], strides[4];
     a.q_dtype = static_cast<maxsim_dtype>(in.integer());
     a.q = in.address<const void>();
     in.tuple(shape, 3), in.tuple(strides, 3);
-    a.n_q = shape[0], a.l_q = shape[1], a.dim = shape[2];
+    a.l_q = shape[1], a.dim = shape[2];
     a.q_stride_n = strides[0], a.q_stride_l = strides[1], a.q_stride_k = strides[2];
     a.d_dtype = static_cast<maxsim_dtype>(in.integer());
     a.d = in.address<const void>();
-    const int n = flat ? 2 : 4;
-    in.tuple(shape, n), in.tuple(strides, n);
-    a.l_d = shape[n - 2];
-    a.d_stride_l = strides[n - 2], a.d_stride_k = strides[n - 1];
-    if (!flat) a.n_c = shape[1], a.d_stride_q = strides[0], a.d_stride_n = strides[1];
-    if (level >= 0 && level < n_available) return available[level];
-    if (!PyErr_Occurred()) PyErr_Format(PyExc_ValueError, "level must be below %d; got %lld", n_available, (long long)level);
-    return nullptr;
+    call.own = in.tuple(shape, 4) == 4;
+    in.tuple(strides, 4);
+    a.l_d = shape[2];
+    a.d_stride_q = strides[0], a.d_stride_n = strides[1], a.d_stride_l = strides[2], a.d_stride_k = strides[3];
+    a.q_offsets = in.address<const int64_t>();
+    a.d_offsets = in.address<const int64_t>();
+    a.n_documents = in.integer();
+    a.candidates = in.address<const int64_t>();
+    in.tuple(shape, 2);
+    a.n_q = shape[0], a.n_c = shape[1];
+    if (level >= 0 && level < n_available)
+        call.level = available[level];
+    else if (!PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError, "level must be below %d; got %lld", n_available, (long long)level);
+    return call;
 }
 
+/* The first offset, or candidate, that would lead out of the tokens. */
+struct Fault {
+    const char *name = nullptr;
+    bool is_offset = false;
+    int64_t position = 0, limit = 0, before = 0, value = 0;
+};
+
+bool offsets_fail(const char *name, const int64_t *offsets, int64_t n, int64_t tokens, Fault &fault) {
+    if (!offsets) return false;
+    for (int64_t i = 0; i <= n; ++i) {
+        const int64_t before = i ? offsets[i - 1] : 0;
+        if (offsets[i] >= before && offsets[i] <= (i ? tokens : 0)) continue;
+        fault = {name, true, i, tokens, before, offsets[i]};
+        return true;
+    }
+    return false;
+}
+
+bool values_fail(const maxsim_args &a, Fault &fault) {
+    if (offsets_fail("cu_seqlens_q", a.q_offsets, a.n_q, a.l_q, fault)) return true;
+    if (offsets_fail("cu_seqlens_d", a.d_offsets, a.n_documents, a.l_d, fault)) return true;
+    for (int64_t i = 0; a.candidates && i < a.n_q * a.n_c; ++i) {
+        if (a.candidates[i] >= -1 && a.candidates[i] < a.n_documents) continue;
+        fault = {"candidates", false, i, a.n_documents, 0, a.candidates[i]};
+        return true;
+    }
+    return false;
+}
+
+PyObject *raise(const maxsim_args &a, const Fault &f) {
+    if (!f.is_offset)
+        return PyErr_Format(PyExc_ValueError, "candidates must be -1 or below %lld documents; got %lld at [%lld, %lld]",
+                            (long long)f.limit, (long long)f.value, (long long)(f.position / a.n_c),
+                            (long long)(f.position % a.n_c));
+    if (!f.position) return PyErr_Format(PyExc_ValueError, "%s must start at 0; got %lld", f.name, (long long)f.value);
+    return PyErr_Format(PyExc_ValueError,
+                        "%s must never fall and end within the %lld tokens; got %lld after %lld at [%lld]", f.name,
+                        (long long)f.limit, (long long)f.value, (long long)f.before, (long long)f.position);
+}
+
+/* Values are looked at before anything is written. */
 template <class Work>
-PyObject *unlocked(Work work) {
-    bool failed = false;
+PyObject *unlocked(const maxsim_args &a, Work work) {
+    bool no_memory = false;
+    Fault fault;
     Py_BEGIN_ALLOW_THREADS
     try {
-        work();
+        if (!values_fail(a, fault)) work();
     } catch (const std::bad_alloc &) {
-        failed = true;
+        no_memory = true;
     }
     Py_END_ALLOW_THREADS
-    if (failed) return PyErr_NoMemory();
+    if (no_memory) return PyErr_NoMemory();
+    if (fault.name) return raise(a, fault);
     Py_RETURN_NONE;
 }
 
 PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
-    maxsim_args a{};
-    int threads;
-    const Level *level = common(in, a, threads, false);
+    Call call = common(in);
+    maxsim_args &a = call.args;
     int64_t strides[3];
     a.q_mask = in.address<const uint8_t>();
     in.tuple(strides, 2);
@@ -123,57 +127,26 @@ PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     a.argmax = in.address<int32_t>();
     a.normalize = static_cast<int32_t>(in.integer());
     a.empty_score = in.real();
-    if (!level || !in.ok()) return nullptr;
-    return unlocked([&] { latemax::forward(a, *level, threads); });
-}
-
-/* Flat tokens with offsets, and where asked for candidates of every query. */
-PyObject *forward_packed(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    Arguments in(args, n);
-    maxsim_args a{};
-    int threads;
-    const Level *level = common(in, a, threads, true);
-    a.q_mask = in.address<const uint8_t>();
-    int64_t strides[2];
-    in.tuple(strides, 2);
-    a.q_mask_stride_n = strides[0], a.q_mask_stride_l = strides[1];
-    a.d_offsets = in.address<const int64_t>();
-    a.n_documents = in.integer();
-    a.candidates = in.address<const int64_t>();
-    a.n_c = in.integer();
-    a.scores = in.address<void>();
-    a.argmax = in.address<int32_t>();
-    a.normalize = static_cast<int32_t>(in.integer());
-    a.empty_score = in.real();
-    if (!level || !in.ok()) return nullptr;
-    for (int64_t i = 0; i < a.n_documents; ++i)
-        if (a.d_offsets[i] < 0 || a.d_offsets[i] > a.d_offsets[i + 1] || a.d_offsets[i + 1] > a.l_d)
-            return PyErr_Format(PyExc_ValueError, "offsets must rise from 0 to at most %lld; got %lld, %lld at %lld",
-                                (long long)a.l_d, (long long)a.d_offsets[i], (long long)a.d_offsets[i + 1], (long long)i);
-    for (int64_t i = 0; a.candidates && i < a.n_q * a.n_c; ++i)
-        if (a.candidates[i] < -1 || a.candidates[i] >= a.n_documents)
-            return PyErr_Format(PyExc_ValueError, "candidates must be -1 or below %lld; got %lld",
-                                (long long)a.n_documents, (long long)a.candidates[i]);
-    return unlocked([&] { latemax::forward(a, *level, threads); });
+    if (!call.level || !in.ok()) return nullptr;
+    return unlocked(a, [&] { latemax::forward(a, *call.level, call.threads); });
 }
 
 PyObject *backward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
-    maxsim_args a{};
-    int threads;
-    const Level *level = common(in, a, threads, false);
+    Call call = common(in);
+    maxsim_args &a = call.args;
     latemax::Gradients out{};
     a.argmax = in.address<int32_t>();
     out.g = in.address<const float>();
     int64_t strides[2];
     in.tuple(strides, 2);
     out.g_stride_q = strides[0], out.g_stride_c = strides[1];
-    out.own = in.integer() != 0;
+    out.own = call.own;
     out.grad_q = in.address<void>();
     out.grad_d = in.address<void>();
     a.normalize = static_cast<int32_t>(in.integer());
-    if (!level || !in.ok()) return nullptr;
-    return unlocked([&] { latemax::backward(a, out, *level, threads); });
+    if (!call.level || !in.ok()) return nullptr;
+    return unlocked(a, [&] { latemax::backward(a, out, *call.level, call.threads); });
 }
 
 PyObject *levels(PyObject *, PyObject *) {
@@ -185,7 +158,6 @@ PyObject *levels(PyObject *, PyObject *) {
 
 PyMethodDef methods[] = {
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(forward)), METH_FASTCALL, nullptr},
-    {"forward_packed", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(forward_packed)), METH_FASTCALL, nullptr},
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(backward)), METH_FASTCALL, nullptr},
     {"levels", levels, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},

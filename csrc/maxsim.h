@@ -12,6 +12,9 @@
  *     pairs                 n_c = 1, d_stride_q = l_d * dim         (dense) query a against document a
  *     ragged documents      d_offsets set                           document c holds rows d_offsets[c] .. d_offsets[c + 1]
  *     rerank in place       d_offsets and candidates set            as above for document candidates[a, c]; -1: none
+ *
+ * Ragged queries (q_offsets) go with any of these.
+ * The CUDA kernels need room to work in, given by the caller.
  */
 #ifndef LATEMAX_MAXSIM_H
 #define LATEMAX_MAXSIM_H
@@ -31,7 +34,8 @@ typedef struct {
     int64_t q_stride_n, q_stride_l, q_stride_k;
     int64_t d_stride_q, d_stride_n, d_stride_l, d_stride_k;
 
-    /* Token counts where rows are ragged, else NULL: [n_q + 1] and [n_documents + 1], starting at 0, never falling. */
+    /* Where rows are ragged, else NULL: [n_q + 1] and [n_documents + 1], starting at 0, never falling, and ending within
+     * the t_q and t_d tokens. */
     const int64_t *q_offsets;
     const int64_t *d_offsets;
     /* [n_q, n_c] contiguous document numbers, or NULL. Needs d_offsets. */
@@ -45,11 +49,12 @@ typedef struct {
 
     /* Outputs, contiguous. scores is float, or double where a dtype is MAXSIM_F64. */
     void *scores;    /* [n_q, n_c] */
-    int32_t *argmax; /* [n_q, n_c, l_q], NULL unless asked for: lowest j among equals, -1 for a masked i or no valid j */
+    int32_t *argmax; /* [n_q, n_c, l_q], or with q_offsets [n_c, t_q]; NULL unless asked for: the winner's number in its
+                      * document, lowest among equals, -1 for a masked i or no valid j */
 
     int64_t n_q, n_c;
     int64_t n_documents; /* with d_offsets */
-    int64_t l_q, l_d; /* the longest where ragged */
+    int64_t l_q, l_d; /* with offsets all of them: t_q, t_d */
     int64_t dim;
     maxsim_dtype q_dtype, d_dtype; /* the CUDA kernels want them alike */
 
@@ -59,6 +64,17 @@ typedef struct {
     int32_t normalize;
     /* Nonzero: float32 products may be rounded to TF32. */
     int32_t allow_tf32;
+
+    /* CUDA only. Nonzero: every query has its own documents, so that queries cannot share a tile. */
+    int32_t own;
+    /* CUDA only, room for inverse norms where normalize is set: a float a token, in the order of the masks' shapes. */
+    float *q_inverse_norms; /* [n_q, l_q] or [t_q] */
+    float *d_inverse_norms; /* [n_c, l_d], with own [n_q, n_c, l_d], or [t_d] */
+    int64_t q_tokens, d_tokens;
+    /* CUDA only, room for the documents' lengths up to their last kept token where d_mask is set, else NULL. */
+    int32_t *d_lengths; /* [n_c], with own [n_q, n_c], or [n_documents] */
+    /* CUDA only, room for the sums of a long query's parts: [parts, n_q, n_c], NULL where a query has one part. */
+    float *partial;
 } maxsim_args;
 
 #ifdef __cplusplus

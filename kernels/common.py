@@ -30,7 +30,7 @@ def row_max(x, AXIS: tl.constexpr):
 
 @triton.jit
 def same_bits(a, b):
-    """Bitwise equality: NaN equals NaN, so a running maximum that met NaN keeps the winner that brought it."""
+    """Bitwise equality: NaN equals NaN, so the one that turned a running maximum to NaN is recorded as its winner."""
     if a.dtype == tl.float64:
         return a.to(tl.int64, bitcast=True) == b.to(tl.int64, bitcast=True)
     else:
@@ -59,7 +59,39 @@ def load_rows(
 
 
 @triton.jit
-def inverse_norm(x, ACC: tl.constexpr):
-    """1 / max(‖row‖₂, 1e-12), the eps of torch.nn.functional.normalize. x: [rows, columns] -> [rows]."""
+def sum_of_squares(x, ACC: tl.constexpr):
+    """[rows, columns] -> [rows]."""
     x = x.to(ACC)
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
+    return tl.sum(x * x, axis=1)
+
+
+@triton.jit
+def inverse(squares):
+    """1 / max(‖row‖₂, 1e-12), the eps of torch.nn.functional.normalize."""
+    return tl.rsqrt(tl.maximum(squares, 1e-24))
+
+
+@triton.jit
+def inverse_norm(x, ACC: tl.constexpr):
+    return inverse(sum_of_squares(x, ACC))
+
+
+@triton.jit
+def slot_owner(cu_ptr, slot, n, BLOCK: tl.constexpr):
+    """Which of n items of tokens end to end owns a slot. Item a owns slots cu[a] // BLOCK + a on, one for each BLOCK of
+    its tokens, and at most one more that is empty: numbered so, nobody has to count tiles beforehand."""
+    lo = slot * 0
+    hi = n - 1
+    while lo < hi:
+        middle = (lo + hi + 1) // 2
+        before = tl.load(cu_ptr + middle) // BLOCK + middle <= slot
+        lo = tl.where(before, middle, lo)
+        hi = tl.where(before, hi, middle - 1)
+    return lo
+
+
+@triton.jit
+def span(cu_ptr, i, ok, total):
+    """First and past-the-last token of item i, int64, kept inside ``total`` tokens whatever the offsets hold."""
+    first = tl.minimum(tl.maximum(tl.load(cu_ptr + i, mask=ok, other=0), 0), total)
+    return first, tl.minimum(tl.maximum(tl.load(cu_ptr + i + 1, mask=ok, other=0), first), total)

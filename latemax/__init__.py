@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 
 from latemax import reference
-from latemax.api import explain, maxsim, maxsim_pairs, warmup
+from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, warmup
 from latemax.module import MaxSim
 from latemax.ops.select import Choice
 
@@ -29,7 +29,9 @@ __all__ = [
     "first_stage_recall",
     "maxsim",
     "maxsim_pairs",
+    "maxsim_varlen",
     "reference",
+    "rerank",
     "topk",
     "two_stage",
     "warmup",

@@ -9,7 +9,7 @@ import torch
 from latemax import _check, _ragged
 from latemax.ops import launch, schema, select
 
-__all__ = ["explain", "maxsim", "maxsim_pairs", "warmup"]
+__all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "warmup"]
 
 
 def maxsim(
@@ -29,11 +29,13 @@ def maxsim(
     memory. Differentiable once in q and d; the gradient of every maximum goes to its recorded winner.
 
     Args:
-        q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor.
+        q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor
+            [n_q, l_i, dim]. Lists are joined end to end, nested tensors taken as they lie; neither is padded.
         d: document (image patch) tokens [l_d, dim], [n_d, l_d, dim], or own candidates of every query
             [n_q, k, l_d, dim]; or a list of n_d tensors [l_j, dim]; or a jagged nested tensor. float16, bfloat16,
             float32 or float64, promoted together with q; both on one device.
-        q_mask: bool, int or float of shape ``q.shape[:-1]``; nonzero = keep. Beside a list: a list of [l_i].
+        q_mask: bool, int or float of shape ``q.shape[:-1]``; nonzero = keep. Beside a list or a nested tensor: a list
+            of [l_i] or None.
         d_mask: likewise ``d.shape[:-1]``. Masked tokens influence nothing, whatever they hold.
         normalize: score unit vectors: every token divided by ``max(‖token‖₂, 1e-12)``, in float32.
         empty_score: the score of a document without a valid token.
@@ -43,7 +45,8 @@ def maxsim(
     Returns:
         scores, float32 (float64 if the promoted dtype is): [n_q, n_d], or [n_q, k] for own candidates; the axis of a
         2-D side is dropped. With return_argmax also int32 [..., l_q]: ties go to the lowest index; -1 for masked query
-        tokens and for documents without a valid token. A query without a valid token scores 0.
+        tokens, for documents without a valid token and behind the end of a list's shorter queries. A query without a
+        valid token scores 0.
 
     Raises:
         TypeError: q, d or a mask is no tensor, of another dtype or layout; an option of another type.
@@ -58,7 +61,7 @@ def maxsim(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
     args = _arguments(q, d, q_mask, d_mask)
-    return _score(args, normalize, empty_score, return_argmax, backend)
+    return _score(args, q, normalize, empty_score, return_argmax, backend)
 
 
 def maxsim_pairs(
@@ -86,7 +89,101 @@ def maxsim_pairs(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
     args = _arguments(q, d, q_mask, d_mask, pairs=True)
-    return _score(args, normalize, empty_score, return_argmax, backend)
+    return _score(args, q, normalize, empty_score, return_argmax, backend)
+
+
+def maxsim_varlen(
+    q,
+    d,
+    cu_seqlens_q,
+    cu_seqlens_d,
+    q_mask=None,
+    d_mask=None,
+    *,
+    normalize: bool = False,
+    empty_score: float = -math.inf,
+    return_argmax: bool = False,
+    backend: str = "auto",
+):
+    """``maxsim`` of queries and documents whose tokens lie end to end, in FlashAttention's convention.
+
+    Nothing is padded: the cost follows the real tokens. Differentiable once in q and d.
+
+    Args:
+        q: query tokens [t_q, dim]. Query a holds rows ``cu_seqlens_q[a]`` to ``cu_seqlens_q[a + 1]``.
+        d: document tokens [t_d, dim]; document b likewise.
+        cu_seqlens_q: int32 or int64 [n_q + 1], from 0 on, never falling, within q. Rows behind the last offset belong
+            to nobody. An empty query scores 0, an empty document empty_score.
+        cu_seqlens_d: likewise [n_d + 1].
+        q_mask: bool, int or float [t_q]; nonzero = keep. d_mask: [t_d].
+        normalize, empty_score, backend: as ``maxsim``.
+        return_argmax: also return which token of its document won for each query token.
+
+    Returns:
+        scores [n_q, n_d], float32 (float64 if the promoted dtype is). With return_argmax also int32 [t_q, n_d], counted
+        from the document's first token; ties go to the lowest, -1 for masked query tokens and empty documents.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``maxsim``; offsets of another dtype or shape; on the CPU also offsets
+            that do not start at 0, fall, or leave the tokens. On a GPU reading them would wait for the device: there
+            the kernel keeps itself inside the tokens, and such documents count as cut or empty.
+
+    Example:
+        >>> scores = maxsim_varlen(q, d, torch.tensor([0, 12, 40]), torch.tensor([0, 196, 452, 1476]))  # [2, 3]
+    """
+    empty_score = _check.options(
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
+    )
+    args = _check.varlen(q, d, cu_seqlens_q, cu_seqlens_d, q_mask, d_mask)
+    scores, argmax = schema.maxsim(args, normalize, empty_score, return_argmax, backend)
+    return (scores, argmax.T) if return_argmax else scores
+
+
+def rerank(
+    q,
+    tokens,
+    offsets,
+    candidates,
+    q_mask=None,
+    *,
+    normalize: bool = False,
+    empty_score: float = -math.inf,
+    return_argmax: bool = False,
+    backend: str = "auto",
+):
+    """Score every query against its own candidates, where they lie in a packed corpus: no gathered copy.
+
+    Args:
+        q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor.
+        tokens: the corpus [t_d, dim], documents end to end; on the CPU a memory-mapped tensor too.
+        offsets: int32 or int64 [n_d + 1]: document b holds rows ``offsets[b]`` to ``offsets[b + 1]``.
+        candidates: int32 or int64 [n_q, k] ([k] beside a 2-D q): numbers of documents in any order, repeated or not;
+            -1 is an empty slot and scores empty_score.
+        q_mask: as ``maxsim``.
+        normalize, empty_score, backend: as ``maxsim``.
+        return_argmax: also return which token of its document won for each query token.
+
+    Returns:
+        scores [n_q, k], or [k] beside a 2-D q; with return_argmax also int32 [n_q, k, l_q], counted from the
+        document's first token. Dtypes as ``maxsim``. Differentiable once in q and tokens.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``maxsim``; offsets or candidates of another dtype or shape; on the CPU
+            also unsorted offsets and numbers that are no document. On a GPU reading them would wait for the device:
+            there a number that is no document scores NaN.
+
+    Example:
+        >>> first = (corpus_means @ q.mean(0)).topk(1000).indices
+        >>> scores = rerank(q, tokens, offsets, first)  # [1000]
+    """
+    empty_score = _check.options(
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
+    )
+    flat, cu_q = q, None
+    if _ragged.is_ragged(q):
+        flat, q_mask, cu_q = _ragged.flatten("q", q, q_mask, tokens)
+    args = _check.rerank(flat, tokens, offsets, candidates, q_mask, cu_q=cu_q)
+    return _score(args, q, normalize, empty_score, return_argmax, backend)
 
 
 def explain(
@@ -102,8 +199,8 @@ def explain(
     """Which backend and tile ``maxsim`` would run for these arguments, and why. Runs nothing.
 
     Returns:
-        Choice(backend, why, tile, notes): tile is None outside the Triton backend; notes say what a call would do
-        besides, such as padding a list.
+        Choice(backend, why, tile, notes): tile is None outside the Triton backend; notes say why a faster way is not
+        taken.
 
     Raises:
         As ``maxsim``.
@@ -111,8 +208,7 @@ def explain(
     _check.options(normalize=normalize, empty_score=0.0, return_argmax=return_argmax, backend=backend)
     args = _arguments(q, d, q_mask, d_mask)
     train = torch.is_grad_enabled() and (args.q.requires_grad or args.d.requires_grad)
-    choice = launch.choose(args, backend, normalize=normalize, argmax=return_argmax or train, train=train)
-    return select.annotate(choice, tuple(name for name, x in (("q", q), ("d", d)) if _ragged.is_ragged(x)))
+    return launch.choose(args, backend, normalize=normalize, argmax=return_argmax or train, train=train)
 
 
 def warmup(
@@ -125,6 +221,7 @@ def warmup(
     q_masked: bool = False,
     d_masked: bool = False,
     own: bool = False,
+    layout: str = "dense",
     normalize: bool = False,
     return_argmax: bool = False,
     train: bool = False,
@@ -134,9 +231,11 @@ def warmup(
     capture too, compiles nothing. The number and length of documents do not matter to it.
 
     Args:
-        dim, l_q, n_q: as in q [n_q, l_q, dim].
+        dim, l_q, n_q: as in q [n_q, l_q, dim]; of layout "varlen" l_q is the mean length.
         dtype: of q and d. device: where to compile and run one tiny problem.
         q_masked, d_masked: whether calls will pass q_mask, d_mask. own: whether d will be [n_q, k, l_d, dim].
+        layout: "dense" for ``maxsim`` and ``maxsim_pairs`` of tensors, "varlen" for ``maxsim_varlen`` and for lists on
+            both sides, "rerank" for ``rerank``.
         normalize, return_argmax, backend: as the calls will pass. train: also the backward kernels of both sides.
 
     Returns:
@@ -145,34 +244,64 @@ def warmup(
     Raises:
         As ``maxsim``.
     """
+    if layout not in ("dense", "varlen", "rerank"):
+        raise ValueError(f"layout must be dense, varlen or rerank; got {layout!r}")
+    if own and layout != "dense":
+        raise ValueError(f"own candidates are of layout 'dense'; got {layout!r}")
     q = torch.zeros(n_q, l_q, dim, dtype=dtype, device=device, requires_grad=train)
     d = torch.zeros(*((n_q,) if own else ()), 1, 16, dim, dtype=dtype, device=device, requires_grad=train)
+    if layout != "dense":
+        d = d.detach()[0].requires_grad_(train)
+    if layout == "varlen":
+        q = q.detach().flatten(0, 1).requires_grad_(train)
+    cu_q, cu_d = torch.arange(n_q + 1, device=device) * l_q, torch.arange(2, device=device) * 16
+    slots = torch.zeros(n_q, 1, dtype=torch.int64, device=device)
     masks = dict(
         q_mask=q.new_ones(q.shape[:-1], dtype=torch.bool) if q_masked else None,
         d_mask=d.new_ones(d.shape[:-1], dtype=torch.bool) if d_masked else None,
     )
     flags = dict(normalize=normalize, return_argmax=return_argmax, backend=backend)
     with torch.set_grad_enabled(train):
-        out = maxsim(q, d, **masks, **flags)
+        if layout == "dense":
+            out, args = maxsim(q, d, **masks, **flags), _arguments(q, d, **masks)
+        elif layout == "varlen":
+            out, args = maxsim_varlen(q, d, cu_q, cu_d, **masks, **flags), _check.varlen(q, d, cu_q, cu_d, **masks)
+        else:
+            args = _check.rerank(q, d, cu_d, slots, masks["q_mask"])
+            out = rerank(q, d, cu_d, slots, masks["q_mask"], **flags)
         if train:
             (out[0] if return_argmax else out).sum().backward()
-        choice = explain(q, d, **masks, **flags)
+        choice = launch.choose(args, backend, normalize=normalize, argmax=return_argmax or train, train=train)
     if q.is_cuda:
         torch.cuda.synchronize(q.device)
     return choice
 
 
+def score_packed(
+    q, tokens, offsets, q_mask=None, *, normalize: bool = False, empty_score: float = -math.inf, backend: str = "auto"
+):
+    """``maxsim`` of q, in any of its forms, against documents end to end; their offsets, int64 [n_d + 1], are good."""
+    flat, cu_q = q, None
+    if _ragged.is_ragged(q):
+        flat, q_mask, cu_q = _ragged.flatten("q", q, q_mask, tokens)
+    args = _check.arguments(flat, tokens, q_mask, cu_q=cu_q, cu_d=offsets.to(tokens.device))
+    return _score(args, q, normalize, empty_score, False, backend)
+
+
 def _arguments(q, d, q_mask, d_mask, *, pairs: bool = False) -> _check.Arguments:
-    ragged_q, ragged_d = _ragged.is_ragged(q), _ragged.is_ragged(d)
-    if ragged_q:
-        q, q_mask = _ragged.pad("q", q, q_mask, d)
-    if ragged_d:
-        d, d_mask = _ragged.pad("d", d, d_mask, q)
-    return _check.arguments(q, d, q_mask, d_mask, pairs=pairs)
+    cu_q = cu_d = None
+    if _ragged.is_ragged(q):
+        q, q_mask, cu_q = _ragged.flatten("q", q, q_mask, d)
+    if _ragged.is_ragged(d):
+        d, d_mask, cu_d = _ragged.flatten("d", d, d_mask, q)
+    return _check.arguments(q, d, q_mask, d_mask, cu_q=cu_q, cu_d=cu_d, pairs=pairs)
 
 
-def _score(args: _check.Arguments, normalize: bool, empty_score: float, return_argmax: bool, backend: str):
+def _score(args: _check.Arguments, q, normalize: bool, empty_score: float, return_argmax: bool, backend: str):
+    """``q`` as the caller gave it: winners of a list are padded to its longest item."""
     scores, argmax = schema.maxsim(args, normalize, empty_score, return_argmax, backend)
+    if return_argmax and _ragged.is_ragged(q):
+        argmax = _ragged.pad_argmax(argmax, args.packing.cu_q, _ragged.longest(q))
     if args.one_document:
         scores, argmax = scores.squeeze(1), argmax.squeeze(1) if return_argmax else argmax
     if args.one_query:

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from latemax import reference
-from latemax.ops import native_cpu_backend
+from latemax.ops import cuda_backend, native_cpu_backend
 
 GPU = torch.cuda.is_available()
 # the Triton kernels run on the GPU where there is one, else in the interpreter (see conftest.py)
 TRITON_DEVICE = "cuda" if GPU else "cpu"
+# of the CUDA kernels, which take half precision alone: problems there are bfloat16 unless a test says otherwise; what
+# they refuse (see conftest.py) is skipped with their reason
+CUDA_DEVICE = "cuda:0"
 BACKENDS = [
     # what stands behind backend="cpu": the native kernel where it was built, and the torch path everywhere
     pytest.param(
@@ -20,6 +23,15 @@ BACKENDS = [
     ),
     pytest.param(("cpu", "cpu"), id="cpu-torch", marks=pytest.mark.torch_path),
     pytest.param(("triton", TRITON_DEVICE), id="triton"),
+    pytest.param(
+        ("cuda", CUDA_DEVICE),
+        id="cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.cuda_kernels,
+            pytest.mark.skipif(not cuda_backend.status()[0], reason=cuda_backend.status()[1]),
+        ],
+    ),
 ]
 # (n_q, n_d, l_q, l_d, dim); with an own-candidates twin where a test asks for one
 SHAPES = [
@@ -34,7 +46,8 @@ SHAPES = [
 ]
 
 
-def problem(shape, *, own=False, dtype=torch.float32, device="cpu", seed=0):
+def problem(shape, *, own=False, dtype=None, device="cpu", seed=0):
+    dtype = dtype or (torch.bfloat16 if device == CUDA_DEVICE else torch.float32)
     n_q, n_d, l_q, l_d, dim = shape
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(n_q, l_q, dim, generator=generator)

@@ -15,7 +15,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Without PYTHONPATH, which may name the checkout or other libraries.
-CLEAN_ENV = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+# Nor a toolkit or switches of whoever runs the tests.
+CLEAN_ENV = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("PYTHON", "LATEMAX_")) and name not in ("CUDA_HOME", "CUDA_PATH")
+}
 
 USE = """
 import importlib, json, pathlib, latemax, latemax.kernels, torch
@@ -29,14 +34,14 @@ print(json.dumps({"file": latemax.__file__, "kernels": folder, "version": latema
 """
 
 
-def run(*command, **options):
+def run(*command, env=None, timeout=120, **options):
     done = subprocess.run(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=CLEAN_ENV,
-        timeout=120,
+        env=CLEAN_ENV | (env or {}),
+        timeout=timeout,
         **options,
     )
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"

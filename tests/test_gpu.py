@@ -66,6 +66,48 @@ def test_no_synchronisation_on_the_call_path():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("layout", ["varlen", "rerank"])
+def test_ragged_calls_neither_wait_nor_compile_after_warmup(layout):
+    """Captured on the first call after warmup; a training step beside it waits for nothing."""
+    latemax.warmup(dim=128, l_q=24, n_q=3, dtype=torch.bfloat16, layout=layout)
+    q, d = problem((1, 1, 72, 900, 128), dtype=torch.bfloat16, device="cuda")
+    q, d = q[0], d[0]
+    cu_q = torch.tensor([0, 10, 50, 72], device="cuda")
+    cu_d = torch.tensor([0, 300, 300, 777, 900], device="cuda", dtype=torch.int32)
+    slots = torch.tensor([[0, 3, -1], [2, 2, 1], [3, 0, 2]], device="cuda")
+
+    def call(q, d):
+        if layout == "varlen":
+            return latemax.maxsim_varlen(q, d, cu_q, cu_d, empty_score=0.0)
+        return latemax.rerank(q.view(3, 24, 128), d, cu_d, slots, empty_score=0.0)
+
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scores = call(q, d)
+    d.copy_(torch.randn_like(d))
+    graph.replay()
+    assert torch.equal(scores, call(q, d))
+    a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
+    call(a, b).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(a, b).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_offsets_and_candidates_that_lie_stay_inside_the_tokens():
+    """They are not looked at on the host: nothing outside is read, and a number that is no document scores NaN."""
+    q, d = problem((1, 1, 8, 40, 64), device="cuda")
+    broken = torch.tensor([0, 30, 20, 10**9], device="cuda")
+    latemax.maxsim_varlen(q[0], d[0], torch.tensor([0, 8], device="cuda"), broken)
+    offsets, slots = torch.tensor([0, 20, 40], device="cuda"), torch.tensor([[0, 2, -5, -1]], device="cuda")
+    scores = latemax.rerank(q, d[0], offsets, slots, empty_score=-1.0)
+    torch.cuda.synchronize()
+    assert scores[0, 0].isfinite() and scores[0, 1:3].isnan().all() and scores[0, 3] == -1
+
+
 @pytest.mark.skipif(GPU and free_bytes() < 12e9, reason="needs 12 GB of free GPU memory")
 def test_more_than_two_to_the_31_elements():
     """17,000 documents of 1,024 × 128: 2.2 billion elements, 4.5 GB; the last one must be scored right."""

@@ -59,10 +59,80 @@ assert len(triton_backend._built) == built
 far = torch.zeros(1, 9, 64, dtype=torch.bfloat16).as_strided((1, 9, 64), (1 << 32, 64, 1))
 q = torch.zeros(1, 32, 64, dtype=torch.bfloat16)
 latemax.maxsim(q, far, backend="triton")
-assert null.last[2][11] == 1 << 32 and len(triton_backend._built) == built
+assert null.last[2][14] == 1 << 32 and len(triton_backend._built) == built
 latemax.maxsim(q, far.contiguous(), backend="triton")
 assert len(triton_backend._built) == built
 print("launches", null.launches)
+"""
+
+
+FORMS = """
+import itertools, random, torch, latemax
+from benchmarks.host import prepare
+from latemax.ops import launch, triton_backend
+null, _, _ = prepare()
+
+def call(dtype=torch.bfloat16, n_d=5, l_d=100, offset=0, q_strided=False, d_strided=False, own=False,
+         precision="highest", q_masked=False, d_masked=False, mask_strided=False, negated=False, **options):
+    torch.set_float32_matmul_precision(precision)
+    q = torch.zeros(1, 32, 64 + offset, dtype=dtype)[..., offset:]
+    d = torch.zeros(*((1,) if own else ()), n_d, l_d, 64, dtype=dtype)
+    q = torch.zeros(1, 32, 128, dtype=dtype)[..., :64] if q_strided else q
+    d = d.transpose(-3, -2).contiguous().transpose(-3, -2) if d_strided else d
+    q = torch.zeros(1, 32, 64, dtype=torch.complex64).conj().imag if negated else q
+    keep = torch.ones(*d.shape[:-2], l_d * 2, dtype=torch.bool)[..., ::2] if mask_strided else torch.ones(
+        d.shape[:-1], dtype=torch.bool)
+    out = latemax.maxsim(q, d, torch.ones(1, 32, dtype=torch.bool) if q_masked else None, keep if d_masked else None,
+                         backend="triton", **options)
+    name, grid, args = null.last
+    outs = [(x.shape, x.dtype) for x in (out if isinstance(out, tuple) else (out,))]
+    return name, grid, outs, [(x.dtype, x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in args]
+
+cases = [
+    dict(), dict(dtype=torch.float16), dict(dtype=torch.float32), dict(dtype=torch.float32, precision="high"),
+    dict(n_d=6), dict(l_d=101), dict(offset=1), dict(q_strided=True), dict(d_strided=True), dict(own=True),
+    dict(q_masked=True), dict(d_masked=True), dict(d_masked=True, mask_strided=True), dict(normalize=True),
+    dict(return_argmax=True), dict(normalize=True, return_argmax=True, d_masked=True), dict(empty_score=-7.5),
+    dict(dtype=torch.float32, q_strided=True), dict(dtype=torch.float32, negated=True),
+]
+slow = []
+for case in cases:
+    launch._again.clear()
+    slow.append(call(**case))
+for case in cases:
+    call(**case)
+# one form an entry, but for empty_score, which is no part of it, and for the negated view, copied on every call
+assert len(launch._again) == len(cases) - 2, len(launch._again)
+known = dict(launch._again)
+order = list(range(len(cases))) * 3
+random.Random(0).shuffle(order)
+for i in order:
+    assert call(**cases[i]) == slow[i], (cases[i], call(**cases[i]), slow[i])
+assert launch._again == known
+
+# the stream current at the time; no hook, unless one is wanted
+null.stream = 77
+call()
+assert null.given[0] == 77 and not null.given[1]
+import triton
+hook = lambda *_: None
+if hasattr(triton.knobs.runtime.launch_enter_hook, "add"):
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+else:
+    triton.knobs.runtime.launch_enter_hook = hook
+call()
+assert null.given[0] == 77 and null.given[1]
+
+# another current device: the prepared launch stands back
+again = next(iter(launch._again.values()))
+again.index, torch.cuda.current_device = 1, lambda: 0
+assert again(None, None, None, None, 0.0) is None
+again.index = None
+# what is remembered stays bounded
+launch._again.update({i: None for i in range(5000)})
+call(n_d=9)
+assert len(launch._again) == 1
+print("same", len(order))
 """
 
 
@@ -82,4 +152,8 @@ def test_cached_launches_equal_triton_s_own():
 
 def test_the_host_path_is_timed_step_by_step():
     rows = run("from benchmarks import host; [print(row) for row in host.steps()]").splitlines()
-    assert len(rows) == 9 and "whole call" in rows[0] and "first call" in rows[-1]
+    assert len(rows) == 15 and "torch.add" in rows[0] and "whole call" in rows[1] and "first training" in rows[-1]
+
+
+def test_a_remembered_form_is_launched_as_one_met_for_the_first_time():
+    assert run(FORMS).split() == ["same", "57"]

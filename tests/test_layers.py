@@ -24,6 +24,7 @@ STACK = (
         "latemax.ops.cpu_backend",
         "latemax.ops.native_cpu_backend",
     ),
+    ("latemax.ops.packed",),
     ("latemax.ops.select",),
     ("latemax.ops.launch",),
     ("latemax.ops.autograd",),

@@ -1,4 +1,4 @@
-"""The native CPU kernel: every instruction set that runs here, threads, packed documents, and how it is chosen.
+"""The native CPU kernel: every instruction set that runs here, threads, and how it is chosen.
 
 The operator's own tests run over it too (id "cpu-native"), and over the torch path beside it (id "cpu-torch").
 """
@@ -78,31 +78,6 @@ def test_a_score_depends_neither_on_padding_nor_on_batch_mates():
     keep = torch.arange(200).expand(5, -1) < 70
     assert torch.equal(latemax.maxsim(q, padded, None, keep), scores)
     assert torch.equal(latemax.maxsim(q[1:], d[3:4]), scores[1:, 3:4])
-
-
-@needs_native
-def test_documents_end_to_end_and_candidates_where_they_lie():
-    generator = torch.Generator().manual_seed(0)
-    documents = [torch.randn(n, 24, generator=generator) for n in (5, 0, 130, 1, 40)]
-    q, tokens = torch.randn(2, 7, 24, generator=generator), torch.cat(documents)
-    offsets = torch.tensor([0, 5, 5, 135, 136, 176])
-    truth = reference.maxsim(q, documents)
-    scores, argmax = torch.empty(2, 5), torch.empty(0, dtype=torch.int32)
-    options = dict(normalize=False, empty_score=-math.inf)
-    native_cpu_backend.forward_packed(q, tokens, None, offsets, None, scores, argmax, **options)
-    torch.testing.assert_close(scores, truth)
-    candidates = torch.tensor([[4, -1, 0], [2, 1, 2]])
-    picked = torch.empty(2, 3)
-    native_cpu_backend.forward_packed(q, tokens, None, offsets, candidates, picked, argmax, **options)
-    expected = truth.gather(1, candidates.clamp(min=0)).masked_fill(candidates < 0, -math.inf)
-    torch.testing.assert_close(picked, expected)
-    for bad_offsets, bad_candidates in (
-        (offsets.flip(0).contiguous(), None),
-        (offsets + 1, None),
-        (offsets, candidates + 3),
-    ):
-        with pytest.raises(ValueError):
-            native_cpu_backend.forward_packed(q, tokens, None, bad_offsets, bad_candidates, picked, argmax, **options)
 
 
 @needs_native

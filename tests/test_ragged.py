@@ -79,10 +79,16 @@ def test_jagged_nested_tensors():
         latemax.maxsim(q, strided)
 
 
-def test_explain_says_that_lists_are_padded():
+def test_lists_are_not_padded(monkeypatch):
+    """What reaches the operator is the real tokens; a nested tensor's are where they were."""
+    from latemax.ops import schema
+
     q, d = items([3, 6]), items([5, 9, 2], seed=1)
-    assert latemax.explain(q, d).notes == (
-        "q is ragged: padded to its longest item and masked",
-        "d is ragged: padded to its longest item and masked",
-    )
-    assert latemax.explain(torch.stack([q[0]]), torch.stack([d[0]])).notes == ()
+    nested = torch.nested.nested_tensor(d, layout=torch.jagged)
+    seen = []
+    real = schema.maxsim
+    monkeypatch.setattr(schema, "maxsim", lambda args, *rest: seen.append(args) or real(args, *rest))
+    latemax.maxsim(q, nested)
+    assert seen[0].q.shape == (9, 16) and seen[0].d.shape == (16, 16)
+    assert seen[0].d.data_ptr() == nested.values().data_ptr()
+    assert latemax.explain(q, d).backend == "cpu"

@@ -53,6 +53,46 @@ def test_what_explain_says_is_what_runs(backend, monkeypatch):
     assert ran == ["native" if choice.native else choice.backend]
 
 
+CUDA = torch.device("cuda", 0)
+
+
+def test_the_cuda_kernels_say_what_they_cannot_take(monkeypatch, fresh_choice):
+    half = SMALL._replace(device=CUDA)
+    monkeypatch.setattr(select, "capability", lambda device: 90)
+    monkeypatch.setattr(select, "cuda_status", lambda: (False, "built for no chip"))
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run: built for no chip"):
+        select.choose(half, "cuda")
+    select.choose.cache_clear()
+    monkeypatch.setattr(select, "cuda_status", lambda: (True, ""))
+    choice = select.choose(half, "cuda")
+    assert choice.backend == "cuda" and "asked for by name" in choice.why and "Triton" in choice.notes[0]
+    for change, reason in (
+        (dict(device=torch.device("cpu")), "the tensors are on cpu"),
+        (dict(dim=100), "dim must be a multiple of 8, not 100"),
+        (dict(dim=768), "dim up to 704 here"),
+        (dict(d_dtype=torch.float16), "both float16 or both bfloat16"),
+        (dict(q_dtype=torch.float32, d_dtype=torch.float32), "both float16 or both bfloat16"),
+    ):
+        with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run: .*{reason}"):
+            select.choose(half._replace(**change), "cuda")
+    monkeypatch.setattr(select, "capability", lambda device: 75)
+    with pytest.raises(RuntimeError, match=r"compute capability 7.5 is below 8.0"):
+        select.choose(half._replace(n_d=11), "cuda")
+
+
+def test_auto_takes_the_cuda_kernels_only_where_the_table_says_they_were_faster(monkeypatch, fresh_choice):
+    monkeypatch.setattr(select, "capability", lambda device: 90)
+    monkeypatch.setattr(select, "cuda_status", lambda: (True, ""))
+    monkeypatch.setattr(select, "triton_status", lambda: (True, ""))
+    untimed = select.choose(SMALL._replace(device=CUDA), "auto")
+    assert tiles.CUDA_FASTER == () and untimed.backend == "triton" and "not timed" in untimed.notes[0]
+    monkeypatch.setattr(tiles, "CUDA_FASTER", (tiles.CudaRow(90, 128, 64, "measured by a test"),))
+    for change, backend in (({}, "cuda"), (dict(dim=136), "triton"), (dict(l_q=65), "triton"), (dict(n_q=2), "cuda")):
+        select.choose.cache_clear()
+        choice = select.choose(SMALL._replace(device=CUDA, **change), "auto")
+        assert choice.backend == backend and (backend == "triton" or choice.why == "measured by a test")
+
+
 @pytest.fixture
 def fresh_choice():
     """A choice is remembered: forget it around a test that changes what the machine says of itself."""
@@ -133,6 +173,11 @@ def test_warmup_runs_what_it_is_told():
     )  # fmt: skip
     assert choice.backend == "triton"
     assert latemax.warmup(device="cpu", dtype=torch.float32).backend == "cpu"
+    for layout in ("varlen", "rerank"):
+        choice = latemax.warmup(dim=16, l_q=8, device=TRITON_DEVICE, layout=layout, train=True, backend="triton")
+        assert choice.backend == "triton" and choice.tile.block_q == 16
+    with pytest.raises(ValueError, match="layout must be dense, varlen or rerank; got 'packed'"):
+        latemax.warmup(device="cpu", layout="packed")
 
 
 def test_backend_status_names_every_backend():

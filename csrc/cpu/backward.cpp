@@ -56,16 +56,22 @@ void store(maxsim_dtype dtype, const float *x, int64_t n, void *out) {
     for (int64_t k = 0; k < n; ++k) half[k] = dtype == MAXSIM_BF16 ? to_bf16(x[k]) : to_f16(x[k]);
 }
 
+/* A query, and which of its candidates a document was. */
+struct Pair {
+    int64_t a, c;
+};
+
 class Backward {
   public:
     Backward(const maxsim_args &args, const Gradients &out, const Level &level, int threads)
-        : args_(args), out_(out), level_(level), own_(out.own) {
-        const double sums = static_cast<double>(args.n_q * args.n_c) * static_cast<double>(args.l_q * args.dim);
+        : args_(args), out_(out), level_(level), own_(out.own), q_tokens_(query_tokens(args)) {
+        const double sums = static_cast<double>(args.n_c * q_tokens_) * static_cast<double>(args.dim);
         threads_ = std::max(1, static_cast<int>(std::min<double>(threads, sums / THREAD_SUMS)));
     }
     void run() {
         if (args_.normalize) measure_queries();
         if (out_.grad_q) queries();
+        if (out_.grad_d && args_.candidates) sort_pairs();
         if (out_.grad_d) documents();
     }
 
@@ -74,24 +80,38 @@ class Backward {
     void each(int64_t n, Body body);
     void measure_queries();
     void queries();
+    void sort_pairs();
     void documents();
+    template <class Body>
+    void meeting(int64_t document, Body body) const;
     void through_norm(const float *x, float norm, float *grad) const;
 
     float g(int64_t a, int64_t c) const { return out_.g[a * out_.g_stride_q + c * out_.g_stride_c]; }
-    const int32_t *argmax(int64_t a, int64_t c) const { return args_.argmax + (a * args_.n_c + c) * args_.l_q; }
-    const char *q(int64_t a, int64_t i) const {
+    /* Rows of q count through all queries. */
+    int64_t query_begin(int64_t a) const { return args_.q_offsets ? args_.q_offsets[a] : a * args_.l_q; }
+    const char *q(int64_t row) const {
+        const int64_t a = args_.q_offsets ? 0 : row / args_.l_q, i = row - a * args_.l_q;
         return at(args_.q, args_.q_dtype, a * args_.q_stride_n + i * args_.q_stride_l);
     }
     const char *d(int64_t a, int64_t c, int64_t j) const {
-        return at(args_.d, args_.d_dtype, a * args_.d_stride_q + c * args_.d_stride_n + j * args_.d_stride_l);
+        const int64_t first = args_.d_offsets ? args_.d_offsets[packed_document(args_, a, c)] * args_.d_stride_l
+                                              : a * args_.d_stride_q + c * args_.d_stride_n;
+        return at(args_.d, args_.d_dtype, first + j * args_.d_stride_l);
     }
+    /* Documents and rows as they lie in grad_d. */
+    int64_t n_documents() const { return args_.d_offsets ? args_.n_documents : (own_ ? args_.n_q : 1) * args_.n_c; }
+    int64_t document_begin(int64_t n) const { return args_.d_offsets ? args_.d_offsets[n] : n * args_.l_d; }
 
     const maxsim_args &args_;
     const Gradients &out_;
     const Level &level_;
     const bool own_;
+    const int64_t q_tokens_;
     int threads_;
-    std::vector<float> q_norms_; /* [n_q * l_q] */
+    std::vector<float> q_norms_; /* [q_tokens_] */
+    /* With candidates: who names each document, in the order of queries and slots. */
+    std::vector<int64_t> pairs_begin_;
+    std::vector<Pair> pairs_;
 };
 
 /* body(first, past) over chunks of 0 .. n, a few for each thread. */
@@ -107,10 +127,10 @@ void Backward::each(int64_t n, Body body) {
 }
 
 void Backward::measure_queries() {
-    q_norms_.resize(args_.n_q * args_.l_q);
-    each(args_.n_q * args_.l_q, [&](int64_t first, int64_t past) {
+    q_norms_.resize(q_tokens_);
+    each(q_tokens_, [&](int64_t first, int64_t past) {
         for (int64_t r = first; r < past; ++r)
-            q_norms_[r] = clamped_norm(level_.sum_of_squares(args_.q_dtype, q(r / args_.l_q, r % args_.l_q), args_.dim));
+            q_norms_[r] = clamped_norm(level_.sum_of_squares(args_.q_dtype, q(r), args_.dim));
     });
 }
 
@@ -123,27 +143,30 @@ void Backward::through_norm(const float *x, float norm, float *grad) const {
         along += x[k] / norm * grad[k];
     }
     if (!given) {
-      std::fill_n(grad, args_.dim, 0.0f);
-      return;
+        std::fill_n(grad, args_.dim, 0.0f);
+        return;
     }
     if (!(norm > EPS)) along = 0;
     for (int64_t k = 0; k < args_.dim; ++k) grad[k] = (grad[k] - x[k] / norm * along) / norm;
 }
 
 void Backward::queries() {
-    const int64_t dim = args_.dim, l_q = args_.l_q;
-    each(args_.n_q * l_q, [&](int64_t first, int64_t past) {
+    const int64_t dim = args_.dim;
+    each(q_tokens_, [&](int64_t first, int64_t past) {
         static thread_local Buffer<float> sums, wide_memory;
         const int64_t rows = past - first;
         float *sum = sums.get(rows * dim), *wide = wide_memory.get(dim);
         std::fill_n(sum, rows * dim, 0.0f);
+        const int64_t *ends = args_.q_offsets ? args_.q_offsets + 1 : nullptr;
+        int64_t a = ends ? std::upper_bound(ends, ends + args_.n_q, first) - ends : first / args_.l_q;
         /* documents outside: each is gathered from while its tokens are in cache */
-        for (int64_t a = first / l_q; a * l_q < past; ++a)
+        for (; a < args_.n_q && query_begin(a) < past; ++a)
             for (int64_t c = 0; c < args_.n_c; ++c) {
-                const int32_t *won = argmax(a, c);
+                const int64_t begin = query_begin(a);
+                const int32_t *won = winners(args_, a, c);
                 const float weight = g(a, c);
-                for (int64_t r = std::max(first, a * l_q); r < std::min(past, (a + 1) * l_q); ++r) {
-                    const int32_t j = won[r - a * l_q];
+                for (int64_t r = std::max(first, begin); r < std::min(past, begin + query_length(args_, a)); ++r) {
+                    const int32_t j = won[r - begin];
                     if (j < 0) continue;
                     const char *row = d(a, c, j);
                     float scale = weight;
@@ -154,7 +177,7 @@ void Backward::queries() {
         for (int64_t r = first; r < past; ++r) {
             float *grad = sum + (r - first) * dim;
             if (args_.normalize) {
-                level_.widen(args_.q_dtype, q(r / l_q, r % l_q), dim, wide);
+                level_.widen(args_.q_dtype, q(r), dim, wide);
                 through_norm(wide, q_norms_[r], grad);
             }
             store(args_.q_dtype, grad, dim, static_cast<char *>(out_.grad_q) + r * dim * item_size(args_.q_dtype));
@@ -162,34 +185,71 @@ void Backward::queries() {
     });
 }
 
+/* A counting sort by document. */
+void Backward::sort_pairs() {
+    pairs_begin_.assign(args_.n_documents + 1, 0);
+    const int64_t n = args_.n_q * args_.n_c;
+    for (int64_t p = 0; p < n; ++p)
+        if (args_.candidates[p] >= 0) ++pairs_begin_[args_.candidates[p] + 1];
+    for (int64_t k = 0; k < args_.n_documents; ++k) pairs_begin_[k + 1] += pairs_begin_[k];
+    pairs_.resize(pairs_begin_.back());
+    std::vector<int64_t> next(pairs_begin_.begin(), pairs_begin_.end() - 1);
+    for (int64_t p = 0; p < n; ++p)
+        if (args_.candidates[p] >= 0) pairs_[next[args_.candidates[p]]++] = {p / args_.n_c, p % args_.n_c};
+}
+
+/* body(a, c) for every query that met the document, in order. */
+template <class Body>
+void Backward::meeting(int64_t document, Body body) const {
+    if (args_.candidates) {
+        for (int64_t p = pairs_begin_[document]; p < pairs_begin_[document + 1]; ++p) body(pairs_[p].a, pairs_[p].c);
+    } else if (own_) {
+        body(document / args_.n_c, document % args_.n_c);
+    } else {
+        for (int64_t a = 0; a < args_.n_q; ++a) body(a, document);
+    }
+}
+
+/* Cut by rows, not by documents: as much work in each chunk whatever the lengths. A document belongs to the chunk that
+ * its first row is in. */
 void Backward::documents() {
-    const int64_t dim = args_.dim, l_q = args_.l_q, l_d = args_.l_d, n_c = args_.n_c;
-    each(own_ ? args_.n_q * n_c : n_c, [&](int64_t first, int64_t past) {
+    const int64_t dim = args_.dim, n = n_documents(), all = args_.d_offsets ? args_.l_d : n * args_.l_d;
+    const int64_t size = item_size(args_.d_dtype);
+    char *out = static_cast<char *>(out_.grad_d);
+    auto starting_from = [&](int64_t row) {
+        if (!args_.d_offsets) return (row + args_.l_d - 1) / args_.l_d;
+        return static_cast<int64_t>(std::lower_bound(args_.d_offsets, args_.d_offsets + n, row) - args_.d_offsets);
+    };
+    each(all, [&](int64_t first, int64_t past) {
         static thread_local Buffer<float> sums, wide_memory;
         float *wide = wide_memory.get(dim);
-        for (int64_t unit = first; unit < past; ++unit) {
-            const int64_t c = own_ ? unit % n_c : unit;
-            const int64_t a_first = own_ ? unit / n_c : 0, a_past = own_ ? a_first + 1 : args_.n_q;
-            char *out = static_cast<char *>(out_.grad_d) + unit * l_d * dim * item_size(args_.d_dtype);
+        const int64_t outside = std::max(first, args_.d_offsets ? args_.d_offsets[n] : all);
+        if (outside < past) std::memset(out + outside * dim * size, 0, (past - outside) * dim * size);
+        for (int64_t u = starting_from(first); u < starting_from(past); ++u) {
+            const int64_t begin = document_begin(u), length = document_begin(u + 1) - begin;
             const bool direct = args_.d_dtype == MAXSIM_F32;
-            float *sum = direct ? reinterpret_cast<float *>(out) : sums.get(l_d * dim);
-            std::fill_n(sum, l_d * dim, 0.0f);
-            for (int64_t a = a_first; a < a_past; ++a) {
-                const int32_t *won = argmax(a, c);
-                for (int64_t i = 0; i < l_q; ++i) {
+            char *rows = out + begin * dim * size;
+            float *sum = direct ? reinterpret_cast<float *>(rows) : sums.get(length * dim);
+            std::fill_n(sum, length * dim, 0.0f);
+            const char *x = nullptr;
+            meeting(u, [&](int64_t a, int64_t c) {
+                const int32_t *won = winners(args_, a, c);
+                const int64_t row = query_begin(a);
+                if (!x) x = d(a, c, 0);
+                for (int64_t i = 0; i < query_length(args_, a); ++i) {
                     if (won[i] < 0) continue;
                     float scale = g(a, c);
-                    if (args_.normalize) scale /= q_norms_[a * l_q + i];
-                    level_.add_scaled(args_.q_dtype, scale, q(a, i), dim, sum + won[i] * dim);
+                    if (args_.normalize) scale /= q_norms_[row + i];
+                    level_.add_scaled(args_.q_dtype, scale, q(row + i), dim, sum + won[i] * dim);
                 }
-            }
-            for (int64_t j = 0; args_.normalize && j < l_d; ++j) {
+            });
+            for (int64_t j = 0; args_.normalize && j < length; ++j) {
                 float *grad = sum + j * dim;
-                if (std::all_of(grad, grad + dim, [](float x) { return x == 0; })) continue;
-                level_.widen(args_.d_dtype, d(a_first, c, j), dim, wide);
+                if (std::all_of(grad, grad + dim, [](float v) { return v == 0; })) continue;
+                level_.widen(args_.d_dtype, at(x, args_.d_dtype, j * args_.d_stride_l), dim, wide);
                 through_norm(wide, clamped_norm(level_.sum_of_squares(MAXSIM_F32, wide, dim)), grad);
             }
-            if (!direct) store(args_.d_dtype, sum, l_d * dim, out);
+            if (!direct) store(args_.d_dtype, sum, length * dim, rows);
         }
     });
 }

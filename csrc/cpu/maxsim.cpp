@@ -28,6 +28,11 @@ struct Document {
     int64_t length = 0;
 };
 
+/* Candidates first .. past against one part of the query rows. */
+struct Unit {
+    int64_t part, first, past, tokens;
+};
+
 /* Documents that have begun, tokens that wait for the panel. */
 struct Scratch {
     Buffer<int32_t> number, at;
@@ -43,6 +48,10 @@ class Forward {
 
   private:
     Document document(int64_t query, int64_t c) const;
+    int64_t length(int64_t query, int64_t c) const;
+    int64_t tokens() const;
+    int worth(int64_t tokens) const;
+    std::vector<Unit> units(int64_t target) const;
     void unit(const Part &part, int64_t first, int64_t past, Scratch &s);
     Rows take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const;
     void multiply(const Part &part, Scratch &s) const;
@@ -61,16 +70,6 @@ class Forward {
     std::vector<char> empty_; /* [n_c], beside kept_ */
 };
 
-int worth(const maxsim_args &args, int64_t rows, int threads) {
-    const int64_t mean = args.d_offsets ? args.d_offsets[args.n_documents] / std::max<int64_t>(1, args.n_documents)
-                                        : args.l_d;
-    const bool own = args.d_stride_q || args.candidates;
-    const double pairs = static_cast<double>(own ? args.n_q : 1) * static_cast<double>(args.n_c);
-    const double lanes = own ? static_cast<double>(rows) / std::max<double>(1, args.n_q) : static_cast<double>(rows);
-    const double products = pairs * static_cast<double>(mean) * std::max(lanes, 16.0) * static_cast<double>(args.dim);
-    return std::max(1, static_cast<int>(std::min<double>(threads, products / THREAD_PRODUCTS)));
-}
-
 bool products_in_bf16(const maxsim_args &args, const Level &level) {
     return level.run_bf16 && args.q_dtype == MAXSIM_BF16 && args.d_dtype == MAXSIM_BF16 && args.d_stride_k == 1;
 }
@@ -81,7 +80,7 @@ Forward::Forward(const maxsim_args &args, const Level &level, int threads)
       threads_(threads),
       bf16_(products_in_bf16(args, level)),
       widen_(args.d_stride_k != 1 || !(bf16_ || args.d_dtype == MAXSIM_F32)),
-      own_(args.d_stride_q != 0 || args.d_mask_stride_q != 0 || args.candidates != nullptr),
+      own_(args.n_q > 1 && (args.d_stride_q != 0 || args.d_mask_stride_q != 0 || args.candidates != nullptr)),
       batch_(std::clamp<int64_t>(BATCH_BYTES / (args.dim * (bf16_ ? 2 : 4)) / 24 * 24, 24, 4096)),
       queries_(args, level, bf16_) {}
 
@@ -89,7 +88,7 @@ Document Forward::document(int64_t query, int64_t c) const {
     Document doc;
     int64_t token = 0, masked = 0;
     if (args_.d_offsets) {
-        const int64_t number = args_.candidates ? args_.candidates[query * args_.n_c + c] : c;
+        const int64_t number = packed_document(args_, query, c);
         if (number < 0) return doc;
         const int64_t first = args_.d_offsets[number];
         doc.length = args_.d_offsets[number + 1] - first;
@@ -105,30 +104,69 @@ Document Forward::document(int64_t query, int64_t c) const {
     return doc;
 }
 
+int64_t Forward::length(int64_t query, int64_t c) const {
+    if (!args_.d_offsets) return args_.l_d;
+    const int64_t number = packed_document(args_, query, c);
+    return number < 0 ? 0 : args_.d_offsets[number + 1] - args_.d_offsets[number];
+}
+
+/* Document tokens to be met, once where queries share them. */
+int64_t Forward::tokens() const {
+    if (!args_.d_offsets) return (own_ ? args_.n_q : 1) * args_.n_c * args_.l_d;
+    if (!args_.candidates) return args_.d_offsets[args_.n_documents];
+    int64_t total = 0;
+    for (int64_t a = 0; a < args_.n_q; ++a)
+        for (int64_t c = 0; c < args_.n_c; ++c) total += length(a, c);
+    return total;
+}
+
+int Forward::worth(int64_t tokens) const {
+    const double rows = static_cast<double>(queries_.rows()) / static_cast<double>(own_ ? args_.n_q : 1);
+    const double products = static_cast<double>(tokens) * std::max(rows, 16.0) * static_cast<double>(args_.dim);
+    return std::max(1, static_cast<int>(std::min<double>(threads_, products / THREAD_PRODUCTS)));
+}
+
+/* Of about `target` tokens each, whatever the lengths; documents longer than that come first, not to be waited for. */
+std::vector<Unit> Forward::units(int64_t target) const {
+    std::vector<Unit> out;
+    for (size_t p = 0; p < queries_.parts.size(); ++p) {
+        Unit next{static_cast<int64_t>(p), 0, 0, 0};
+        while (next.past < args_.n_c) {
+            const int64_t more = std::max<int64_t>(1, length(queries_.parts[p].query_first, next.past));
+            if (next.tokens && next.tokens + more > target) {
+                out.push_back(next);
+                next.first = next.past, next.tokens = 0;
+            }
+            ++next.past, next.tokens += more;
+        }
+        out.push_back(next);
+    }
+    if (args_.d_offsets)
+        std::stable_partition(out.begin(), out.end(), [&](const Unit &u) { return u.tokens > target; });
+    return out;
+}
+
 void Forward::run() {
-    const int threads = worth(args_, queries_.rows(), threads_);
+    const int64_t total = tokens();
+    const int threads = worth(total);
     /* shared documents too few to go round: the query rows are cut as well */
     const int64_t wanted = threads > 1 && args_.n_c < 4 * threads ? 4 * threads : 1;
     const bool split = !own_ && wanted > 1 && args_.n_q < threads;
     queries_.cut(own_, split ? threads : wanted, split);
     queries_.pack(threads);
-    if (args_.argmax && queries_.rows() < args_.n_q * args_.l_q)
-        std::fill_n(args_.argmax, args_.n_q * args_.n_c * args_.l_q, -1);
+    if (args_.argmax && queries_.rows() < query_tokens(args_))
+        std::fill_n(args_.argmax, args_.n_c * query_tokens(args_), -1);
     if (split) {
         kept_.resize(args_.n_c * queries_.rows());
         empty_.resize(args_.n_c);
     }
-    const int64_t n_parts = static_cast<int64_t>(queries_.parts.size());
-    const int64_t fitting = std::max<int64_t>(1, batch_ / std::max<int64_t>(1, args_.l_d));
-    const int64_t share = std::clamp<int64_t>(args_.n_c * n_parts / (8 * threads), 1, fitting);
-    const int64_t per_part = (args_.n_c + share - 1) / share;
-    std::atomic<int64_t> next{0};
+    const int64_t met = own_ ? total : total * static_cast<int64_t>(queries_.parts.size());
+    const std::vector<Unit> work = units(std::clamp<int64_t>(met / (8 * threads), 1, batch_));
+    std::atomic<size_t> next{0};
     auto body = [&] {
         static thread_local Scratch scratch;
-        for (int64_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < per_part * n_parts;) {
-            const int64_t first = u % per_part * share;
-            unit(queries_.parts[u / per_part], first, std::min(first + share, args_.n_c), scratch);
-        }
+        for (size_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < work.size();)
+            unit(queries_.parts[work[u].part], work[u].first, work[u].past, scratch);
     };
     parallel(threads, body);
     for (int64_t c = 0; split && c < args_.n_c; ++c)
@@ -138,7 +176,10 @@ void Forward::run() {
 
 void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
     const int64_t width = part.vectors * level_.lanes;
-    const int64_t slots = std::clamp<int64_t>(SLOT_FLOATS / std::max<int64_t>(1, width), 1, past - first);
+    /* queries without a token need no documents */
+    for (int64_t c = first; !width && c < past; ++c) finish_empty(part, c);
+    if (!width) return;
+    const int64_t slots = std::clamp<int64_t>(SLOT_FLOATS / width, 1, past - first);
     float *best = s.best.get(slots * width);
     int32_t *at = args_.argmax ? s.at.get(slots * width) : nullptr;
     s.number.get(batch_), s.scale.get(batch_), s.wide.get(widen_ ? batch_ * args_.dim : 0);
@@ -232,7 +273,7 @@ void Forward::finish(const Part &part, int64_t c, const float *best, const int32
         const int64_t first = std::max(queries_.row_begin[a], part.row_first);
         const int64_t past = std::min(queries_.row_begin[a + 1], part.row_past);
         for (int64_t row = first; at && row < past; ++row)
-            args_.argmax[(a * args_.n_c + c) * args_.l_q + queries_.token[row]] = at[row - part.row_first];
+            winners(args_, a, c)[queries_.token[row]] = at[row - part.row_first];
         if (kept_.empty())
             sum(a, c, best + (first - part.row_first));
         else if (first < past)
@@ -245,7 +286,7 @@ void Forward::finish_empty(const Part &part, int64_t c) {
     if (part.row_first != queries_.row_begin[part.query_first]) return;
     for (int64_t a = part.query_first; a < part.query_past; ++a) {
         const bool valid = queries_.row_begin[a] < queries_.row_begin[a + 1];
-        if (args_.argmax) std::fill_n(args_.argmax + (a * args_.n_c + c) * args_.l_q, args_.l_q, -1);
+        if (args_.argmax) std::fill_n(winners(args_, a, c), query_length(args_, a), -1);
         static_cast<float *>(args_.scores)[a * args_.n_c + c] = valid ? static_cast<float>(args_.empty_score) : 0.0f;
     }
     if (!empty_.empty()) empty_[c] = 1;

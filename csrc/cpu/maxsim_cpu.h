@@ -16,11 +16,11 @@ struct Gradients {
     const float *g; /* [n_q, n_c] */
     int64_t g_stride_q, g_stride_c;
     bool own; /* every query has its own documents, expanded ones included */
-    void *grad_q; /* [n_q, l_q, dim] contiguous, of q's dtype, or NULL */
-    void *grad_d; /* [n_c, l_d, dim], or [n_q, n_c, l_d, dim] for own candidates, contiguous, of d's dtype, or NULL */
+    void *grad_q; /* contiguous, of q's shape and dtype, or NULL */
+    void *grad_d; /* contiguous, of d's shape and dtype, or NULL */
 };
 
-/* From args.argmax, for tokens whose dim is dense; neither masks nor offsets: what is masked has won nothing. */
+/* From args.argmax, for tokens whose dim is dense. No masks: what is masked has won nothing. */
 void backward(const maxsim_args &args, const Gradients &out, const Level &level, int threads);
 
 }  // namespace latemax

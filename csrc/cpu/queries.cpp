@@ -15,10 +15,10 @@ constexpr int64_t KEEP_BYTES = 1 << 20;
 Queries::Queries(const maxsim_args &args, const Level &level, bool bf16)
     : args_(args), level_(level), bf16_(bf16), steps_(bf16 ? (args.dim + 1) / 2 : args.dim) {
     row_begin.resize(args.n_q + 1);
-    token.reserve(args.q_offsets ? args.q_offsets[args.n_q] : args.n_q * args.l_q);
+    token.reserve(query_tokens(args));
     for (int64_t a = 0; a < args.n_q; ++a) {
         const int64_t first = args.q_offsets ? args.q_offsets[a] : 0;
-        const int64_t length = args.q_offsets ? args.q_offsets[a + 1] - first : args.l_q;
+        const int64_t length = query_length(args, a);
         const uint8_t *mask = args.q_mask;
         if (mask) mask += args.q_offsets ? first * args.q_mask_stride_l : a * args.q_mask_stride_n;
         for (int64_t i = 0; i < length; ++i)
@@ -44,9 +44,9 @@ void Queries::cut(bool each, int64_t wanted, bool split) {
         for (int64_t r = 0; r < rows(); r += share) add(0, n_q, r, std::min(r + share, rows()));
         if (!rows()) add(0, n_q, 0, 0);
     } else {
-        const int64_t share = (n_q + wanted - 1) / wanted;
-        for (int64_t a = 0; a < n_q; a += share) {
-            const int64_t past = std::min(a + share, n_q);
+        const int64_t share = std::max<int64_t>(1, (rows() + wanted - 1) / wanted);
+        for (int64_t a = 0, past = 1; a < n_q; a = past++) {
+            while (past < n_q && row_begin[past] - row_begin[a] < share) ++past;
             add(a, past, row_begin[a], row_begin[past]);
         }
     }

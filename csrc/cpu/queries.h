@@ -22,7 +22,8 @@ class Queries {
     Queries(const maxsim_args &args, const Level &level, bool bf16);
 
     int64_t rows() const { return row_begin.back(); }
-    /* Cuts the rows: at every query (each), else into about `wanted` parts; inside a query too where `split`. */
+    /* Cuts the rows: at every query (each), else into about `wanted` parts of as many rows; inside a query too where
+     * `split`. */
     void cut(bool each, int64_t wanted, bool split);
     void pack(int threads);
     const char *panel(const Part &part, int64_t vector) const {

@@ -23,6 +23,23 @@ inline const char *at(const void *base, maxsim_dtype dtype, int64_t element) {
     return static_cast<const char *>(base) + element * item_size(dtype);
 }
 
+/* Query a's winners against its candidate c, one a token. */
+inline int32_t *winners(const maxsim_args &args, int64_t a, int64_t c) {
+    return args.argmax + (args.q_offsets ? c * args.l_q + args.q_offsets[a] : (a * args.n_c + c) * args.l_q);
+}
+
+inline int64_t query_length(const maxsim_args &args, int64_t a) {
+    return args.q_offsets ? args.q_offsets[a + 1] - args.q_offsets[a] : args.l_q;
+}
+
+/* Tokens of all queries, those outside every query included. */
+inline int64_t query_tokens(const maxsim_args &args) { return args.q_offsets ? args.l_q : args.n_q * args.l_q; }
+
+/* Which of the packed documents candidate c of query a is, or -1. */
+inline int64_t packed_document(const maxsim_args &args, int64_t a, int64_t c) {
+    return args.candidates ? args.candidates[a * args.n_c + c] : c;
+}
+
 /* A row of float32; stride counts elements. */
 inline void widen_row(const Level &level, maxsim_dtype dtype, const void *x, int64_t stride, int64_t n, float *out) {
     if (stride == 1) return level.widen(dtype, x, n, out);

@@ -16,27 +16,29 @@ class MaxSim(torch.autograd.Function):
     """scores, argmax = MaxSim.apply(...); gradients flow through scores alone."""
 
     @staticmethod
-    def forward(ctx, q, d, q_mask, d_mask, normalize, empty_score, backend):
-        scores, argmax = launch.forward(q, d, q_mask, d_mask, normalize, empty_score, True, backend)
-        ctx.save_for_backward(q, d, argmax)
+    def forward(ctx, q, d, q_mask, d_mask, normalize, empty_score, backend, cu_q, cu_d, candidates):
+        scores, argmax = launch.forward(
+            q, d, q_mask, d_mask, normalize, empty_score, True, backend, cu_q, cu_d, candidates
+        )
+        ctx.save_for_backward(q, d, argmax, cu_q, cu_d, candidates)
         ctx.normalize, ctx.backend = normalize, backend
         ctx.mark_non_differentiable(argmax)
         return scores, argmax
 
     @staticmethod
     def backward(ctx, g, _):
-        q, d, argmax = ctx.saved_tensors
+        q, d, argmax, *packing = ctx.saved_tensors
         needs_q, needs_d = ctx.needs_input_grad[:2]
-        grad_q, grad_d = MaxSimBackward.apply(g, q, d, argmax, ctx.normalize, needs_q, needs_d, ctx.backend)
-        return grad_q, grad_d, None, None, None, None, None
+        grads = MaxSimBackward.apply(g, q, d, argmax, ctx.normalize, needs_q, needs_d, ctx.backend, *packing)
+        return (*grads, *[None] * 8)
 
 
 class MaxSimBackward(torch.autograd.Function):
     """The gradient as a function of its own, so that differentiating it again is refused in clear words."""
 
     @staticmethod
-    def forward(ctx, g, q, d, argmax, normalize, needs_q, needs_d, backend):
-        return launch.backward(g, q, d, argmax, normalize, needs_q, needs_d, backend)
+    def forward(ctx, *args):
+        return launch.backward(*args)
 
     @staticmethod
     def backward(ctx, *_):

@@ -38,7 +38,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _norms(x: torch.Tensor) -> torch.Tensor:
+def clamped_norms(x: torch.Tensor) -> torch.Tensor:
     """max(‖row‖, eps), [..., 1]."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(EPS)
 
@@ -67,7 +67,7 @@ def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score) -> 
         if q_mask is not None:
             q = q.masked_fill(~q_mask.unsqueeze(-1), 0.0)
         if normalize:
-            q = q / _norms(q)
+            q = q / clamped_norms(q)
         winners = argmax if argmax.numel() else None
         if d.shape[-2]:
             for group in _groups(d.dim() == 4, len(q), (d, d_mask), (q, q_mask, scores, winners)):
@@ -113,7 +113,7 @@ def _forward_group(d, d_mask, q, q_mask, scores, winners, normalize) -> None:
         for start in range(0, end, tokens):
             size = min(tokens, end - start)
             block = d[n : n + m, start : start + size].to(q.dtype)
-            norms = _norms(block) if normalize else None
+            norms = clamped_norms(block) if normalize else None
             masked = None if d_mask is None else ~d_mask[n : n + m, start : start + size].unsqueeze(-1)
             if documents_as_rows:
                 block = block.reshape(-1, dim)
@@ -185,7 +185,7 @@ def _backward_group(d, grad_d, q, grad_q, g, argmax, normalize) -> None:
     (n_q, l_q, dim), (n_d, l_d) = q.shape, d.shape[:2]
     wide = _wide(torch.promote_types(q.dtype, d.dtype))
     rows = q.reshape(-1, dim).to(wide).contiguous()
-    q_norms = _norms(rows) if normalize else None
+    q_norms = clamped_norms(rows) if normalize else None
     units = rows / q_norms if normalize else rows
     sum_q = torch.zeros_like(rows)
     # picked rows stay in L2; sums over whole documents, where d has a gradient, stay within a block
@@ -202,28 +202,28 @@ def _backward_group(d, grad_d, q, grad_q, g, argmax, normalize) -> None:
         if grad_q is not None:
             picked = d[n : n + m].reshape(-1, dim).index_select(0, flat).to(wide)
             if normalize:
-                picked /= _norms(picked)
-            sum_q += _weighted(picked.view(m, -1, dim), weight, lost).sum(0)
+                picked /= clamped_norms(picked)
+            sum_q += weighted(picked.view(m, -1, dim), weight, lost).sum(0)
         if grad_d is not None:
-            given = _weighted(units.expand(m, -1, -1), weight, lost).reshape(-1, dim)
+            given = weighted(units.expand(m, -1, -1), weight, lost).reshape(-1, dim)
             total = given.new_zeros(m * l_d, dim).index_add_(0, flat, given)
             if normalize:
                 block = d[n : n + m].reshape(-1, dim).to(wide)
-                total = _through_norm(block, _norms(block), total)
+                total = through_norm(block, clamped_norms(block), total)
             grad_d[n : n + m] = total.view(m, l_d, dim)
     if grad_q is not None:
         if normalize:
-            sum_q = _through_norm(rows, q_norms, sum_q)
+            sum_q = through_norm(rows, q_norms, sum_q)
         grad_q.copy_(sum_q.view_as(grad_q))
 
 
-def _weighted(rows: torch.Tensor, weight: torch.Tensor, lost: torch.Tensor | None) -> torch.Tensor:
+def weighted(rows: torch.Tensor, weight: torch.Tensor, lost: torch.Tensor | None) -> torch.Tensor:
     """rows [m, r, dim] · weight [m, r, 1], 0 where no document token won."""
     product = rows * weight
     return product if lost is None else product.masked_fill_(lost, 0.0)
 
 
-def _through_norm(x: torch.Tensor, norms: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def through_norm(x: torch.Tensor, norms: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """Gradient of x / max(‖x‖, eps) given the gradient g of its output; a clamped norm is a constant.
 
     A row that won nothing gets 0, whatever (a masked NaN) it holds.

@@ -49,18 +49,12 @@ def _source(x: torch.Tensor) -> tuple:
     return _DTYPES[x.dtype], x.data_ptr(), x.shape, x.stride()
 
 
-def _documents(d: torch.Tensor) -> tuple:
-    """As _source, of four axes: documents that queries share have a stride of 0 over them."""
-    if d.dim() == 4:
-        return _source(d)
-    return _DTYPES[d.dtype], d.data_ptr(), (1, *d.shape), (0, *d.stride())
+def _mask(mask: torch.Tensor | None) -> tuple:
+    return (0, None) if mask is None else (mask.data_ptr(), mask.stride())
 
 
-def _mask(mask: torch.Tensor | None, four: bool = False) -> tuple:
-    if mask is None:
-        return 0, None
-    stride = mask.stride()
-    return mask.data_ptr(), (0, *stride) if four and len(stride) == 2 else stride
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, level=-1) -> None:
@@ -68,50 +62,45 @@ def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, lev
 
     ``level`` picks one of ``levels()``; the best by default.
     """
-    q, d = q.resolve_neg(), d.resolve_neg()
-    _cpu.forward(
-        level % len(levels()),
-        torch.get_num_threads(),
-        *_source(q),
-        *_documents(d),
-        *_mask(q_mask),
-        *_mask(d_mask, True),
-        scores.data_ptr(),
-        argmax.data_ptr() if argmax.numel() else 0,
-        normalize,
-        empty_score,
-    )
+    forward_packed(
+        q, d, q_mask, d_mask, None, None, None, scores, argmax,
+        normalize=normalize, empty_score=empty_score, level=level,
+    )  # fmt: skip
 
 
 def forward_packed(
-    q: torch.Tensor,  # [n_q, l_q, dim]
-    d: torch.Tensor,  # [t_d, dim]
-    q_mask: torch.Tensor | None,  # [n_q, l_q]
-    offsets: torch.Tensor,  # int64 [n_documents + 1] contiguous
-    candidates: torch.Tensor | None,  # int64 [n_q, k] contiguous, -1 for none
-    scores: torch.Tensor,  # [n_q, n_documents] or [n_q, k]
-    argmax: torch.Tensor,
+    q: torch.Tensor,  # [n_q, l_q, dim], or [t_q, dim] end to end
+    d: torch.Tensor,  # [n_d, l_d, dim] or own candidates [n_q, k, l_d, dim], or [t_d, dim] end to end
+    q_mask: torch.Tensor | None,  # bool, q.shape[:-1]
+    d_mask: torch.Tensor | None,  # bool, d.shape[:-1]
+    cu_q: torch.Tensor | None,  # int64 [n_q + 1] contiguous: q is end to end
+    cu_d: torch.Tensor | None,  # int64 [n_documents + 1] contiguous: d is end to end
+    candidates: torch.Tensor | None,  # int64 [n_q, k] contiguous, of the documents in cu_d; -1 for none
+    scores: torch.Tensor,  # float32 [n_q, n_d] or [n_q, k], contiguous
+    argmax: torch.Tensor,  # int32 [n_q, n_d, l_q], where q is end to end [n_d, t_q]; of no element: not wanted
     *,
     normalize,
     empty_score,
     level=-1,
 ) -> None:
-    """``forward`` over documents that lie end to end; with candidates, of the documents they name where they lie.
+    """``forward`` over tokens that lie end to end; with candidates, of the documents they name where they lie.
 
     Raises:
-        ValueError: offsets that fall or leave d; a candidate that is no document.
+        ValueError: offsets that do not start at 0, fall or leave their tokens; a candidate that is no document.
     """
     q, d = q.resolve_neg(), d.resolve_neg()
-    _cpu.forward_packed(
+    _cpu.forward(
         level % len(levels()),
         torch.get_num_threads(),
         *_source(q),
         *_source(d),
+        _address(cu_q),
+        _address(cu_d),
+        0 if cu_d is None else len(cu_d) - 1,
+        _address(candidates),
+        scores.shape,
         *_mask(q_mask),
-        offsets.data_ptr(),
-        len(offsets) - 1,
-        0 if candidates is None else candidates.data_ptr(),
-        scores.shape[1],
+        *_mask(d_mask),
         scores.data_ptr(),
         argmax.data_ptr() if argmax.numel() else 0,
         normalize,
@@ -121,6 +110,16 @@ def forward_packed(
 
 def backward(g, q, d, argmax, *, normalize, needs_q, needs_d, level=-1):
     """(grad_q, grad_d) in the dtypes of q and d, or None for a side that needs none."""
+    return backward_packed(
+        g, q, d, argmax, None, None, None, normalize=normalize, needs_q=needs_q, needs_d=needs_d, level=level
+    )
+
+
+def backward_packed(g, q, d, argmax, cu_q, cu_d, candidates, *, normalize, needs_q, needs_d, level=-1):
+    """``backward`` of ``forward_packed``, from its argmax: (grad_q, grad_d) of the shapes of q and d, or None.
+
+    Rows that won nothing, and rows outside every document, get 0. Raises as ``forward_packed`` does.
+    """
     q, d = (x.resolve_neg() if x.stride(-1) == 1 else x.contiguous() for x in (q, d))
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format) if needs_q else None
     grad_d = torch.empty_like(d, memory_format=torch.contiguous_format) if needs_d else None
@@ -130,13 +129,17 @@ def backward(g, q, d, argmax, *, normalize, needs_q, needs_d, level=-1):
         level % len(levels()),
         torch.get_num_threads(),
         *_source(q),
-        *_documents(d),
+        *_source(d),
+        _address(cu_q),
+        _address(cu_d),
+        0 if cu_d is None else len(cu_d) - 1,
+        _address(candidates),
+        g.shape,
         argmax.data_ptr(),
         g.data_ptr(),
         g.stride(),
-        d.dim() == 4,
-        0 if grad_q is None else grad_q.data_ptr(),
-        0 if grad_d is None else grad_d.data_ptr(),
+        _address(grad_q),
+        _address(grad_d),
         normalize,
     )
     return grad_q, grad_d

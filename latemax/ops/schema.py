@@ -8,37 +8,43 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
+from latemax import _check
 from latemax.ops import autograd, launch
 
 _library = torch.library.Library("latemax", "DEF")  # kept alive: the registrations end with it
 _library.define(
     "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool normalize, float empty_score, bool argmax, "
-    "str backend) -> (Tensor, Tensor)"
+    "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None) -> (Tensor, Tensor)"
 )
 _library.define(
     "maxsim_backward(Tensor g, Tensor q, Tensor d, Tensor argmax, bool normalize, bool needs_q, bool needs_d, "
-    "str backend) -> (Tensor, Tensor)"
+    "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None) -> (Tensor, Tensor)"
 )
 
 
-def _backward(g, q, d, argmax, normalize, needs_q, needs_d, backend):
-    # an operator returns tensors, not None: a side that needs no gradient gets one of no element
-    grads = launch.backward(g, q, d, argmax, normalize, needs_q, needs_d, backend)
+# an operator returns tensors, not None: an output that is not wanted has no element
+def _forward(q, d, *args):
+    scores, winners = launch.forward(q, d, *args)
+    return scores, q.new_empty(0, dtype=torch.int32) if winners is None else winners
+
+
+def _backward(g, q, d, *args):
+    grads = launch.backward(g, q, d, *args)
     return tuple(x.new_empty(0) if grad is None else grad for grad, x in zip(grads, (q, d), strict=True))
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("maxsim", launch.forward, _key)
+    _library.impl("maxsim", _forward, _key)
     _library.impl("maxsim_backward", _backward, _key)
 
 
 @torch.library.register_fake("latemax::maxsim", lib=_library)
-def _(q, d, q_mask, d_mask, normalize, empty_score, argmax, backend):
-    return launch.allocate(q, d, argmax)
+def _(q, d, q_mask, d_mask, normalize, empty_score, argmax, backend, cu_q=None, cu_d=None, candidates=None):
+    return launch.allocate(q, d, argmax, _check.Packing(cu_q, cu_d, candidates))
 
 
 @torch.library.register_fake("latemax::maxsim_backward", lib=_library)
-def _(g, q, d, argmax, normalize, needs_q, needs_d, backend):
+def _(g, q, d, argmax, normalize, needs_q, needs_d, backend, cu_q=None, cu_d=None, candidates=None):
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
         for x, needed in ((q, needs_q), (d, needs_d))
@@ -46,18 +52,20 @@ def _(g, q, d, argmax, normalize, needs_q, needs_d, backend):
 
 
 def _setup(ctx, inputs, output):
-    q, d, _, _, ctx.normalize, _, argmax, ctx.backend = inputs
+    q, d, _, _, ctx.normalize, _, argmax, ctx.backend, *packing = inputs
     if not argmax:
         raise RuntimeError("latemax::maxsim must be called with argmax=True where a gradient is needed")
-    ctx.save_for_backward(q, d, output[1])
+    ctx.save_for_backward(q, d, output[1], *packing)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, g, _):
-    q, d, argmax = ctx.saved_tensors
+    q, d, argmax, *packing = ctx.saved_tensors
     needs_q, needs_d = ctx.needs_input_grad[:2]
-    grad_q, grad_d = torch.ops.latemax.maxsim_backward(g, q, d, argmax, ctx.normalize, needs_q, needs_d, ctx.backend)
-    return grad_q if needs_q else None, grad_d if needs_d else None, None, None, None, None, None, None
+    grad_q, grad_d = torch.ops.latemax.maxsim_backward(
+        g, q, d, argmax, ctx.normalize, needs_q, needs_d, ctx.backend, *packing
+    )
+    return (grad_q if needs_q else None, grad_d if needs_d else None, *[None] * 9)
 
 
 def _refuse(ctx, *_):
@@ -94,12 +102,14 @@ def _refuse_transforms(*tensors) -> None:
 
 def maxsim(args, normalize: bool, empty_score: float, want_argmax: bool, backend: str):
     """Canonical arguments → (scores, argmax), by the shortest way that is right here."""
-    q, d, q_mask, d_mask = args[:4]
+    q, d, q_mask, d_mask, _, _, packing = args
     train = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
     if not torch.compiler.is_compiling():
         _refuse_transforms(q, d)
         if _plain(q, d, q_mask, d_mask):
             if train:
-                return autograd.MaxSim.apply(q, d, q_mask, d_mask, normalize, empty_score, backend)
-            return launch.forward(q, d, q_mask, d_mask, normalize, empty_score, want_argmax, backend)
-    return torch.ops.latemax.maxsim(q, d, q_mask, d_mask, normalize, empty_score, want_argmax or train, backend)
+                return autograd.MaxSim.apply(q, d, q_mask, d_mask, normalize, empty_score, backend, *packing)
+            return launch.forward(q, d, q_mask, d_mask, normalize, empty_score, want_argmax, backend, *packing)
+    return torch.ops.latemax.maxsim(
+        q, d, q_mask, d_mask, normalize, empty_score, want_argmax or train, backend, *packing
+    )

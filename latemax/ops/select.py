@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 
 from latemax._check import Problem
-from latemax.ops import native_cpu_backend, tiles
+from latemax.ops import cuda_backend, native_cpu_backend, tiles
+
+CUDA_NOTES = ("a gradient is taken by Triton's kernels, from the recorded winners",)
 
 
 class Choice(NamedTuple):
     """What would run and why."""
 
-    backend: str  # "triton", "cpu" or "reference"
+    backend: str  # "triton", "cuda", "cpu" or "reference"
     why: str
     tile: tiles.TileConfig | None = None
     notes: tuple[str, ...] = ()
@@ -54,7 +56,17 @@ def float64_products() -> bool:
 
 
 def cuda_status() -> tuple[bool, str]:
-    return False, "this build has no CUDA extension"
+    return cuda_backend.status()
+
+
+def why_not_cuda(p: Problem) -> str:
+    """Why the CUDA kernels cannot run this problem; empty if they can."""
+    usable, reason = cuda_status()
+    if not usable:
+        return reason
+    if p.device.type != "cuda":
+        return f"the tensors are on {p.device}"
+    return cuda_backend.why_not(p, capability(p.device))
 
 
 def cpu_status() -> str:
@@ -93,8 +105,14 @@ def choose(p: Problem, backend: str) -> Choice:
         return Choice("reference", "asked for by name: plain torch, writes every similarity to memory")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"q and d must be on a CPU or CUDA device; got {p.device} (backend='reference' runs anywhere)")
-    if backend == "cuda":
-        raise RuntimeError(f"backend='cuda' cannot run: {cuda_status()[1]}")
+    if backend == "cuda" or (backend == "auto" and device == "cuda"):
+        why_not = why_not_cuda(p)
+        if backend == "cuda" and why_not:
+            raise RuntimeError(f"backend='cuda' cannot run: {why_not}")
+        faster = "" if why_not else tiles.cuda_faster(p.dim, query_rows(p), capability(p.device))
+        if backend == "cuda" or faster:
+            why = faster or "asked for by name; auto takes Triton, beside which this was not timed"
+            return Choice("cuda", why, notes=CUDA_NOTES)
     if backend == "cpu" or (backend == "auto" and device == "cpu"):
         if device != "cpu":
             raise ValueError(f"backend='cpu' needs tensors on the CPU; got {p.device}")
@@ -114,7 +132,9 @@ def choose(p: Problem, backend: str) -> Choice:
         return Choice("reference", "float64 on a triton older than 3.6, which multiplies none: plain torch")
     tile, source = tiles.pick(kind(p), p.dim, query_rows(p), p.dtype.itemsize, capability(p.device), p.argmax)
     why = "asked for by name" if backend == "triton" else "the tensors are on a CUDA device"
-    return Choice("triton", f"{why}; tile: {source}", tile)
+    untimed = device == "cuda" and backend == "auto" and not why_not
+    notes = ("backend='cuda' can run this too, but was not timed beside Triton",) if untimed else ()
+    return Choice("triton", f"{why}; tile: {source}", tile, notes)
 
 
 def kind(p: Problem) -> str:
@@ -127,12 +147,9 @@ def kind(p: Problem) -> str:
 
 
 def query_rows(p: Problem) -> int:
-    """Query tokens that one tile could hold: all of one query, or of all queries where they share the documents."""
+    """Query tokens that one tile could hold: all of one query, or of all queries where they share the documents.
+
+    Ragged queries stand one in a tile, their mean length deciding, so that scores do not depend on who stands beside.
+    """
     padded = 1 << (p.l_q - 1).bit_length()
-    return padded if p.own else padded * (1 << max(0, p.n_q - 1).bit_length())
-
-
-def annotate(choice: Choice, ragged: tuple[str, ...]) -> Choice:
-    """Adds what a call does besides: sides given as lists are padded and masked."""
-    notes = tuple(f"{name} is ragged: padded to its longest item and masked" for name in ragged)
-    return choice._replace(notes=choice.notes + notes)
+    return padded if p.own or p.q_ragged else padded * (1 << max(0, p.n_q - 1).bit_length())

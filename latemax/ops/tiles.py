@@ -30,12 +30,16 @@ class Row(NamedTuple):
 
 STATIC = "static: registers, spills, wgmma and loop length of the sm_90 build; not yet timed on a GPU"
 STATIC_80 = "static: registers, spills and loop length of the sm_80 build; not yet timed on a GPU"
+STATIC_100 = "static: registers, spills and loop length of the sm_100 build; not yet timed on a GPU"
 
 TABLE = (
     Row(90, "half", 128, 16, TileConfig(16, 128, 128, True, 4, 3), None, STATIC),
     Row(90, "half", 128, 32, TileConfig(32, 128, 128, True, 4, 3), None, STATIC),
     Row(90, "half", 128, 64, TileConfig(64, 128, 128, True, 4, 3), None, STATIC),
-    Row(90, "half", 128, 1 << 30, TileConfig(128, 128, 128, True, 8, 3), TileConfig(128, 64, 128, True, 8, 3), STATIC),
+    # tcgen05 has full rate from 128 rows on; on sm_90 two blocks of 64 rows share a multiprocessor, one multiplying
+    # while the other takes maxima, and 300 tokens fill 320 rows instead of 384
+    Row(100, "half", 128, 1 << 30, TileConfig(128, 128, 128, True, 8, 3), None, STATIC_100),
+    Row(90, "half", 128, 1 << 30, TileConfig(128, 64, 128, True, 4, 3), None, STATIC),
     Row(80, "half", 128, 16, TileConfig(16, 128, 128, True, 4, 3), None, STATIC_80),
     Row(80, "half", 128, 32, TileConfig(32, 64, 128, True, 4, 3), None, STATIC_80),
     Row(80, "half", 128, 64, TileConfig(64, 64, 128, True, 4, 3), None, STATIC_80),
@@ -50,8 +54,8 @@ TABLE = (
     Row(80, "tf32", 128, 1 << 30, TileConfig(64, 128, 128, True, 8, 2), None, STATIC),
     Row(80, "tf32", 1 << 30, 32, TileConfig(32, 64, 64, True, 4, 3), None, STATIC),
     Row(80, "tf32", 1 << 30, 1 << 30, TileConfig(64, 128, 64, True, 8, 3), None, STATIC),
-    Row(80, "ieee", 1 << 30, 1 << 30, TileConfig(32, 32, 32, True, 4, 2), TileConfig(16, 32, 32, True, 4, 2), STATIC),
-    Row(80, "double", 1 << 30, 1 << 30, TileConfig(16, 32, 32, True, 4, 2), None, STATIC),
+    Row(80, "ieee", 1 << 30, 1 << 30, TileConfig(32, 32, 32, True, 4, 3), TileConfig(16, 32, 32, True, 4, 2), STATIC),
+    Row(80, "double", 1 << 30, 1 << 30, TileConfig(16, 32, 32, True, 4, 3), None, STATIC),
 )
 DEFAULT = TileConfig(16, 64, 32, True, 4, 2)
 
@@ -97,11 +101,30 @@ def pick(
     return tile, source
 
 
+class CudaRow(NamedTuple):
+    capability: int
+    dim: int  # up to this dim
+    q_rows: int  # up to this many query tokens in one tile
+    source: str  # GPU, date and ratio
+
+
+# where the CUDA kernels were measured faster than the tiles above, and auto picks them; none was timed yet
+CUDA_FASTER: tuple[CudaRow, ...] = ()
+
+
+def cuda_faster(dim: int, q_rows: int, capability: int) -> str:
+    """Where the CUDA kernels were found faster for this problem; empty if nowhere."""
+    for row in CUDA_FASTER:
+        if capability == row.capability and dim <= row.dim and q_rows <= row.q_rows:
+            return row.source
+    return ""
+
+
 class BackwardTile(NamedTuple):
     block_d: int  # document tokens that a grad_d program owns
     block_r: int  # query tokens it takes at a time
     block_k: int  # columns that it owns
-    num_warps: int = 8
+    num_warps: int
 
 
 def backward_tile(dim: int, l_q: int, itemsize: int) -> BackwardTile:
@@ -110,4 +133,6 @@ def backward_tile(dim: int, l_q: int, itemsize: int) -> BackwardTile:
     block_d = min(64, max(16, 32768 // (block_k * itemsize)))
     # sm_100 builds of float32: a block of 128 columns spills with 32 query tokens, one of 256 columns with 16
     few = l_q <= 16 or (itemsize > 2 and block_k <= 128)
-    return BackwardTile(block_d, 16 if few else 32, block_k)
+    # 235 issue slots a block of 64 x 32 x 128 with 4 warps, 306 with 8 (sm_90)
+    warps = 4 if itemsize == 2 and block_k <= 128 else 8
+    return BackwardTile(block_d, 16 if few else 32, block_k, warps)

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from latemax import _check, _ragged
 from latemax._progress import Bar
-from latemax.api import maxsim
+from latemax.api import maxsim, score_packed
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.merge import TopK, merge
-from latemax.search.score import score_packed
 
 # Of a chunk's scores, at once: the scores, their keys, the order as int64, a sort's copy of both, and the indices.
 SCORE_BYTES = 48

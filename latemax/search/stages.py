@@ -12,11 +12,11 @@ from torch import Tensor
 
 from latemax import _check
 from latemax._progress import Bar
+from latemax.api import rerank
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.exact import topk
 from latemax.search.merge import TopK, best
-from latemax.search.score import score_candidates
 
 ENGINES = ("auto", "faiss", "torch")
 
@@ -136,9 +136,10 @@ def two_stage(
     # empty slots stay NaN, so that they rank last whatever empty_score is
     scores = torch.full(candidates.shape, math.nan, device=found.device, dtype=_score_dtype(q, found))
     for tokens, offsets, local in found.pieces(candidates):
-        piece = score_candidates(
-            q, tokens, offsets, local, q_mask, normalize=normalize, empty_score=empty_score, backend=backend
-        )
+        piece = rerank(
+            q, tokens, offsets.to(tokens.device), local, q_mask, normalize=normalize, empty_score=empty_score,
+            backend=backend,
+        )  # fmt: skip
         scores = torch.where(local >= 0, piece, scores)
     kept = best(scores, candidates, k)
     result = TopK(kept.scores.masked_fill(kept.indices < 0, empty_score).to(device), kept.indices.to(device))

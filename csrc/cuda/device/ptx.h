@@ -1,0 +1,153 @@
+/* Every instruction of the kernels that C++ has no word for, one inline function each.
+ *
+ * tests/cuda_emulator/ptx.h implements the same functions for the host, so that the kernels' own sources run without a
+ * GPU; whatever is added here is added there.
+ */
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+namespace latemax {
+
+/* Element types, by name: tokens are moved as 16-bit patterns and multiplied by the tensor cores. */
+struct F16 {};
+struct BF16 {};
+
+using TensorMap = CUtensorMap;
+
+namespace ptx {
+
+__device__ inline int thread_index() { return threadIdx.x; }
+__device__ inline int block_index() { return blockIdx.x; }
+__device__ inline int grid_size() { return gridDim.x; }
+
+/* Swizzled tiles start at multiples of 1024 bytes. */
+__device__ inline char *dynamic_shared() {
+    extern __shared__ __align__(1024) char shared[];
+    return shared;
+}
+__device__ inline uint32_t shared_address(const void *p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+__device__ inline void block_barrier() { __syncthreads(); }
+__device__ inline void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ inline void warp_barrier() { __syncwarp(); }
+template <class T>
+__device__ inline T shuffle_xor(T x, int mask) {
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+/* The first lane's value, which tells the compiler that the warp agrees. */
+__device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+__device__ inline bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+
+/* NaN if either is. */
+__device__ inline float max_nan(float x, float y) {
+    float z;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+
+__device__ inline float to_float(F16, uint16_t x) { return __half2float(__ushort_as_half(x)); }
+__device__ inline float to_float(BF16, uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
+
+/* 16 bytes from global to shared memory; with bytes = 0 nothing is read and zeros are written. */
+__device__ inline void cp_async_16(uint32_t to, const void *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ inline void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+/* c[16, 8] += a[16, 16] b[16, 8], fragments of one warp. */
+__device__ inline void mma(BF16, float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline void mma(F16, float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* From here on sm_90. Barriers in shared memory are 8 bytes; a phase ends when its arrivals and bytes have all come. */
+__device__ inline void mbarrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+/* Makes initialised barriers visible to the copy engine; a block barrier follows. */
+__device__ inline void mbarrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ inline void mbarrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+/* Until the phase of this parity has ended; at once for parity 1 of a new barrier. */
+__device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+    // the loop is in the assembly: as a loop of C++ it looks divergent, and wgmma behind it would be serialised
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra done;\n"
+        "bra again;\n"
+        "done:\n"
+        "}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+/* A box of the tensor from (column, row, n, m) to shared memory; its bytes count towards the barrier's phase. Elements
+ * outside of the tensor arrive as 0 and are counted too. */
+__device__ inline void tensor_load(uint32_t to, const TensorMap *map, uint32_t barrier, int column, int row, int n, int m) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+        ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(n), "r"(m)
+        : "memory");
+}
+
+/* Registers a thread of this warpgroup may use from here on. */
+template <int REGISTERS>
+__device__ inline void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ inline void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+/* Accumulators may be written by wgmma from here on. */
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+/* Names the accumulators, so that the compiler moves no reading of them before the wait. */
+template <int COUNT>
+__device__ __forceinline__ void wgmma_wait(float (&d)[COUNT]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+}  // namespace ptx
+}  // namespace latemax

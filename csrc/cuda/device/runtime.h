@@ -1,0 +1,95 @@
+/* What the host side asks of CUDA: the device, launches, tensor maps. The emulator has its own, with the same names. */
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "ptx.h"
+
+namespace latemax {
+
+using Stream = cudaStream_t;
+
+inline void check(cudaError_t status, const char *what) {
+    if (status == cudaSuccess) return;
+    // sticky errors stay, others must not be blamed on the next call
+    cudaGetLastError();
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+struct Device {
+    int capability, multiprocessors, shared_block, shared_multiprocessor;
+};
+
+/* Asked once for each device: the attributes take longer than a launch. */
+inline const Device &device_of(int index) {
+    constexpr int MOST = 64;
+    static Device known[MOST];
+    static std::atomic<bool> asked[MOST];
+    if (index < 0 || index >= MOST) throw std::runtime_error("no device " + std::to_string(index));
+    if (!asked[index].load(std::memory_order_acquire)) {
+        static std::mutex one;
+        const std::lock_guard<std::mutex> lock(one);
+        const auto get = [&](cudaDeviceAttr name) {
+            int value = 0;
+            check(cudaDeviceGetAttribute(&value, name, index), "asking the device");
+            return value;
+        };
+        known[index] = {10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor),
+                        get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                        get(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+        asked[index].store(true, std::memory_order_release);
+    }
+    return known[index];
+}
+
+/* The caller has made the device current; this thread may not have been told. */
+inline void use(int device) {
+    int current = -1;
+    check(cudaGetDevice(&current), "cudaGetDevice");
+    if (current != device) check(cudaSetDevice(device), "cudaSetDevice");
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int blocks, int threads, int shared, Stream stream, Arguments &&...arguments) {
+    // 48 KB are had without asking
+    if (shared > 48 * 1024)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "shared memory");
+    kernel<<<blocks, threads, shared, stream>>>(std::forward<Arguments>(arguments)...);
+    check(cudaGetLastError(), "launch");
+}
+
+/* A tensor of 16-bit elements, innermost axis first and dense; strides are in bytes. Boxes are `rows` of 64 elements,
+ * swizzled by 128 bytes. */
+inline TensorMap tensor_map(bool bf16, const void *base, const uint64_t (&sizes)[4], const uint64_t (&strides)[3], int rows) {
+    using Encode = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                                const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    // found at run time: linking libcuda would keep the library from loading where there is no driver
+    static const Encode encode = [] {
+        void *found = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
+              "looking for cuTensorMapEncodeTiled");
+        if (result != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+        return reinterpret_cast<Encode>(found);
+    }();
+    TensorMap map;
+    const cuuint64_t dims[4] = {sizes[0], sizes[1], sizes[2], sizes[3]};
+    const cuuint64_t steps[3] = {strides[0], strides[1], strides[2]};
+    const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(rows), 1, 1}, element[4] = {1, 1, 1, 1};
+    const CUresult status = encode(
+        &map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, const_cast<void *>(base),
+        dims, steps, box, element, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled refused: CUresult " + std::to_string(status));
+    return map;
+}
+
+}  // namespace latemax

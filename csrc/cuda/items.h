@@ -1,0 +1,139 @@
+/* What a thread block works on: which query block against which document, and where both lie. */
+#pragma once
+
+#include "plan.h"
+#include "ptx.h"
+
+namespace latemax {
+
+/* What every forward kernel is given. */
+struct Forward {
+    maxsim_args a;
+    Plan plan;
+};
+
+constexpr int NONE = 0x7fffffff;
+
+/* The (query block, document) items of one thread block, in order.
+ *
+ * Full rounds: every thread block has a query block of its own and walks all documents, so that all read the same
+ * document at about the same time, from L2. The query blocks left over are shared out, either interleaved (neighbours
+ * have different query blocks and the same document) or, where that would leave too many idle, as contiguous ranges of
+ * (query block, document).
+ */
+struct Walk {
+    const Plan &plan;
+    int64_t n_c;
+    int64_t block = -1, document = 0;
+    bool moved = false;  // the query block is another than before
+
+    __device__ Walk(const Forward &f, int index, int grid)
+        : plan(f.plan), n_c(f.a.n_c), index_(index), grid_(grid), rest_(f.plan.blocks % grid) {
+        if (rest_ && plan.contiguous) {
+            from_ = rest_ * n_c * index / grid;
+            to_ = rest_ * n_c * (index + 1) / grid;
+        }
+    }
+    __device__ bool next() {
+        document += step_;
+        moved = false;
+        if (document < last_) return true;
+        moved = true;
+        const int64_t full = plan.blocks / grid_;
+        if (round_ < full) {
+            block = index_ + round_++ * grid_;
+            document = 0, last_ = n_c, step_ = 1;
+            return true;
+        }
+        if (!rest_) return false;
+        if (plan.contiguous) {
+            if (from_ == to_) return false;
+            block = full * grid_ + from_ / n_c;
+            document = from_ % n_c;
+            last_ = n_c < document + to_ - from_ ? n_c : document + to_ - from_;
+            from_ += last_ - document, step_ = 1;
+            return true;
+        }
+        const int64_t sharers = grid_ / rest_;
+        if (round_++ > full || index_ >= rest_ * sharers) return false;
+        block = full * grid_ + index_ % rest_;
+        document = index_ / rest_, last_ = n_c, step_ = sharers;
+        return document < last_;
+    }
+
+  private:
+    int index_, grid_;
+    int64_t rest_, round_ = 0, step_ = 0, last_ = 0, from_ = 0, to_ = 0;
+};
+
+/* The queries of one group. */
+struct Group {
+    int64_t query;
+    int chunk, count;  // count = 0: there is no such group
+};
+
+__device__ inline Group group_of(const Forward &f, int64_t block, int team) {
+    const Plan &p = f.plan;
+    if (f.a.own) {
+        const int64_t per = (p.groups + p.teams - 1) / p.teams;
+        const int chunk = static_cast<int>(block % per) * p.teams + team;
+        return {block / per, chunk, chunk < p.groups};
+    }
+    const int64_t group = block * p.teams + team;
+    if (group >= p.groups) return {0, 0, 0};
+    if (p.chunks > 1) return {group / p.chunks, static_cast<int>(group % p.chunks), 1};
+    const int64_t left = f.a.n_q - group * p.pack;
+    return {group * p.pack, 0, static_cast<int>(left < p.pack ? left : p.pack)};
+}
+
+/* Where a query's tokens lie. */
+struct Query {
+    int64_t start;  // row of its first token, with q_offsets
+    int length;
+};
+
+__device__ inline Query query_of(const maxsim_args &a, int64_t query) {
+    if (!a.q_offsets) return {0, static_cast<int>(a.l_q)};
+    const int64_t start = a.q_offsets[query];
+    return {start, static_cast<int>(a.q_offsets[query + 1] - start)};
+}
+__device__ inline bool query_keeps(const maxsim_args &a, int64_t query, const Query &q, int token) {
+    if (!a.q_mask) return true;
+    const int64_t at = a.q_offsets ? (q.start + token) * a.q_mask_stride_l
+                                   : query * a.q_mask_stride_n + token * a.q_mask_stride_l;
+    return a.q_mask[at] != 0;
+}
+__device__ inline float query_scale(const maxsim_args &a, int64_t query, const Query &q, int token) {
+    return a.q_inverse_norms[(a.q_offsets ? q.start : query * a.l_q) + token];
+}
+
+/* Where a document's tokens lie. */
+struct Document {
+    int64_t owner, number;  // coordinates of a dense document
+    int64_t start;          // row of its first token, with d_offsets
+    int length;
+};
+
+__device__ inline Document document_of(const maxsim_args &a, int64_t query, int64_t c) {
+    const int64_t owner = a.own ? query : 0;
+    if (!a.d_offsets) return {owner, c, 0, a.d_lengths ? a.d_lengths[owner * a.n_c + c] : static_cast<int>(a.l_d)};
+    const int64_t id = a.candidates ? a.candidates[query * a.n_c + c] : c;
+    // checking candidates would take a synchronisation: one that is no document scores as an empty one
+    if (id < 0 || id >= a.n_documents) return {0, 0, 0, 0};
+    const int64_t start = a.d_offsets[id];
+    return {0, 0, start, a.d_lengths ? a.d_lengths[id] : static_cast<int>(a.d_offsets[id + 1] - start)};
+}
+
+/* What a similarity with this document token is multiplied with; negative: the token is masked or there is none. */
+__device__ inline float row_scale(const maxsim_args &a, const Document &d, int row) {
+    if (row >= d.length) return -1.0f;
+    if (a.d_mask) {
+        const int64_t at = a.d_offsets ? (d.start + row) * a.d_mask_stride_l
+                                       : d.owner * a.d_mask_stride_q + d.number * a.d_mask_stride_n + row * a.d_mask_stride_l;
+        if (!a.d_mask[at]) return -1.0f;
+    }
+    if (!a.normalize) return 1.0f;
+    return a.d_inverse_norms[a.d_offsets ? d.start + row : (d.owner * a.n_c + d.number) * a.l_d + row];
+}
+
+}  // namespace latemax

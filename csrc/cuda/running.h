@@ -1,0 +1,159 @@
+/* The running maximum over a document's tokens, in registers, and what becomes of it after the last one. */
+#pragma once
+
+#include "items.h"
+
+namespace latemax {
+
+constexpr float INFINITE = __builtin_inff();
+
+/* Maximum and lowest index among equals; NaN counts as the greatest. */
+__device__ inline void merge(float &value, int &where, float other, int at) {
+    const bool nan = value != value, other_nan = other != other;
+    const bool equal = value == other || (nan && other_nan);
+    if (equal ? at < where : other > value || (other_nan && !nan)) value = other, where = at;
+}
+
+/* A thread's columns of an accumulator that is [16 rows, N] over a warp: rows lane / 4 and + 8, columns 8 j + 2 (lane % 4)
+ * and + 1. Everything stays elementwise until `reduce`. */
+template <int N, bool ARGMAX>
+struct Running {
+    static constexpr int COUNT = N / 4;
+    float best[COUNT];
+    int where[ARGMAX ? COUNT : 1];
+    int first;  // the lowest valid row: it wins where all similarities are -inf; NONE in an empty document
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) best[k] = -INFINITE;
+#pragma unroll
+        for (int k = 0; k < (ARGMAX ? COUNT : 1); ++k) where[k] = NONE;
+        first = NONE;
+    }
+
+    __device__ __forceinline__ void element(int k, float value, int row) {
+        if constexpr (ARGMAX) {
+            // greater, or the first NaN
+            const bool wins = !(value <= best[k]) && best[k] == best[k];
+            best[k] = wins ? value : best[k];
+            where[k] = wins ? row : where[k];
+        } else {
+            best[k] = ptx::max_nan(best[k], value);
+        }
+    }
+
+    /* The accumulator of rows `row` and `row + 8`; scales as of row_scale, looked at unless all rows are plain. */
+    __device__ __forceinline__ void take(const float *acc, int row, float scale, float scale8, bool plain) {
+        if (plain) {
+            first = row < first ? row : first;
+#pragma unroll
+            for (int k = 0; k < COUNT; ++k) {
+                const int at = 4 * (k / 2) + k % 2;
+                element(k, acc[at], row);
+                element(k, acc[at + 2], row + 8);
+            }
+            return;
+        }
+        // a NaN norm is no mask
+        const bool out = scale < 0, out8 = scale8 < 0;
+        const int lowest = !out ? row : !out8 ? row + 8 : NONE;
+        first = lowest < first ? lowest : first;
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) {
+            const int at = 4 * (k / 2) + k % 2;
+            element(k, out ? -INFINITE : acc[at] * scale, row);
+            element(k, out8 ? -INFINITE : acc[at + 2] * scale8, row + 8);
+        }
+    }
+
+    /* One exchange between lanes: each keeps half of the columns, so that 7 N / 32 shuffles do instead of 3 N / 4. */
+    template <int HALF>
+    __device__ __forceinline__ void exchange(int lane, int mask) {
+        const bool upper = lane & mask;
+#pragma unroll
+        for (int k = 0; k < HALF; ++k) {
+            const float mine = upper ? best[k + HALF] : best[k];
+            const float other = ptx::shuffle_xor(upper ? best[k] : best[k + HALF], mask);
+            if constexpr (ARGMAX) {
+                const int my_where = upper ? where[k + HALF] : where[k];
+                const int at = ptx::shuffle_xor(upper ? where[k] : where[k + HALF], mask);
+                best[k] = mine, where[k] = my_where;
+                merge(best[k], where[k], other, at);
+            } else {
+                best[k] = ptx::max_nan(mine, other);
+            }
+        }
+    }
+
+    /* Over the rows of this warp, to its line of the tables. */
+    __device__ __forceinline__ void reduce(int lane, float *values, int *wheres, int *firsts) {
+        exchange<COUNT / 2>(lane, 16);
+        exchange<COUNT / 4>(lane, 8);
+        exchange<COUNT / 8>(lane, 4);
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) {
+            const int other = ptx::shuffle_xor(first, mask);
+            first = other < first ? other : first;
+        }
+        const int from = (lane & 16 ? COUNT / 2 : 0) + (lane & 8 ? COUNT / 4 : 0) + (lane & 4 ? COUNT / 8 : 0);
+#pragma unroll
+        for (int k = 0; k < COUNT / 8; ++k) {
+            const int column = 8 * ((from + k) / 2) + 2 * (lane % 4) + (from + k) % 2;
+            values[column] = best[k];
+            if constexpr (ARGMAX) wheres[column] = where[k];
+        }
+        if (lane == 0) *firsts = first;
+    }
+};
+
+/* Where the warps of a team meet: a line a warp, twice, so that a warp may start on the next document at once. */
+template <int N, bool ARGMAX, int WARPS>
+struct Tables {
+    float values[2][WARPS][N];
+    int wheres[2][ARGMAX ? WARPS : 1][N];
+    int firsts[2][WARPS];
+};
+
+/* Scores and winners of one group against one document, from the lines of `warps` warps. Each of them takes every
+ * `warps`-th query; a lane sums tokens lane, lane + 32, ... and the lanes meet in a fixed tree, so that a score depends
+ * neither on where its query stands in the group nor on the other queries. */
+template <int N, bool ARGMAX>
+__device__ inline void finish(const Forward &f, const Group &group, int64_t c, int warp, int warps, int lane,
+                              const float (*values)[N], const int (*wheres)[N], const int *firsts) {
+    const maxsim_args &a = f.a;
+    int first = NONE;
+    for (int w = 0; w < warps; ++w) first = firsts[w] < first ? firsts[w] : first;
+    for (int p = warp; p < group.count; p += warps) {
+        const int64_t query = group.query + p;
+        const Query tokens = query_of(a, query);
+        float sum = 0;
+        for (int i = lane; i < f.plan.slot; i += 32) {
+            const int token = group.chunk * f.plan.columns + i, column = p * f.plan.slot + i;
+            if (token >= a.l_q) break;
+            const bool counts = first != NONE && token < tokens.length && query_keeps(a, query, tokens, token);
+            float value = values[0][column];
+            if constexpr (ARGMAX) {
+                int where = wheres[0][column];
+                for (int w = 1; w < warps; ++w) merge(value, where, values[w][column], wheres[w][column]);
+                if (where == NONE) where = first;
+                a.argmax[(query * a.n_c + c) * a.l_q + token] = counts ? where : -1;
+            } else {
+                for (int w = 1; w < warps; ++w) value = ptx::max_nan(value, values[w][column]);
+            }
+            if (counts) sum += a.normalize ? value * query_scale(a, query, tokens, token) : value;
+        }
+        for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+        if (first == NONE) {
+            // the first chunk answers for the whole query, the others add nothing
+            bool any = false;
+            for (int i = lane; group.chunk == 0 && i < tokens.length; i += 32) any |= query_keeps(a, query, tokens, i);
+            sum = ptx::warp_any(any) ? static_cast<float>(a.empty_score) : 0.0f;
+        }
+        if (lane == 0) {
+            float *scores = f.plan.chunks > 1 ? a.partial + group.chunk * a.n_q * a.n_c : static_cast<float *>(a.scores);
+            scores[query * a.n_c + c] = sum;
+        }
+    }
+}
+
+}  // namespace latemax

@@ -1,0 +1,34 @@
+#include "sm80.h"
+
+#include "launch.h"
+
+namespace latemax {
+
+namespace {
+
+struct Run80 {
+    Forward &f;
+    const Device &device;
+    Stream stream;
+
+    template <class T, int N, bool ARGMAX>
+    void operator()() const {
+        const int shared = sm80::shared_bytes(f.plan, sm80::table_bytes<N, ARGMAX>());
+        if (shared > device.shared_block)
+            throw std::runtime_error("dim " + std::to_string(f.a.dim) + " needs more shared memory than this GPU has");
+        // 1 KB of every block is the system's; two blocks of 128 threads have 255 registers each, more would not
+        const int resident = device.shared_multiprocessor / (shared + 1024) > 1 ? 2 : 1;
+        plan_grid(f.plan, f.a, static_cast<int64_t>(device.multiprocessors) * resident);
+        launch(sm80::forward<T, N, ARGMAX>, f.plan.grid, sm80::THREADS, shared, stream, f);
+    }
+};
+
+}  // namespace
+
+void launch_sm80(Forward &f, const Device &device, Stream stream) {
+    const Run80 run{f, device, stream};
+    if (f.plan.columns == 32) with_argmax<32>(f.a, run);
+    else with_argmax<64>(f.a, run);
+}
+
+}  // namespace latemax

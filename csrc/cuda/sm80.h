@@ -1,0 +1,167 @@
+/* Forward for sm_80 and whatever has no kernel of its own: cp.async and mma.sync.
+ *
+ * Four warps share a tile of 128 document tokens, 32 each (two m16), against N query tokens. The ring holds slabs, 128
+ * tokens x 64 dims, 16 KB; three of them, so that two are on their way while one is multiplied. Slabs are swizzled: the
+ * 16 bytes of column c stand at c ^ (row % 8), which keeps ldmatrix and cp.async free of bank conflicts.
+ */
+#pragma once
+
+#include "running.h"
+
+namespace latemax {
+namespace sm80 {
+
+constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 128, STAGES = 3, STAGE_BYTES = ROWS * 128, MOST_COLUMNS = 64;
+
+template <int N, bool ARGMAX>
+constexpr int table_bytes() {
+    return sizeof(Tables<N, ARGMAX, WARPS>);
+}
+inline int shared_bytes(const Plan &p, int tables) { return STAGES * STAGE_BYTES + p.slabs * p.columns * 128 + tables; }
+
+__device__ inline uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+/* The loads, STAGES - 1 slabs ahead of the products, past the ends of tiles and documents. */
+struct Loader {
+    const Forward &f;
+    Walk walk;
+    Document document;
+    int64_t base;
+    int row = 0, slab = 0, thread;
+    bool more;
+
+    __device__ Loader(const Forward &f, int index, int grid, int thread) : f(f), walk(f, index, grid), thread(thread) {
+        seek();
+    }
+    /* To the next document that has tokens. */
+    __device__ void seek() {
+        row = slab = 0;
+        while ((more = walk.next())) {
+            document = document_of(f.a, group_of(f, walk.block, 0).query, walk.document);
+            if (document.length) break;
+        }
+        const maxsim_args &a = f.a;
+        if (more)
+            base = a.d_offsets ? document.start * a.d_stride_l
+                               : document.owner * a.d_stride_q + document.number * a.d_stride_n;
+    }
+    __device__ void load(uint32_t stage) {
+        if (more) {
+            const maxsim_args &a = f.a;
+            const uint16_t *from = static_cast<const uint16_t *>(a.d) + base;
+            const int chunk = thread % 8, column = slab * 64 + chunk * 8;
+#pragma unroll
+            for (int i = 0; i < ROWS * 8 / THREADS; ++i) {
+                const int r = i * (THREADS / 8) + thread / 8;
+                const bool there = row + r < document.length && column < a.dim;
+                ptx::cp_async_16(stage + swizzled(r, chunk), there ? from + (row + r) * a.d_stride_l + column : from,
+                                 there ? 16 : 0);
+            }
+            if (++slab == f.plan.slabs) {
+                slab = 0, row += ROWS;
+                if (row >= document.length) seek();
+            }
+        }
+        // an empty group too: groups are counted
+        ptx::cp_async_commit();
+    }
+};
+
+/* A group's query tokens, slab by slab [N, 64]; columns without a token are zeros. */
+template <int N>
+__device__ inline void load_queries(const Forward &f, const Group &group, uint32_t to, int thread) {
+    const maxsim_args &a = f.a;
+    for (int i = thread; i < f.plan.slabs * N * 8; i += THREADS) {
+        const int chunk = i % 8, column = i / 8 % N, slab = i / 8 / N, p = column / f.plan.slot;
+        const int token = group.chunk * N + column % f.plan.slot;
+        const uint16_t *from = static_cast<const uint16_t *>(a.q);
+        bool there = p < group.count && slab * 64 + chunk * 8 < a.dim;
+        if (there) {
+            const Query q = query_of(a, group.query + p);
+            there = token < q.length;
+            if (there)
+                from += (a.q_offsets ? q.start * a.q_stride_l : (group.query + p) * a.q_stride_n) + token * a.q_stride_l +
+                        slab * 64 + chunk * 8;
+        }
+        ptx::cp_async_16(to + slab * (N * 128) + swizzled(column, chunk), from, there ? 16 : 0);
+    }
+}
+
+/* acc[32, N] += one slab of documents times one of queries. */
+template <class T, int N>
+__device__ __forceinline__ void multiply(float (&acc)[2][N / 2], uint32_t documents, uint32_t queries, int steps, int lane) {
+    const int a_row = lane % 16, a_chunk = lane / 16, b_row = lane % 8 + lane / 16 * 8, b_chunk = lane / 8 % 2;
+#pragma unroll 1
+    for (int k = 0; k < steps; ++k) {
+        uint32_t d[2][4];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) ptx::ldmatrix_x4(d[m], documents + swizzled(16 * m + a_row, 2 * k + a_chunk));
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            uint32_t q[4];
+            ptx::ldmatrix_x4(q, queries + swizzled(n + b_row, 2 * k + b_chunk));
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                ptx::mma(T{}, &acc[m][n / 2], d[m], q[0], q[1]);
+                ptx::mma(T{}, &acc[m][n / 2 + 4], d[m], q[2], q[3]);
+            }
+        }
+    }
+}
+
+template <class T, int N, bool ARGMAX>
+__global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Forward f) {
+    const maxsim_args &a = f.a;
+    const int thread = ptx::thread_index(), warp = thread / 32, lane = thread % 32;
+    char *shared = ptx::dynamic_shared();
+    const uint32_t ring = ptx::shared_address(shared), queries = ring + STAGES * STAGE_BYTES;
+    auto &tables = *reinterpret_cast<Tables<N, ARGMAX, WARPS> *>(shared + STAGES * STAGE_BYTES + f.plan.slabs * N * 128);
+
+    Loader loader(f, ptx::block_index(), ptx::grid_size(), thread);
+    int stage = 0, buffer = 0;
+    for (int s = 0; s < STAGES - 1; ++s) loader.load(ring + s * STAGE_BYTES);
+
+    Running<N, ARGMAX> running;
+    Group group{};
+    Walk walk(f, ptx::block_index(), ptx::grid_size());
+    while (walk.next()) {
+        if (walk.moved) {
+            // nobody reads the last ones any more: the barrier below the tiles came after
+            group = group_of(f, walk.block, 0);
+            load_queries<N>(f, group, queries, thread);
+            ptx::cp_async_commit();
+            ptx::cp_async_wait<0>();
+            ptx::block_barrier();
+        }
+        const Document document = document_of(a, group.query, walk.document);
+        running.clear();
+        for (int start = 0; start < document.length; start += ROWS) {
+            const bool plain = start + ROWS <= document.length && !a.d_mask && !a.normalize;
+            const int row = start + 32 * warp + lane / 4;
+            float scales[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) scales[i] = plain ? 1.0f : row_scale(a, document, row + 8 * i);
+            float acc[2][N / 2] = {};
+            for (int slab = 0; slab < f.plan.slabs; ++slab) {
+                // this slab has come, for every thread, and nobody reads the one that is loaded next
+                ptx::cp_async_wait<STAGES - 2>();
+                ptx::block_barrier();
+                loader.load(ring + (stage + STAGES - 1) % STAGES * STAGE_BYTES);
+                const int left = static_cast<int>(a.dim) - 64 * slab, steps = left < 64 ? (left + 15) / 16 : 4;
+                multiply<T, N>(acc, ring + stage * STAGE_BYTES + warp * 32 * 128, queries + slab * (N * 128), steps, lane);
+                stage = (stage + 1) % STAGES;
+            }
+            running.take(acc[0], row, scales[0], scales[1], plain);
+            running.take(acc[1], row + 16, scales[2], scales[3], plain);
+        }
+        running.reduce(lane, tables.values[buffer][warp], tables.wheres[buffer][ARGMAX ? warp : 0],
+                       &tables.firsts[buffer][warp]);
+        ptx::block_barrier();
+        finish<N, ARGMAX>(f, group, walk.document, warp, WARPS, lane, tables.values[buffer], tables.wheres[buffer],
+                          tables.firsts[buffer]);
+        buffer ^= 1;
+    }
+}
+
+}  // namespace sm80
+}  // namespace latemax

@@ -1,0 +1,46 @@
+"""Builds the CUDA kernels' own sources with a C++ compiler and the emulated device headers beside this file."""
+
+import concurrent.futures
+import ctypes
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+# exceptions end a fiber by longjmp, which the fortified one takes for a bug
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-DPy_LIMITED_API=0x030A0000"]
+
+
+def why_not() -> str:
+    if shutil.which("g++") is None:
+        return "the emulator needs g++"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "the emulator needs Python.h"
+    return ""
+
+
+def build(folder: Path):
+    """The module that `latemax.ops._cuda` is on a GPU, and the function that sets the emulated device."""
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "binding_cuda.cpp", HERE / "emulator.cpp"]
+    include = [f"-I{HERE}", f"-I{CSRC}", f"-I{sysconfig.get_path('include')}"]
+
+    def compile_one(source: Path) -> Path:
+        out = folder / f"{source.stem}.o"
+        subprocess.run(["g++", *FLAGS, *include, "-x", "c++", "-c", str(source), "-o", str(out)], check=True)
+        return out
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / "_cuda.abi3.so"
+    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(library)], check=True)
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(library))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
+    loader.exec_module(module)
+    configure = ctypes.CDLL(str(library)).latemax_emulator
+    configure.argtypes = [ctypes.c_uint, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    return module, configure

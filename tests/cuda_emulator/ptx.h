@@ -1,0 +1,143 @@
+/* csrc/cuda/device/ptx.h for the host: a thread block's threads are fibers, and every instruction does here what the PTX
+ * manual says of it. What may happen late on a GPU happens late here: copies land when they are waited for or at a random
+ * moment, and until then their targets hold NaN.
+ */
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+namespace latemax {
+
+struct F16 {};
+struct BF16 {};
+
+/* What cuTensorMapEncodeTiled is told. */
+struct TensorMap {
+    const char *base;
+    uint64_t sizes[4], strides[3];
+    int rows;
+};
+
+namespace emulator {
+
+int thread();
+int block();
+int grid();
+char *shared();
+[[noreturn]] void fail(const char *what);
+uint16_t &shared_u16(uint32_t address);
+
+/* Waits until `size` threads of the group have come; the last one runs `all` on what every thread brought. */
+void meet(const char *what, int first, int size, void *mine, void (*all)(void **));
+void named_barrier(int id, int threads);
+void cp_async(uint32_t to, const void *from, int bytes);
+void cp_async_commit();
+void cp_async_wait(int pending);
+void mbarrier_init(uint32_t barrier, int arrivals);
+void mbarrier_arrive(uint32_t barrier, uint32_t bytes);
+void mbarrier_wait(uint32_t barrier, uint32_t parity);
+void tensor_load(uint32_t to, const TensorMap &map, uint32_t barrier, const int (&at)[4]);
+void wgmma(float *d, uint64_t a, uint64_t b, int accumulate, int n, bool bf16);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait();
+float widen(uint16_t x, bool bf16);
+void mma(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16);
+void ldmatrix(uint32_t (&r)[4], uint32_t from);
+void may_yield();
+
+}  // namespace emulator
+
+namespace ptx {
+
+inline int thread_index() { return emulator::thread(); }
+inline int block_index() { return emulator::block(); }
+inline int grid_size() { return emulator::grid(); }
+inline char *dynamic_shared() { return emulator::shared(); }
+inline uint32_t shared_address(const void *p) {
+    return static_cast<uint32_t>(static_cast<const char *>(p) - emulator::shared());
+}
+
+inline void block_barrier() { emulator::named_barrier(0, 0); }
+inline void named_barrier(int id, int threads) { emulator::named_barrier(id, threads); }
+
+inline void warp_barrier() {
+    emulator::meet("warp barrier", emulator::thread() / 32 * 32, 32, nullptr, [](void **) {});
+}
+template <class T>
+struct Shuffle {
+    T value, result;
+    int mask;
+};
+template <class T>
+inline T shuffle_xor(T x, int mask) {
+    Shuffle<T> mine{x, x, mask};
+    emulator::meet("shuffle", emulator::thread() / 32 * 32, 32, &mine, [](void **all) {
+        for (int i = 0; i < 32; ++i) {
+            auto &lane = *static_cast<Shuffle<T> *>(all[i]);
+            lane.result = static_cast<Shuffle<T> *>(all[i ^ lane.mask])->value;
+        }
+    });
+    return mine.result;
+}
+inline int uniform(int x) {
+    emulator::meet("uniform", emulator::thread() / 32 * 32, 32, &x, [](void **all) {
+        for (int i = 1; i < 32; ++i) {
+            if (*static_cast<int *>(all[i]) != *static_cast<int *>(all[0])) emulator::fail("uniform: the warp disagrees");
+        }
+    });
+    return x;
+}
+inline bool warp_any(bool x) {
+    emulator::meet("vote", emulator::thread() / 32 * 32, 32, &x, [](void **all) {
+        bool any = false;
+        for (int i = 0; i < 32; ++i) any |= *static_cast<bool *>(all[i]);
+        for (int i = 0; i < 32; ++i) *static_cast<bool *>(all[i]) = any;
+    });
+    return x;
+}
+
+inline float max_nan(float x, float y) { return x != x || y != y ? NAN : x > y ? x : y; }
+inline float to_float(F16, uint16_t x) { return emulator::widen(x, false); }
+inline float to_float(BF16, uint16_t x) { return emulator::widen(x, true); }
+
+inline void cp_async_16(uint32_t to, const void *from, int bytes) { emulator::cp_async(to, from, bytes); }
+inline void cp_async_commit() { emulator::cp_async_commit(); }
+template <int PENDING>
+inline void cp_async_wait() {
+    emulator::cp_async_wait(PENDING);
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t from) { emulator::ldmatrix(r, from); }
+inline void mma(BF16, float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { emulator::mma(c, a, b0, b1, true); }
+inline void mma(F16, float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { emulator::mma(c, a, b0, b1, false); }
+
+inline void mbarrier_init(uint32_t barrier, int arrivals) { emulator::mbarrier_init(barrier, arrivals); }
+inline void mbarrier_init_fence() {}
+inline void mbarrier_arrive(uint32_t barrier) { emulator::mbarrier_arrive(barrier, 0); }
+inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) { emulator::mbarrier_arrive(barrier, bytes); }
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity) { emulator::mbarrier_wait(barrier, parity); }
+inline void tensor_load(uint32_t to, const TensorMap *map, uint32_t barrier, int column, int row, int n, int m) {
+    emulator::tensor_load(to, *map, barrier, {column, row, n, m});
+}
+template <int REGISTERS>
+inline void give_registers() {}
+template <int REGISTERS>
+inline void take_registers() {}
+inline void wgmma_fence() { emulator::wgmma_fence(); }
+inline void wgmma_commit() { emulator::wgmma_commit(); }
+template <int COUNT>
+inline void wgmma_wait(float (&)[COUNT]) {
+    emulator::wgmma_wait();
+}
+
+}  // namespace ptx
+}  // namespace latemax

@@ -1,0 +1,46 @@
+/* csrc/cuda/device/runtime.h for the host: a launch runs the grid's blocks one after the other. */
+#pragma once
+
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+#include "ptx.h"
+
+namespace latemax {
+
+using Stream = void *;
+
+struct Device {
+    int capability, multiprocessors, shared_block, shared_multiprocessor;
+};
+const Device &device_of(int index);
+inline void use(int) {}
+
+namespace emulator {
+void run(const std::function<void()> &kernel, int blocks, int threads, int shared);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int blocks, int threads, int shared, Stream, Arguments &&...arguments) {
+    emulator::run([&] { kernel(arguments...); }, blocks, threads, shared);
+}
+
+inline TensorMap tensor_map(bool, const void *base, const uint64_t (&sizes)[4], const uint64_t (&strides)[3], int rows) {
+    // the rules of cuTensorMapEncodeTiled that a caller can break
+    if (reinterpret_cast<uintptr_t>(base) % 16) throw std::runtime_error("tensor map: base not aligned to 16 bytes");
+    TensorMap map{static_cast<const char *>(base), {}, {}, rows};
+    for (int i = 0; i < 4; ++i) {
+        if (sizes[i] == 0 || sizes[i] > uint64_t{1} << 32) throw std::runtime_error("tensor map: size out of range");
+        map.sizes[i] = sizes[i];
+    }
+    for (int i = 0; i < 3; ++i) {
+        if (strides[i] == 0 || strides[i] % 16 || strides[i] >= uint64_t{1} << 40)
+            throw std::runtime_error("tensor map: stride out of range");
+        map.strides[i] = strides[i];
+    }
+    if (rows < 1 || rows > 256) throw std::runtime_error("tensor map: box out of range");
+    return map;
+}
+
+}  // namespace latemax

@@ -1,0 +1,149 @@
+"""The CUDA extension as nvcc makes it, on a machine that needs no GPU: the wheel, what its library needs to load, and
+what its kernels compiled to. What they compute is checked by tests/test_cuda_emulated.py and, on a GPU, by the
+operator's tests.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_build import CLEAN_ENV, ROOT, members, run, source  # noqa: F401
+
+NVCC = shutil.which("nvcc") or os.environ.get("CUDA_HOME")
+needs_nvcc = pytest.mark.skipif(not NVCC, reason="there is no CUDA toolkit (nvcc on PATH, or CUDA_HOME)")
+needs_tools = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton carries cuobjdump")
+
+LOAD = """
+import importlib.machinery, importlib.util, json, sys, torch
+loader = importlib.machinery.ExtensionFileLoader("_cuda", sys.argv[1])
+module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
+loader.exec_module(module)
+try:
+    told = f"{module.parts(1030, 0, 0)} parts"
+except RuntimeError as error:
+    told = str(error)
+print(json.dumps([told, torch.cuda.is_available()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("cuda") / "out"
+    # the native CPU kernels are another test's, and would double the time
+    env = {"LATEMAX_BUILD_CUDA": "1", "LATEMAX_BUILD_CPU": "0"} | (
+        {"CUDA_HOME": os.environ["CUDA_HOME"]} if "CUDA_HOME" in os.environ else {}
+    )
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--verbose", "--wheel-dir", out]
+    printed = run(sys.executable, "-m", "pip", "wheel", *options, source, env=env, timeout=400)
+    (made,) = out.iterdir()
+    return made, printed
+
+
+@pytest.fixture(scope="module")
+def library(wheel, tmp_path_factory):
+    from benchmarks import cuda_aot
+
+    return cuda_aot.unpacked(wheel[0], tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture(scope="module")
+def kernels(library):
+    from benchmarks import cuda_aot
+
+    return cuda_aot.kernels(library)
+
+
+@needs_nvcc
+def test_one_wheel_for_every_python_and_every_torch(wheel):
+    made, printed = wheel
+    assert re.fullmatch(r"latemax-[\d.]+-cp310-abi3-linux_\w+\.whl", made.name)
+    assert "latemax/ops/_cuda.abi3.so" in members(made)
+    # (C75xx): ptxas serialised wgmma or ignored setmaxnreg
+    assert not re.search(r"\(C75\d\d\)|warning #|error:", printed)
+    (line,) = (line for line in printed.splitlines() if line.strip().startswith("latemax: "))
+    assert "wheel without the native CPU kernels: LATEMAX_BUILD_CPU=0" in line
+
+
+@needs_nvcc
+def test_the_library_loads_without_a_driver_and_says_what_is_missing(library):
+    told, gpu = json.loads(run(sys.executable, "-c", LOAD, library))
+    assert (told == "9 parts" or told == "17 parts") if gpu else "CUDA driver" in told or "device" in told
+
+
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_the_library_needs_neither_torch_nor_cuda(library):
+    needed = re.findall(r"NEEDED.*\[(\S+?)\.so", run("readelf", "-d", library))
+    assert needed and not {name for name in needed if "torch" in name or "cuda" in name or "c10" in name}
+    undefined = re.findall(r"UND (\w+)", run("readelf", "-W", "--dyn-syms", library))
+    assert not {name for name in undefined if name.startswith(("cu", "aoti", "torch")) or "c10" in name}
+
+
+@needs_nvcc
+@needs_tools
+def test_no_spills_and_the_right_instructions(kernels):
+    forward = [row for row in kernels if row["kernel"].startswith("forward")]
+    assert {(row["arch"], row["dtype"], row["columns"], row["argmax"]) for row in forward} == {
+        (arch, dtype, columns, argmax)
+        for arch, most in (("sm_80", (32, 64)), ("sm_90a", (32, 64, 128)))
+        for dtype in ("f16", "bf16")
+        for columns in most
+        for argmax in (False, True)
+    }
+    for row in kernels:
+        assert row["spills"] == 0 and row["stack"] == 0, row
+    for row in forward:
+        hopper = row["arch"] == "sm_90a"
+        assert (row["hgmma"] > 0, row["hmma"] == 0) == (hopper, hopper), row
+        assert (row["bulk_copies"] > 0, row["async_copies"] == 0) == (hopper, hopper), row
+        # 128 threads, two blocks a multiprocessor; or 384, one block
+        assert row["registers"] <= (168 if hopper else 255), row
+    assert {row["arch"] for row in kernels if row["kernel"] == "inverse_norms"} == {"sm_80", "sm_90"}
+
+
+@needs_nvcc
+@needs_tools
+def test_later_chips_find_ptx(library):
+    from benchmarks import cuda_aot
+
+    assert cuda_aot.tool("cuobjdump", "--list-ptx", library).count("sm_80.ptx") >= 2
+
+
+@needs_nvcc
+@needs_tools
+def test_the_table_in_the_docs_is_of_these_kernels(kernels):
+    stored = json.loads((ROOT / "benchmarks" / "results" / "cuda-aot.json").read_text())
+    keys = ("arch", "kernel", "dtype", "columns", "argmax")
+    assert [[row[key] for key in keys] for row in stored["rows"]] == [[row[key] for key in keys] for row in kernels]
+
+
+@pytest.mark.parametrize(
+    ("switch", "path", "said"),
+    [
+        ("0", None, "LATEMAX_BUILD_CUDA=0"),
+        ("1", "", "LATEMAX_BUILD_CUDA=1: there is no CUDA toolkit (nvcc on PATH, or CUDA_HOME)"),
+        ("", "", "there is no CUDA toolkit (nvcc on PATH, or CUDA_HOME)"),
+        ("yes", None, "LATEMAX_BUILD_CUDA must be 0, 1 or unset; got 'yes'"),
+    ],
+    ids=["0", "1", "unset", "yes"],
+)
+def test_the_switch(switch, path, said, tmp_path):
+    env = CLEAN_ENV | {"LATEMAX_BUILD_CPU": "0", "LATEMAX_BUILD_CUDA": switch}
+    code = "import runpy, sys; sys.argv[0] = 'setup.py'; runpy.run_path('setup.py', run_name='__main__')"
+    if path is not None:
+        code = f"import os; os.environ['PATH'] = {path!r}; {code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-q", "build", "--build-base", tmp_path],
+        capture_output=True, text=True, env=env, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    text = done.stdout + done.stderr
+    assert said in text and (done.returncode == 0) == (switch in ("0", "")), text
+    if done.returncode == 0:
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith("latemax: "))
+        assert "pure Python wheel" in line and not list(Path(tmp_path).rglob("*.so"))

@@ -1,0 +1,272 @@
+"""The CUDA kernels' own sources, run without a GPU: tests/cuda_emulator compiles them with g++ and plays the tensor
+cores, copies, barriers and threads, the last in several random orders. What it cannot show stands in
+benchmarks/GPU_PENDING.md.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from common import assert_argmax, assert_exact, exact, masks, plain_torch, problem
+
+import latemax
+from latemax.ops import cuda_backend, select, tiles
+
+HERE = Path(__file__).parent / "cuda_emulator"
+spec = importlib.util.spec_from_file_location("cuda_emulator_build", HERE / "build.py")
+emulator = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(emulator)
+
+pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=emulator.why_not())
+CAPABILITIES = [pytest.param(80, id="sm_80"), pytest.param(90, id="sm_90a")]
+# 0: one fixed order, copies land at once; 1: random order, copies land as late as they can; 2: at random moments
+SEEDS = (0, 1, 2)
+SHAPES = [
+    pytest.param((1, 1, 1, 1, 8), id="ones"),
+    pytest.param((1, 3, 5, 17, 16), id="short"),
+    pytest.param((3, 2, 15, 33, 96), id="dim96"),
+    pytest.param((2, 3, 17, 196, 128), id="patches"),
+    pytest.param((9, 4, 8, 65, 64), id="packed"),
+    pytest.param((5, 7, 96, 70, 72), id="slots"),
+    pytest.param((3, 2, 140, 70, 48), id="chunks"),
+    pytest.param((2, 2, 513, 33, 40), id="513"),
+    pytest.param((1, 1, 1030, 130, 16), id="1030-tokens"),
+    pytest.param((1, 2, 3, 1030, 24), id="1030-patches"),
+    pytest.param((2, 1, 33, 90, 256), id="dim256"),
+    pytest.param((3, 2, 40, 64, 200), id="dim200"),
+    pytest.param((1, 2, 20, 128, 320), id="dim320"),
+]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return emulator.build(tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture(params=CAPABILITIES)
+def device(built, monkeypatch, request):
+    """Sets the emulated GPU; returns a function that sets the order of threads."""
+    module, configure = built
+    monkeypatch.setattr(cuda_backend, "_cuda", module)
+    monkeypatch.setattr(cuda_backend, "_stream", lambda device: 0)
+
+    def seed(number, multiprocessors=3, shared=tiles.SHARED_MEMORY[request.param]):
+        configure(number, request.param, multiprocessors, shared)
+
+    seed.capability = request.param
+    seed(1)
+    return seed
+
+
+def run(q, d, q_mask=None, d_mask=None, *, argmax=False, normalize=False, empty_score=-math.inf):
+    n_q, n_d = len(q), d.shape[-3]
+    scores = torch.full((n_q, n_d), math.nan)
+    winners = torch.full((n_q, n_d, q.shape[1]) if argmax else (0,), -99, dtype=torch.int32)
+    cuda_backend.forward(q, d, q_mask, d_mask, scores, winners, normalize=normalize, empty_score=empty_score)
+    return (scores, winners) if argmax else scores
+
+
+def assert_right(q, d, q_mask=None, d_mask=None, **options):
+    """Scores within the tolerance rule with and without winners, bit for bit the same, and the winners right."""
+    scores, argmax = run(q, d, q_mask, d_mask, argmax=True, **options)
+    assert torch.equal(run(q, d, q_mask, d_mask, **options), scores)
+    clean = [x if keep is None else x.masked_fill(~keep[..., None], 0) for x, keep in ((q, q_mask), (d, d_mask))]
+    truth = exact(*clean, q_mask, d_mask, **options)
+    if q_mask is None and d_mask is None:
+        assert_exact(scores, truth, plain_torch(q, d, options.get("normalize", False)))
+    torch.testing.assert_close(scores.double(), truth, rtol=1e-5, atol=1e-4)
+    assert_argmax(argmax, *clean, q_mask, d_mask, options.get("normalize", False))
+    return scores
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(device, shape, own):
+    for seed in (1,) if own else SEEDS:
+        device(seed)
+        assert_right(*problem(shape, own=own, dtype=(torch.bfloat16, torch.float16)[seed % 2]))
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("shape", [(3, 4, 20, 70, 96), (2, 3, 140, 129, 64), (5, 2, 7, 200, 136)], ids=str)
+def test_masks_with_poison_behind_them(device, shape, own, normalize):
+    for seed in SEEDS:
+        device(seed)
+        q, d = problem(shape, own=own, dtype=torch.bfloat16)
+        q_mask, d_mask = masks(q, d)
+        d_mask[..., 1, :] = False
+        q_mask[1] = False
+        q[~q_mask], d[~d_mask] = math.nan, math.inf
+        for sides in ((q_mask, None), (None, d_mask), (q_mask, d_mask)):
+            a = q if sides[0] is not None else q.masked_fill(~q_mask[..., None], 0.5)
+            b = d if sides[1] is not None else d.masked_fill(~d_mask[..., None], 0.5)
+            assert_right(a, b, *sides, normalize=normalize, empty_score=-3.0)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5, 16])
+@pytest.mark.parametrize("shape", [(7, 9, 100, 20, 16), (3, 1, 300, 20, 16), (40, 3, 70, 9, 8)], ids=str)
+def test_every_pair_is_scored_once_on_any_number_of_multiprocessors(device, shape, multiprocessors):
+    for own in (False, True):
+        q, d = problem(shape, own=own, dtype=torch.bfloat16)
+        device(3, multiprocessors)
+        scores = run(q, d)
+        torch.testing.assert_close(scores.double(), exact(q, d), rtol=1e-5, atol=1e-4)
+        device(0, 2)
+        assert torch.equal(run(q, d), scores)
+
+
+def test_a_score_depends_neither_on_padding_nor_on_batch_mates(device):
+    for l_q in (12, 150):
+        q, d = problem((3, 5, l_q, 70, 64), dtype=torch.bfloat16)
+        scores = run(q, d)
+        padded = torch.full((5, 200, 64), torch.nan, dtype=d.dtype)
+        padded[:, :70] = d
+        keep = torch.arange(200).expand(5, -1) < 70
+        assert torch.equal(run(q, padded, None, keep), scores)
+        assert torch.equal(run(q[1:2], d[3:4]), scores[1:2, 3:4])
+
+
+def test_strides(device):
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(4, 5, 70, 96, generator=generator).bfloat16()
+    q = torch.randn(4, 20, 96, generator=generator).bfloat16()
+    cases = {
+        "sliced dims": (q[..., 8:72], wide[0, ..., 8:72]),
+        "unaligned": (q[..., 1:65], wide[0, ..., 3:67]),
+        "transposed": (q.transpose(0, 1), wide[0].transpose(0, 1)),
+        "own, transposed": (q, wide.transpose(1, 2).contiguous().transpose(1, 2)),
+        "every second": (q[::2, ::2], wide[0, ::2, 1::3]),
+        "dims not last": (q, wide[0].mT.contiguous().mT),
+        "expanded documents": (q, wide[0, :1].expand(3, -1, -1)),
+        "expanded candidates": (q, wide[:1].expand(4, -1, -1, -1)),
+        "expanded queries": (q[:1].expand(3, -1, -1), wide[0]),
+        "expanded tokens": (q[:, :1].expand(-1, 9, -1), wide[0, :, :1].expand(-1, 7, -1)),
+    }
+    for name, (a, b) in cases.items():
+        keep = torch.rand(b.shape[-2::-1], generator=generator).permute(*reversed(range(b.dim() - 1))) < 0.7
+        try:
+            assert_right(a, b)
+            assert_right(a, b, None, keep)
+        except AssertionError as error:
+            raise AssertionError(name) from error
+
+
+def test_ties_nan_and_infinities(device):
+    q, d = problem((2, 3, 20, 200, 32), dtype=torch.float16)
+    d[0, 10:] = d[0, :10].repeat(19, 1)
+    _, argmax = run(q, d, argmax=True)
+    assert argmax[:, 0].max() < 10
+    same = d[:1].clone()
+    same[:] = d[0, 0]
+    assert (run(q, same, argmax=True)[1] == 0).all()
+
+    for value in (math.nan, math.inf, -math.inf):
+        x = d.clone()
+        x[1, 77, 3] = value
+        x[2, 190, :] = value
+        scores, argmax = run(q, x, argmax=True)
+        truth, winners = exact(q, x, return_argmax=True)
+        torch.testing.assert_close(scores.double(), truth, equal_nan=True, rtol=1e-5, atol=1e-4)
+        if value != value:
+            assert scores[:, 1:].isnan().all() and not scores[:, 0].isnan().any()
+            assert (argmax[:, 1] == 77).all() and (argmax[:, 2] == 190).all()
+        assert torch.equal(argmax[:, 1:], winners[:, 1:])
+    # nothing beats -inf: the first valid token wins
+    low = torch.full((1, 70, 32), -math.inf, dtype=torch.float16)
+    keep = torch.ones(1, 70, dtype=torch.bool)
+    keep[0, :5] = False
+    scores, argmax = run(q.abs(), low, None, keep, argmax=True)
+    assert (scores == -math.inf).all() and (argmax == 5).all()
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
+def test_documents_and_queries_end_to_end(device, normalize):
+    generator = torch.Generator().manual_seed(0)
+    lengths, dim = (5, 0, 130, 1, 64, 200), 48
+    documents = [torch.randn(n, dim, generator=generator).bfloat16() for n in lengths]
+    queries = [torch.randn(n, dim, generator=generator).bfloat16() for n in (7, 150, 1, 33)]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    q_offsets = torch.tensor([0, *map(len, queries)]).cumsum(0)
+    tokens, flat = torch.cat(documents), torch.cat(queries)
+    keep = [torch.rand(len(x), generator=generator) < 0.8 for x in documents]
+    q_keep = [torch.rand(len(x), generator=generator) < 0.8 for x in queries]
+    candidates = torch.tensor([[4, -1, 0], [2, 1, 2], [5, 5, -1], [3, 2, 99]])
+
+    def truth(q, d, q_mask, d_mask):
+        q, d = (x.double().unsqueeze(0) for x in (q, d))
+        return exact(q, d, q_mask[None], d_mask[None], normalize=normalize, return_argmax=True)
+
+    for seed in SEEDS:
+        device(seed)
+        for picked in (None, candidates):
+            n_c = 3 if picked is not None else len(documents)
+            scores = torch.full((4, n_c), math.nan)
+            argmax = torch.full((4, n_c, 150), -99, dtype=torch.int32)
+            cuda_backend.forward_packed(
+                flat, tokens, torch.cat(q_keep), torch.cat(keep), offsets, picked, scores, argmax,
+                normalize=normalize, empty_score=-7.0, q_offsets=q_offsets, l_q=150,
+            )  # fmt: skip
+            for i, query in enumerate(queries):
+                for c in range(n_c):
+                    n = c if picked is None else int(picked[i, c])
+                    nothing = not 0 <= n < len(documents) or not keep[n].any()
+                    if nothing:
+                        assert scores[i, c] == (-7.0 if q_keep[i].any() else 0) and (argmax[i, c] == -1).all()
+                        continue
+                    score, winners = truth(query, documents[n], q_keep[i], keep[n])
+                    torch.testing.assert_close(scores[i, c].double(), score[0, 0], rtol=1e-5, atol=1e-4)
+                    assert torch.equal(argmax[i, c, : len(query)], winners[0, 0])
+                    assert (argmax[i, c, len(query) :] == -1).all()
+
+
+def test_nothing_to_score(device):
+    q, d = problem((2, 3, 20, 40, 32), dtype=torch.bfloat16)
+    assert run(q, d[:0]).shape == (2, 0)
+    scores, argmax = run(q, d[:, :0], argmax=True, empty_score=-2.0)
+    assert (scores == -2).all() and (argmax == -1).all()
+    keep = torch.zeros(2, 20, dtype=torch.bool)
+    assert (run(q, d[:, :0], keep, empty_score=-2.0) == 0).all()
+
+
+@pytest.mark.parametrize("shared", [101376, 166912, 232448])
+def test_the_widest_dim_that_python_lets_through_fits(device, shared, monkeypatch):
+    device(1, shared=shared)
+    monkeypatch.setitem(tiles.SHARED_MEMORY, device.capability, shared)
+    dim = cuda_backend.most_dims(device.capability)
+    for n_q, l_q in ((1, 20), (4, 128)):
+        assert_right(*problem((n_q, 1, l_q, 9, dim), dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="more shared memory than this GPU has"):
+        run(*problem((4, 1, 128, 9, 2 * dim), dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="backward is Triton's")
+def test_through_the_public_call_with_gradients(device, monkeypatch):
+    monkeypatch.setattr(select, "why_not_cuda", lambda p: cuda_backend.why_not(p, device.capability))
+    monkeypatch.setattr(select, "capability", lambda d: device.capability)
+    select.choose.cache_clear()
+    try:
+        for shape, normalize in (((2, 3, 7, 40, 16), False), ((3, 3, 20, 33, 24), True)):
+            q, d = problem(shape, dtype=torch.bfloat16)
+            q_mask, d_mask = masks(q, d)
+            ran, grads = {}, {}
+            for backend in ("cuda", "reference"):
+                a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
+                assert latemax.explain(a, b, backend=backend).backend == backend
+                scores, argmax = latemax.maxsim(
+                    a, b, q_mask, d_mask, normalize=normalize, return_argmax=True, backend=backend
+                )
+                scores.square().sum().backward()
+                ran[backend], grads[backend] = (scores.detach(), argmax), (a.grad, b.grad)
+            torch.testing.assert_close(ran["cuda"][0], ran["reference"][0], rtol=1e-5, atol=1e-4)
+            assert torch.equal(ran["cuda"][1], ran["reference"][1])
+            for ours, theirs in zip(grads["cuda"], grads["reference"], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+            pairs = latemax.maxsim_pairs(q[:2], d[:2], normalize=normalize, backend="cuda")
+            torch.testing.assert_close(pairs, latemax.maxsim(q[:2], d[:2], normalize=normalize).diagonal())
+        with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* dim must be a multiple of 8"):
+            latemax.maxsim(q[..., :9], d[..., :9], backend="cuda")
+    finally:
+        select.choose.cache_clear()
