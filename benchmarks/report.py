@@ -154,7 +154,7 @@ def suite(name: str) -> str:
                 label + (" forward+backward" if train else ""), f"{mine['wall']['p50']:.2f}",
                 f"{best['name']} {best['wall']['p50']:.2f}", f"{best['wall']['p50'] / mine['wall']['p50']:.2f}×",
                 f"{mine['allowed_ms']:.2f} ({mine['binding']})", f"{mine['of_limit']:.0%}",
-                *gpu_cells(mine, best) * on_gpu,
+                *(gpu_cells(mine, best) if on_gpu else []),
             ]
         )  # fmt: skip
     head = ["(n_q,n_d,l_q,l_d) dim", "latemax ms", "fastest other ms", "ratio", "limit ms", "of limit"]
