@@ -96,7 +96,7 @@ def predict(shape: shapes.Shape, row: dict, tile: tiles.TileConfig, pack: int, c
     if shape.normalize and "norm=2" in row["case"]:
         memory *= 2
     overlapped = microseconds(max(clocks.values()), AROUND / resident)
-    serial = microseconds(multiply + issue, AROUND)
+    serial = microseconds(max(multiply + issue, shared, l2), AROUND)
     if memory > overlapped:
         overlapped, binding = memory, "device memory"
     limit = max(memory, shape.flops * part / chip.matmul_tflops / 1e6)

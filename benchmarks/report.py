@@ -27,9 +27,9 @@ def markdown(head: list[str], rows: list[list]) -> str:
     return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
 
 
-def cpu() -> str:
-    data = result("cpu")
-    machine = data["machine"]
+def cpu(name: str = "cpu") -> str:
+    data = result(name)
+    machine, limit = data["machine"], data.get("limits")
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in data["rows"]))
     names = list(dict.fromkeys(row["name"] for row in data["rows"]))
     cells = {(tuple(row["shape"]), row["name"]): row for row in data["rows"]}
@@ -37,17 +37,54 @@ def cpu() -> str:
     for name in names:
         line = [f"**{name}**" if name.startswith("latemax") else name]
         for shape in shapes:
-            row = cells[shape, name]
+            row = cells.get((shape, name))
+            if row is None:
+                line.append("")
+                continue
             error = f", error {row['max_error']:.2g}" if "approximate" in name or "bfloat16" in name else ""
-            line.append(f"{row['ms_p50']:.1f} ms ({row['vs_latemax']:.2f}×{error})")
+            share = f", {row['of_limit']:.0%} of limit" if limit and name.startswith("latemax") else ""
+            line.append(f"{row['ms_p50']:.1f} ms ({row['vs_latemax']:.2f}×{error}{share})")
         rows.append(line)
     head = ["(l_q, n_d, l_d, dim)", *(str(shape) for shape in shapes)]
     peers = ", ".join(f"{name} {version}" for name, version in machine["peers"].items())
     return markdown(head, rows) + (
         f"\nMedian of interleaved rounds; in brackets the time as a multiple of latemax float32. {machine['cpu']} "
         f"({machine['capability']}), {machine['threads']} threads, torch {machine['torch']}, {peers}, commit "
-        f"{machine['commit']}, {machine['date']}.\n"
+        f"{machine['commit']}, {machine['date']}.{measured_limits(limit)}\n"
     )
+
+
+def measured_limits(limit: dict | None) -> str:
+    if not limit:
+        return ""
+    return (
+        f" Limits measured in the same run: matmul float32 {limit['matmul_float32_tflops']:.3g} TFLOP/s, bfloat16 "
+        f"{limit['matmul_bfloat16_tflops']:.3g}; read {limit['read_gbs']:.3g} GB/s."
+    )
+
+
+def cpu_more() -> str:
+    """Forward and backward, ragged documents, and the sweep in one line."""
+    data = result("cpu")
+    rows = []
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in data["train"]):
+        here = [row for row in data["train"] if tuple(row["shape"]) == shape]
+        mine, best = here[0], min(here[1:], key=lambda row: row["ms_p50"])
+        rows.append([f"forward and backward {shape}", f"{mine['ms_p50']:.1f} ms",
+                     f"{best['name']} by autograd {best['ms_p50']:.1f} ms: {best['vs_latemax']:.2f}×"])  # fmt: skip
+    for row in data["ragged"]:
+        rows.append([f"1000 documents of {row['lengths']} tokens, end to end", f"{row['ms']['ragged']:.1f} ms",
+                     f"a token costs {row['per_token_vs_dense']:.2f}× that of equally long documents"])  # fmt: skip
+    ratios = []
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in data["sweep"]):
+        here = [row for row in data["sweep"] if tuple(row["shape"]) == shape and "float16" not in row["name"]]
+        ratios.append((min(row["vs_latemax"] for row in here if row["name"] != "latemax"), shape))
+    if ratios:
+        ratios.sort()
+        middle = ratios[len(ratios) // 2][0]
+        rows.append([f"sweep of {len(ratios)} shapes, float32", f"best exact peer {middle:.2f}× (median)",
+                     f"least {ratios[0][0]:.2f}× at {ratios[0][1]}"])  # fmt: skip
+    return markdown(["what", "latemax", "beside it"], rows)
 
 
 def aot() -> str:
@@ -203,9 +240,69 @@ def roofline(name: str, path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
+def corpus() -> str:
+    """A store searched within a bound of memory, beside what the machine reads."""
+    data = result("corpus")
+    machine, shape = data["machine"], data["shape"]
+    rows = [
+        ["plain read of the files, page cache dropped", f"{data['disk_gbs']:.2f}", ""],
+        ["plain read of the files again", f"{data['cached_read_gbs']:.2f}", ""],
+        ["sum of an array in memory", f"{data['memory_gbs']:.2f}", ""],
+        ["`topk` of documents in memory", f"{data['scoring_gbs']:.2f}", ""],
+        *(
+            [f"**`topk` of the store**, {what}", f"{data[key]['gbs']:.2f}", f"{data[key]['peak_bytes'] / 1e6:.0f}"]
+            for key, what in (("cold", "page cache dropped"), ("cached", "again"))
+        ),
+    ]
+    one = data["cold"]
+    return markdown(["what", "GB/s", "peak resident MB"], rows) + (
+        f"\n{data['gb']:g} GB of {shape['dtype']} tokens, {data['documents']:,} documents of {shape['l_d']} x "
+        f"{shape['dim']}, one query of {shape['l_q']} tokens, k {shape['k']}; memory={one['memory'] / 1e6:.0f} MB, "
+        f"{one['before_bytes'] / 1e6:.0f} MB resident before the search, and the address space held to "
+        f"{one['address_space_added'] / 1e9:g} GB more (RLIMIT_AS). Scores within {one['error']:.1g} of brute force. "
+        f"{machine['cpu']}, {machine['threads']} threads shared with other work, torch {machine['torch']}, commit "
+        f"{machine['commit']}, {machine['date']}.\n"
+    )
+
+
+def scale() -> str:
+    """Seconds to score every page of a billion, by GPUs; inputs marked measured or spec."""
+    shape = result("corpus")["shape"]
+    page = shape["l_d"] * shape["dim"] * 2
+    total, rows = page * 1e9, []
+    for name, gbs, source in (
+        ("PCIe 5.0 x16, a direction", 64.0, "spec"),
+        ("HBM3 of one H100 SXM", 3350.0, "spec"),
+        ("disk of the CPU machine above", result("corpus")["disk_gbs"], "measured"),
+        ("topk of the CPU machine above", result("corpus")["cold"]["gbs"], "measured"),
+    ):
+        seconds = [total / gbs / 1e9 / n for n in (1, 8, 64, 512)]
+        rows.append([name, f"{gbs:.3g}", source, *(f"{s:,.3g}" for s in seconds)])
+    head = ["what feeds the scoring", "GB/s each", "input is", "1", "8", "64", "512"]
+    return markdown(head, rows) + (
+        f"\nSeconds to pass 10⁹ pages of {shape['l_d']} float16 tokens of dim {shape['dim']} ({page:,} bytes a page, "
+        f"{total / 1e12:.1f} TB) once through N devices, at the whole rate of the link named.\n"
+    )
+
+
+def kill_writer() -> str:
+    data = result("kill_writer")
+    return markdown(
+        [
+            "writers killed",
+            "stores unreadable",
+            "kills that lost a commit",
+            "kills that left a file to clear",
+            "documents at the end",
+        ],
+        [[data["kills"], data["unreadable"], data["lost"], data["left_behind"], f"{data['documents']:,}"]],
+    )
+
+
 TABLES = {
-    "cpu": cpu, "aot": aot, "cuda-aot": cuda_aot, "host": host, "suite-cpu": lambda: suite("bench-cpu"),
-    "suite-gpu": on_gpu, "predicted": predicted,
+    "corpus": corpus, "scale": scale, "kill-writer": kill_writer,
+    "cpu": cpu, "cpu-more": cpu_more, "cpu-avx512": lambda: cpu("cpu-avx512"), "aot": aot, "cuda-aot": cuda_aot,
+    "host": host, "suite-cpu": lambda: suite("bench-cpu"), "suite-gpu": on_gpu, "predicted": predicted,
 }  # fmt: skip
 
 

@@ -180,7 +180,7 @@ def test_every_tuned_shape_falls_into_its_row():
             continue
 
         class Problem:
-            own, n_q, l_q = shape.own, shape.n_q, shape.l_q
+            own, n_q, l_q, q_ragged = shape.own, shape.n_q, shape.l_q, False
 
         itemsize = getattr(torch, shape.dtype).itemsize
         picked, _ = tiles.pick(row.kind, shape.dim, query_rows(Problem), itemsize, row.capability)

@@ -11,7 +11,7 @@ def test_tables_are_fresh(monkeypatch):
 def test_a_stale_table_is_seen():
     text = "before\n<!-- table:aot -->\n| old |\n<!-- /table -->\nafter\n"
     assert "| old |" not in report.render(text) and report.render(text).startswith(
-        "before\n<!-- table:aot -->\n| arch |"
+        "before\n<!-- table:aot -->\n| kernel |"
     )
     unknown = text.replace("aot", "unheard-of")
     assert report.render(unknown) == unknown

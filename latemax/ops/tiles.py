@@ -54,8 +54,8 @@ TABLE = (
     Row(80, "tf32", 128, 1 << 30, TileConfig(64, 128, 128, True, 8, 2), None, STATIC),
     Row(80, "tf32", 1 << 30, 32, TileConfig(32, 64, 64, True, 4, 3), None, STATIC),
     Row(80, "tf32", 1 << 30, 1 << 30, TileConfig(64, 128, 64, True, 8, 3), None, STATIC),
-    Row(80, "ieee", 1 << 30, 1 << 30, TileConfig(32, 32, 32, True, 4, 2), TileConfig(16, 32, 32, True, 4, 2), STATIC),
-    Row(80, "double", 1 << 30, 1 << 30, TileConfig(16, 32, 32, True, 4, 2), None, STATIC),
+    Row(80, "ieee", 1 << 30, 1 << 30, TileConfig(32, 32, 32, True, 4, 3), TileConfig(16, 32, 32, True, 4, 2), STATIC),
+    Row(80, "double", 1 << 30, 1 << 30, TileConfig(16, 32, 32, True, 4, 3), None, STATIC),
 )
 DEFAULT = TileConfig(16, 64, 32, True, 4, 2)
 

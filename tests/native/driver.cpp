@@ -1,0 +1,211 @@
+/* Runs csrc/cpu without Python: every level, form and dtype on one thread and on three, against plain loops in double.
+ * For sanitizers (tests/test_sanitizers.py) and for processors that have no torch. Every buffer has exactly its size.
+ */
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/maxsim_cpu.h"
+
+namespace {
+
+constexpr float INF = std::numeric_limits<float>::infinity(), NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+std::mt19937 random_bits(0);
+
+enum Values { ORDINARY, DENORMAL, SPECIAL };
+
+struct Tensor {
+    maxsim_dtype dtype;
+    std::vector<char> bytes;
+    std::vector<uint8_t> mask; /* empty: none */
+
+    void put(int64_t i, float x) {
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        if (dtype == MAXSIM_F32) std::memcpy(bytes.data() + 4 * i, &x, 4);
+        uint16_t half = static_cast<uint16_t>(bits >> 16);
+        if (dtype == MAXSIM_F16) {
+            const float size = std::fabs(x);
+            half = std::isnan(x) ? 0x7e00 : std::isinf(x) ? 0x7c00 : 0;
+            if (size > 0x1p-14f && size < 60000.0f) {
+                int exponent;
+                const float fraction = std::frexp(size, &exponent);
+                half = static_cast<uint16_t>((exponent + 14) << 10 | (static_cast<int>(fraction * 2048) & 1023));
+            } else if (size <= 0x1p-14f) {
+                half = static_cast<uint16_t>(size * 0x1p24f);
+            }
+            if (x < 0) half |= 0x8000;
+        }
+        if (dtype != MAXSIM_F32) std::memcpy(bytes.data() + 2 * i, &half, 2);
+    }
+    double get(int64_t i) const {
+        if (dtype == MAXSIM_F32) {
+            float x;
+            std::memcpy(&x, bytes.data() + 4 * i, 4);
+            return x;
+        }
+        uint16_t half;
+        std::memcpy(&half, bytes.data() + 2 * i, 2);
+        if (dtype == MAXSIM_BF16) {
+            const uint32_t bits = static_cast<uint32_t>(half) << 16;
+            float x;
+            std::memcpy(&x, &bits, 4);
+            return x;
+        }
+        const int exponent = half >> 10 & 31, fraction = half & 1023;
+        const double size = exponent == 31 ? (fraction ? NOT_A_NUMBER : INF)
+                            : exponent     ? std::ldexp(1024 + fraction, exponent - 25)
+                                           : std::ldexp(fraction, -24);
+        return half & 0x8000 ? -size : size;
+    }
+};
+
+Tensor tokens(maxsim_dtype dtype, int64_t n, int64_t dim, bool masked, Values values) {
+    Tensor t{dtype, std::vector<char>(n * dim * (dtype == MAXSIM_F32 ? 4 : 2)), {}};
+    std::normal_distribution<float> normal;
+    const float unit = values != DENORMAL ? 1.0f : dtype == MAXSIM_F16 ? 1e-6f : 1e-39f;
+    for (int64_t i = 0; i < n * dim; ++i) t.put(i, normal(random_bits) * unit);
+    for (int64_t r = 0; values == SPECIAL && r < n; ++r)
+        if (random_bits() % 40 == 0) t.put(r * dim + dim / 2, r % 3 ? (r % 3 == 1 ? INF : -INF) : NOT_A_NUMBER);
+    if (masked) t.mask.resize(n);
+    for (int64_t r = 0; r < static_cast<int64_t>(t.mask.size()); ++r) {
+        t.mask[r] = random_bits() % 3 != 0;
+        for (int64_t k = 0; !t.mask[r] && k < dim; ++k) t.put(r * dim + k, NOT_A_NUMBER);
+    }
+    return t;
+}
+
+struct Case {
+    maxsim_args args{};
+    Tensor q, d;
+    std::vector<int64_t> cu_q, cu_d, candidates;
+    bool own = false;
+};
+
+int64_t offset(const std::vector<int64_t> &cu, int64_t n, int64_t length) { return cu.empty() ? n * length : cu[n]; }
+
+double pair_score(const Case &c, int64_t a, int64_t slot) {
+    const maxsim_args &args = c.args;
+    int64_t document = args.candidates ? args.candidates[a * args.n_c + slot] : c.own ? a * args.n_c + slot : slot;
+    const int64_t first = document < 0 ? 0 : offset(c.cu_d, document, args.l_d);
+    const int64_t past = document < 0 ? 0 : offset(c.cu_d, document + 1, args.l_d);
+    const int64_t dim = args.dim;
+    auto norm = [&](const Tensor &t, int64_t row) {
+        if (!args.normalize) return 1.0;
+        double squares = 0;
+        for (int64_t k = 0; k < dim; ++k) squares += t.get(row * dim + k) * t.get(row * dim + k);
+        return std::sqrt(squares) < 1e-12 ? 1e-12 : std::sqrt(squares);
+    };
+    double total = 0;
+    bool some_query = false, some_document = false;
+    for (int64_t i = offset(c.cu_q, a, args.l_q); i < offset(c.cu_q, a + 1, args.l_q); ++i) {
+        if (!c.q.mask.empty() && !c.q.mask[i]) continue;
+        some_query = true;
+        double best = -INF;
+        for (int64_t j = first; j < past; ++j) {
+            if (!c.d.mask.empty() && !c.d.mask[j]) continue;
+            some_document = true;
+            double s = 0;
+            for (int64_t k = 0; k < dim; ++k) s += c.q.get(i * dim + k) * c.d.get(j * dim + k);
+            s /= norm(c.q, i) * norm(c.d, j);
+            best = std::isnan(best) || std::isnan(s) ? NOT_A_NUMBER : std::fmax(best, s);
+        }
+        total += best;
+    }
+    return !some_query ? 0 : some_document ? total : args.empty_score;
+}
+
+struct Results {
+    std::vector<float> scores;
+    std::vector<int32_t> argmax;
+    std::vector<char> grad_q, grad_d;
+};
+
+Results run(Case &c, const latemax::Level &level, int threads) {
+    maxsim_args args = c.args;
+    const int64_t q_tokens = args.q_offsets ? args.l_q : args.n_q * args.l_q;
+    Results r{std::vector<float>(args.n_q * args.n_c, 7), std::vector<int32_t>(q_tokens * args.n_c, -99),
+              std::vector<char>(c.q.bytes.size(), 1), std::vector<char>(c.d.bytes.size(), 1)};
+    args.scores = r.scores.data(), args.argmax = r.argmax.data();
+    latemax::forward(args, level, threads);
+    std::vector<float> g(args.n_q * args.n_c);
+    for (size_t i = 0; i < g.size(); ++i) g[i] = static_cast<float>(i % 7) - 3;
+    latemax::backward(args, {g.data(), args.n_c, 1, c.own, r.grad_q.data(), r.grad_d.data()}, level, threads);
+    return r;
+}
+
+template <class T>
+bool same(const std::vector<T> &x, const std::vector<T> &y) {
+    return x.size() == y.size() && (x.empty() || !std::memcmp(x.data(), y.data(), x.size() * sizeof(T)));
+}
+
+std::vector<int64_t> lengths(int64_t n, int64_t longest) {
+    std::vector<int64_t> cu{0};
+    for (int64_t i = 0; i < n; ++i) cu.push_back(cu.back() + random_bits() % (longest + 1));
+    return cu;
+}
+
+/* form: bit 0 ragged queries; the rest 0 dense, 1 own, 2 ragged, 3 candidates */
+int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normalize, const latemax::Level &level) {
+    Case c;
+    maxsim_args &a = c.args;
+    const int documents = form >> 1;
+    a.n_q = 3, a.n_c = documents == 3 ? 6 : 5, a.l_q = 21, a.l_d = 25, a.dim = 67;
+    if (form & 1) c.cu_q = lengths(a.n_q, 40), a.l_q = c.cu_q.back();
+    c.own = documents == 1;
+    if (documents >= 2) a.n_documents = a.n_c = documents == 3 ? 6 : 5, c.cu_d = lengths(a.n_documents, 50), a.l_d = c.cu_d.back();
+    for (int64_t i = 0; documents == 3 && i < a.n_q * a.n_c; ++i) c.candidates.push_back(static_cast<int64_t>(random_bits() % 7) - 1);
+    const int64_t t_q = form & 1 ? a.l_q : a.n_q * a.l_q;
+    const int64_t t_d = documents >= 2 ? a.l_d : (c.own ? a.n_q : 1) * a.n_c * a.l_d;
+    c.q = tokens(dtype, t_q, a.dim, masked, values == DENORMAL ? ORDINARY : values);
+    c.d = tokens(dtype, t_d, a.dim, masked, values);
+    a.q = c.q.bytes.data(), a.d = c.d.bytes.data(), a.q_dtype = a.d_dtype = dtype;
+    a.q_stride_n = a.l_q * a.dim, a.q_stride_l = a.dim, a.q_stride_k = 1;
+    a.d_stride_l = a.dim, a.d_stride_k = 1, a.d_stride_n = a.l_d * a.dim, a.d_stride_q = c.own ? a.n_c * a.d_stride_n : 0;
+    if (masked) a.q_mask = c.q.mask.data(), a.d_mask = c.d.mask.data();
+    a.q_mask_stride_n = a.l_q, a.q_mask_stride_l = a.d_mask_stride_l = 1;
+    a.d_mask_stride_n = a.l_d, a.d_mask_stride_q = c.own ? a.n_c * a.l_d : 0;
+    if (!c.cu_q.empty()) a.q_offsets = c.cu_q.data();
+    if (!c.cu_d.empty()) a.d_offsets = c.cu_d.data();
+    if (!c.candidates.empty()) a.candidates = c.candidates.data();
+    a.empty_score = -3, a.normalize = normalize;
+    const Results one = run(c, level, 1), three = run(c, level, 3);
+    int wrong = !same(one.scores, three.scores) + !same(one.argmax, three.argmax) + !same(one.grad_q, three.grad_q) +
+                !same(one.grad_d, three.grad_d);
+    /* products of bfloat16 instructions take a denormal for 0 */
+    const double tolerance = values == DENORMAL ? 1e-30 : 2e-3;
+    for (int64_t q = 0; q < a.n_q; ++q)
+        for (int64_t s = 0; s < a.n_c; ++s) {
+            const double ours = one.scores[q * a.n_c + s], truth = pair_score(c, q, s);
+            const bool alike = std::isfinite(truth) ? std::fabs(ours - truth) <= tolerance + 1e-5 * std::fabs(truth)
+                                                    : (std::isnan(truth) ? std::isnan(ours) : ours == truth);
+            wrong += !alike;
+        }
+    if (wrong)
+        std::printf("%s form %d dtype %d values %d masked %d normalize %d: %d wrong\n", level.name, form, dtype, values,
+                    masked, normalize, wrong);
+    return wrong;
+}
+
+}  // namespace
+
+int main() {
+    const latemax::Level *levels[8];
+    const int n = latemax::levels(levels);
+    int wrong = 0, cases = 0;
+    for (int l = 0; l < n; ++l)
+        for (int form = 0; form < 8; ++form)
+            for (maxsim_dtype dtype : {MAXSIM_F32, MAXSIM_BF16, MAXSIM_F16})
+                for (Values values : {ORDINARY, DENORMAL, SPECIAL})
+                    for (bool masked : {false, true})
+                        for (bool normalize : {false, true}) {
+                            if (values == DENORMAL && (normalize || dtype == MAXSIM_F16)) continue;
+                            wrong += check(form, dtype, values, masked, normalize, *levels[l]), ++cases;
+                        }
+    std::printf("%d cases on %s and below: %d wrong\n", cases, levels[n - 1]->name, wrong);
+    return wrong != 0;
+}
