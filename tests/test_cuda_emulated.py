@@ -212,14 +212,28 @@ def test_documents_and_queries_end_to_end(device, normalize):
             for i, query in enumerate(queries):
                 for c in range(n_c):
                     n = c if picked is None else int(picked[i, c])
-                    nothing = not 0 <= n < len(documents) or not keep[n].any()
-                    if nothing:
+                    if n >= len(documents):
+                        assert scores[i, c].isnan() and (argmax[i, c] == -1).all()
+                        continue
+                    if n < 0 or not keep[n].any():
                         assert scores[i, c] == (-7.0 if q_keep[i].any() else 0) and (argmax[i, c] == -1).all()
                         continue
                     score, winners = truth(query, documents[n], q_keep[i], keep[n])
                     torch.testing.assert_close(scores[i, c].double(), score[0, 0], rtol=1e-5, atol=1e-4)
                     assert torch.equal(argmax[i, c, : len(query)], winners[0, 0])
                     assert (argmax[i, c, len(query) :] == -1).all()
+
+
+def test_offsets_that_lie_stay_inside_the_tokens(device):
+    q, d = torch.ones(1, 5, 32).bfloat16(), torch.ones(40, 32).bfloat16()
+    scores, argmax = torch.full((1, 3), math.nan), torch.empty(0, dtype=torch.int32)
+    lying = torch.tensor([0, 30, 20, 10**9])
+    keep = torch.ones(40, dtype=torch.bool)
+    for d_mask in (None, keep):
+        cuda_backend.forward_packed(
+            q, d, None, d_mask, lying, None, scores, argmax, normalize=True, empty_score=-1.0
+        )  # fmt: skip
+        torch.testing.assert_close(scores, torch.tensor([[5.0, -1.0, 5.0]]))
 
 
 def test_nothing_to_score(device):

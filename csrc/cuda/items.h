@@ -92,10 +92,18 @@ struct Query {
     int length;
 };
 
+/* Item i of tokens that lie end to end, kept inside them whatever the offsets hold: checking these would take a
+ * synchronisation. */
+__device__ inline Query span(const int64_t *offsets, int64_t i, int64_t tokens) {
+    int64_t first = offsets[i], past = offsets[i + 1];
+    first = first < 0 ? 0 : first > tokens ? tokens : first;
+    past = past < first ? first : past > tokens ? tokens : past;
+    return {first, static_cast<int>(past - first)};
+}
+
 __device__ inline Query query_of(const maxsim_args &a, int64_t query) {
     if (!a.q_offsets) return {0, static_cast<int>(a.l_q)};
-    const int64_t start = a.q_offsets[query];
-    return {start, static_cast<int>(a.q_offsets[query + 1] - start)};
+    return span(a.q_offsets, query, a.q_tokens);
 }
 __device__ inline bool query_keeps(const maxsim_args &a, int64_t query, const Query &q, int token) {
     if (!a.q_mask) return true;
@@ -118,10 +126,15 @@ __device__ inline Document document_of(const maxsim_args &a, int64_t query, int6
     const int64_t owner = a.own ? query : 0;
     if (!a.d_offsets) return {owner, c, 0, a.d_lengths ? a.d_lengths[owner * a.n_c + c] : static_cast<int>(a.l_d)};
     const int64_t id = a.candidates ? a.candidates[query * a.n_c + c] : c;
-    // checking candidates would take a synchronisation: one that is no document scores as an empty one
     if (id < 0 || id >= a.n_documents) return {0, 0, 0, 0};
-    const int64_t start = a.d_offsets[id];
-    return {0, 0, start, a.d_lengths ? a.d_lengths[id] : static_cast<int>(a.d_offsets[id + 1] - start)};
+    const Query rows = span(a.d_offsets, id, a.d_tokens);
+    return {0, 0, rows.start, a.d_lengths ? a.d_lengths[id] : rows.length};
+}
+/* A number that is neither a document nor -1: scored NaN, where refusing it would take a synchronisation. */
+__device__ inline bool broken_candidate(const maxsim_args &a, int64_t query, int64_t c) {
+    if (!a.candidates) return false;
+    const int64_t id = a.candidates[query * a.n_c + c];
+    return id < -1 || id >= a.n_documents;
 }
 
 /* What a similarity with this document token is multiplied with; negative: the token is masked or there is none. */

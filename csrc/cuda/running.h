@@ -148,6 +148,7 @@ __device__ inline void finish(const Forward &f, const Group &group, int64_t c, i
             bool any = false;
             for (int i = lane; group.chunk == 0 && i < tokens.length; i += 32) any |= query_keeps(a, query, tokens, i);
             sum = ptx::warp_any(any) ? static_cast<float>(a.empty_score) : 0.0f;
+            if (broken_candidate(a, query, c)) sum = nanf("");
         }
         if (lane == 0) {
             float *scores = f.plan.chunks > 1 ? a.partial + group.chunk * a.n_q * a.n_c : static_cast<float *>(a.scores);

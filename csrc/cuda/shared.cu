@@ -1,4 +1,5 @@
 /* Small kernels beside the forward: inverse norms, lengths of masked documents, the sum over a long query's chunks. */
+#include "items.h"
 #include "launch.h"
 
 namespace latemax {
@@ -35,9 +36,9 @@ __global__ void __launch_bounds__(THREADS) lengths(const __grid_constant__ maxsi
     const int thread = ptx::thread_index(), lane = thread % 32;
     const int64_t step = static_cast<int64_t>(ptx::grid_size()) * (THREADS / 32);
     for (int64_t id = static_cast<int64_t>(ptx::block_index()) * (THREADS / 32) + thread / 32; id < documents; id += step) {
-        const int64_t start = a.d_offsets ? a.d_offsets[id] : 0;
-        const int64_t length = a.d_offsets ? a.d_offsets[id + 1] - start : a.l_d;
-        const uint8_t *mask = a.d_mask + (a.d_offsets ? start * a.d_mask_stride_l
+        const Query rows = a.d_offsets ? span(a.d_offsets, id, a.d_tokens) : Query{0, static_cast<int>(a.l_d)};
+        const int64_t length = rows.length;
+        const uint8_t *mask = a.d_mask + (a.d_offsets ? rows.start * a.d_mask_stride_l
                                                       : id / a.n_c * a.d_mask_stride_q + id % a.n_c * a.d_mask_stride_n);
         int end = 0;
         for (int64_t i = lane; i < length; i += 32)

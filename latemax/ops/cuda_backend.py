@@ -157,7 +157,8 @@ def forward_packed(
     capability=0,
 ) -> None:
     """``forward`` over documents, and where asked queries, that lie end to end. Offsets are on the device and are not
-    checked: that would take a synchronisation. A candidate that is no document scores as an empty one."""
+    checked: that would take a synchronisation. Kernels keep themselves inside the tokens; a candidate that is no
+    document scores NaN."""
     _run(
         q, d, q_mask, d_mask, scores, argmax, normalize, empty_score, q_offsets, d_offsets, candidates, l_q, capability
     )  # fmt: skip
