@@ -200,11 +200,12 @@ def together(q: torch.Tensor, d: torch.Tensor, d_name: str = "d") -> None:
     """What holds for any form of q and d."""
     if q.device != d.device:
         raise ValueError(f"q and {d_name} must be on one device; got q on {q.device} and {d_name} on {d.device}")
-    if q.shape[-1] != d.shape[-1]:
+    dim = q.shape[-1]
+    if dim != d.shape[-1]:
         raise ValueError(
             f"q and {d_name} must have the same dim (last axis); got q {list(q.shape)} and {d_name} {list(d.shape)}"
         )
-    if q.shape[-1] < 1:
+    if dim < 1:
         raise ValueError(f"dim (last axis of q and {d_name}) must be at least 1; got q {list(q.shape)}")
 
 
@@ -227,17 +228,23 @@ def arguments(q, d, q_mask=None, d_mask=None, *, cu_q=None, cu_d=None, pairs: bo
     together(q, d)
     if cu_q is None and q.shape[-2] < 1:
         raise ValueError(f"q must have at least one token (l_q >= 1); got q {list(q.shape)}")
-    n_q = (len(q) if q.dim() == 3 else None) if cu_q is None else len(cu_q) - 1
-    if cu_d is None and d.dim() == 4 and n_q != len(d):
-        came = list(q.shape) if cu_q is None else f"a list of {n_q}"
-        raise ValueError(
-            "own candidates d [n_q, k, l_d, dim] need q [n_q, l_q, dim] with the same n_q; "
-            f"got q {came} and d {list(d.shape)}"
-        )
-    n_d = len(d) if cu_d is None else len(cu_d) - 1
-    if pairs and n_q != n_d:
-        raise ValueError(f"pairs need q and d with the same b (first axis or length of a list); got {n_q} and {n_d}")
-    q_mask, d_mask = mask("q_mask", q_mask, "q", q), mask("d_mask", d_mask, "d", d)
+    if pairs or (cu_d is None and d.dim() == 4):
+        n_q = len(cu_q) - 1 if cu_q is not None else q.shape[0] if q.dim() == 3 else None
+        n_d = d.shape[0] if cu_d is None else len(cu_d) - 1
+        if pairs and n_q != n_d:
+            raise ValueError(
+                f"pairs need q and d with the same b (first axis or length of a list); got {n_q} and {n_d}"
+            )
+        if n_q != n_d:
+            came = list(q.shape) if cu_q is None else f"a list of {n_q}"
+            raise ValueError(
+                "own candidates d [n_q, k, l_d, dim] need q [n_q, l_q, dim] with the same n_q; "
+                f"got q {came} and d {list(d.shape)}"
+            )
+    if q_mask is not None:
+        q_mask = mask("q_mask", q_mask, "q", q)
+    if d_mask is not None:
+        d_mask = mask("d_mask", d_mask, "d", d)
     one_query, one_document = cu_q is None and q.dim() == 2, cu_d is None and d.dim() == 2
     if one_query:
         q, q_mask = q.unsqueeze(0), None if q_mask is None else q_mask.unsqueeze(0)
