@@ -124,7 +124,7 @@ def test_errors_come_before_any_launch(monkeypatch):
 
 
 def test_a_backend_that_cannot_run_says_why():
-    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .*no CUDA extension"):
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .*(no CUDA device|cannot be loaded)"):
         latemax.maxsim(Q, D, backend="cuda")
     with pytest.raises(ValueError, match="CPU or CUDA device; got meta"):
         latemax.maxsim(META, META)
