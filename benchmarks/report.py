@@ -285,6 +285,26 @@ def scale() -> str:
     )
 
 
+def ragged() -> str:
+    """Tokens end to end beside padded ones, and candidates in place beside the same documents side by side."""
+    data = result("ragged")
+    machine, lines = data["machine"], []
+    for row in data["rows"]:
+        for name, ms in row["ms"].items():
+            if row["case"] == "ragged":
+                what = f"{row['n_q']} x {row['n_d']}" + (", forward and backward" if row["train"] else "")
+                note = f"{row['per_token']:.2f}× of padded by real tokens" if name == "end to end" else ""
+            else:
+                what = f"{row['k']} of {row['documents']} documents"
+                note = f"{row['of_side_by_side']:.2f}× of side by side" if name == "rerank" else ""
+            lines.append([what, name, f"{ms:.1f}", note])
+    return markdown(["what", "how", "ms", ""], lines) + (
+        f"\nDocuments of 32 to 1024 tokens of dim 128 (reranked: 196), queries of 32, {data['rows'][0]['dtype']}; "
+        f"median of interleaved rounds. {machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, torch "
+        f"{machine['torch']}, commit {machine['commit']}, {machine['date']}.\n"
+    )
+
+
 def kill_writer() -> str:
     data = result("kill_writer")
     return markdown(
@@ -301,6 +321,7 @@ def kill_writer() -> str:
 
 TABLES = {
     "corpus": corpus, "scale": scale, "kill-writer": kill_writer,
+    "ragged": ragged,
     "cpu": cpu, "cpu-more": cpu_more, "cpu-avx512": lambda: cpu("cpu-avx512"), "aot": aot, "cuda-aot": cuda_aot,
     "host": host, "suite-cpu": lambda: suite("bench-cpu"), "suite-gpu": on_gpu, "predicted": predicted,
 }  # fmt: skip

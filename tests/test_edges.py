@@ -79,11 +79,16 @@ def test_outputs_are_written_whole(where, monkeypatch):
     backend, device = where
     from latemax.ops import launch
 
-    def poisoned(q, d, want_argmax, allocate=launch.allocate):
-        scores, argmax = allocate(q, d, want_argmax)
+    def poisoned(*args, allocate=launch.allocate):
+        scores, argmax = allocate(*args)
         return scores.fill_(math.nan), argmax.fill_(-99)
 
     monkeypatch.setattr(launch, "allocate", poisoned)
     q, d = problem((5, 3, 33, 70, 16), device=device)
     scores, argmax = latemax.maxsim(q, d, return_argmax=True, backend=backend)
     assert scores.isfinite().all() and ((argmax >= 0) & (argmax < 70)).all()
+    cu_q, cu_d = torch.tensor([0, 33, 165], device=device), torch.tensor([0, 70, 71, 210], device=device)
+    scores, argmax = latemax.maxsim_varlen(
+        q.flatten(0, 1), d.flatten(0, 1), cu_q, cu_d, return_argmax=True, backend=backend
+    )  # fmt: skip
+    assert scores.isfinite().all() and ((argmax >= 0) & (argmax < 139)).all()
