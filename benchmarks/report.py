@@ -260,7 +260,7 @@ def corpus() -> str:
         f"{shape['dim']}, one query of {shape['l_q']} tokens, k {shape['k']}; memory={one['memory'] / 1e6:.0f} MB, "
         f"{one['before_bytes'] / 1e6:.0f} MB resident before the search, and the address space held to "
         f"{one['address_space_added'] / 1e9:g} GB more (RLIMIT_AS). Scores within {one['error']:.1g} of brute force. "
-        f"{machine['cpu']}, {machine['threads']} threads shared with other work, torch {machine['torch']}, commit "
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, commit "
         f"{machine['commit']}, {machine['date']}.\n"
     )
 
