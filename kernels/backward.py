@@ -30,7 +30,7 @@ def through_norm(x, inv, g):
         "d_stride_n", "d_stride_k", "d_stride_l", "d_inv_stride_n", "g_stride_n", "g_stride_k",
         "n_q", "n_d", "l_q", "l_d", "splits", "documents",
     ],
-    do_not_specialize_on_alignment=["g_ptr"],
+    do_not_specialize_on_alignment=["g_ptr", "owner_ptr", "cu_d_ptr", "candidates_ptr"],
 )  # fmt: skip
 def grad_q_kernel(
     d_ptr,  # [n_q, n_d, l_d, dim], or if D_RAGGED [l_d, dim]; stride of n_q 0 where all queries share the documents
@@ -137,7 +137,7 @@ def gather_won(
         "q_stride_n", "q_stride_l", "d_stride_n", "d_stride_k", "d_stride_l", "g_stride_n", "g_stride_k",
         "n_q", "n_d", "l_q", "l_d", "blocks",
     ],
-    do_not_specialize_on_alignment=["g_ptr"],
+    do_not_specialize_on_alignment=["g_ptr", "cu_q_ptr", "cu_d_ptr"],
 )  # fmt: skip
 def grad_d_kernel(
     q_ptr,  # [n_q, l_q, dim], or if Q_RAGGED [l_q, dim]

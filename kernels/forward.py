@@ -92,7 +92,7 @@ def step(
         "q_mask_stride_n", "q_mask_stride_l", "d_mask_stride_n", "d_mask_stride_k", "d_mask_stride_l",
         "d_inv_stride_n", "n_q", "n_d", "l_q", "l_d", "chunks", "documents",
     ],
-    do_not_specialize_on_alignment=["q_mask_ptr", "d_mask_ptr"],
+    do_not_specialize_on_alignment=["q_mask_ptr", "d_mask_ptr", "cu_q_ptr", "cu_d_ptr", "candidates_ptr"],
 )  # fmt: skip
 def forward_kernel(
     q_ptr,  # [n_q, l_q, dim], or if Q_RAGGED [l_q, dim]
@@ -269,7 +269,7 @@ def forward_kernel(
         tl.store(scores_ptr + (chunk.to(tl.int64) * n_q + p) * n_d + doc, total, mask=p < n_q)
 
 
-@triton.jit(do_not_specialize=["n_q", "n_d", "t_q", "slots"])
+@triton.jit(do_not_specialize=["n_q", "n_d", "t_q", "slots"], do_not_specialize_on_alignment=["cu_q_ptr"])
 def sum_slots_kernel(
     parts_ptr,  # [slots, n_d]
     cu_q_ptr,  # [n_q + 1] int64
