@@ -26,8 +26,10 @@ def flatten(name: str, x, mask, other) -> Flat:
     A list is joined (its items lie apart); a jagged nested tensor is taken as it lies.
     """
     whole = isinstance(x, torch.Tensor) and x.layout == torch.jagged
-    if whole and x.dim() == 3 and x._ragged_idx == 1 and x.lengths() is None:
-        tokens, cu, lengths = x.values(), x.offsets().to(torch.int64), None
+    # with holes between them its items are joined as those of a list
+    whole = whole and x.dim() == 3 and x._ragged_idx == 1 and x.lengths() is None
+    if whole:
+        tokens, cu = x.values(), x.offsets().to(torch.int64)
         _check.tokens(name, tokens, (2,), "[n, l_i, dim]")
         if mask is None:
             return Flat(tokens, None, cu)
@@ -39,17 +41,17 @@ def flatten(name: str, x, mask, other) -> Flat:
     keep = None if mask is None else torch.cat(_masks(name, mask, items))
     if whole:
         return Flat(tokens, keep, cu)
-    lengths = [len(item) for item in items]
     ends = [0]
-    for length in lengths:
-        ends.append(ends[-1] + length)
+    for item in items:
+        ends.append(ends[-1] + len(item))
     return Flat(torch.cat(items), keep, torch.tensor(ends, dtype=torch.int64, device=items[0].device))
 
 
 def longest(x) -> int:
     """Tokens of the longest item. Of a nested tensor on a GPU this waits for the device."""
     if isinstance(x, torch.Tensor):
-        return int(x.offsets().diff().max()) if len(x) else 0
+        lengths = x.offsets().diff() if x.lengths() is None else x.lengths()
+        return int(lengths.max()) if len(lengths) else 0
     return max([len(item) for item in x], default=0)
 
 

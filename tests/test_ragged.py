@@ -92,3 +92,17 @@ def test_lists_are_not_padded(monkeypatch):
     assert seen[0].q.shape == (9, 16) and seen[0].d.shape == (16, 16)
     assert seen[0].d.data_ptr() == nested.values().data_ptr()
     assert latemax.explain(q, d).backend == "cpu"
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_nested_tensors_with_holes(masked):
+    """Items that do not touch (a nested tensor with lengths) score as a list of them."""
+    values = torch.randn(12, 16, generator=torch.Generator().manual_seed(7))
+    starts, lengths = torch.tensor([0, 5, 12]), torch.tensor([3, 6])
+    nested = torch.nested.nested_tensor_from_jagged(values, starts, lengths)
+    apart = [values[0:3], values[5:11]]
+    mask = [torch.tensor([1, 0, 1]), None] if masked else None
+    for q, d, masks in ((nested, apart, (mask, None)), (apart, nested, (None, mask))):
+        ours = latemax.maxsim(q, d, *masks, return_argmax=True)
+        theirs = latemax.maxsim(apart, apart, *masks, return_argmax=True)
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
