@@ -60,6 +60,10 @@ def maxsim(
     empty_score = _check.options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
+    if q_mask is None and d_mask is None and not return_argmax:
+        scores = schema.at_once(q, d, normalize, empty_score, backend)
+        if scores is not None:
+            return scores
     args = _arguments(q, d, q_mask, d_mask)
     return _score(args, q, normalize, empty_score, return_argmax, backend)
 

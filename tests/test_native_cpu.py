@@ -11,7 +11,7 @@ from common import assert_argmax, exact, masks, problem
 
 import latemax
 from latemax import reference
-from latemax.ops import cpu_backend, native_cpu_backend, select
+from latemax.ops import cpu_backend, native_cpu_backend, schema, select
 
 USABLE, WHY = native_cpu_backend.status()
 needs_native = pytest.mark.skipif(not USABLE, reason=WHY)
@@ -49,6 +49,27 @@ def test_every_instruction_set(shape, own, dtype, level):
         for x, y in zip(ours, theirs, strict=True):
             assert x.dtype == y.dtype
             torch.testing.assert_close(x, y, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
+
+
+@needs_native
+def test_the_short_way_is_the_long_way():
+    """Plain calls skip what checks and arranges the others: the same bits, and nothing it must not take."""
+    q, d = problem((3, 5, 33, 40, 64))
+    whole = latemax.maxsim(q, d, return_argmax=True)[0]
+    for x, y, at in ((q, d, ...), (q[1], d, 1), (q, d[2], (..., 2)), (q[1], d[2], (1, 2))):
+        short = latemax.maxsim(x, y)
+        assert short.shape == whole[at].shape and torch.equal(short, whole[at])
+        assert torch.equal(short, schema.at_once(x, y, False, -math.inf, "auto"))
+    refused = [
+        (q.double(), d), (q, d.requires_grad_()), (torch.nn.Parameter(q), d), ([*q], d), (q, d[None]), (q[..., :3], d),
+        (q, d.to_sparse()), (q[:, :0], d), (q[..., :0], d[..., :0]), (q[0, 0], d), (q, d.detach().to("meta")),
+        (torch.view_as_complex(q.reshape(3, 33, 32, 2)).conj().imag, d[..., :32]),
+    ]  # fmt: skip
+    for x, y in refused:
+        assert schema.at_once(x, y, False, -math.inf, "auto") is None
+    with torch.no_grad():
+        assert schema.at_once(q, d, False, -math.inf, "cpu") is not None
+        assert schema.at_once(q, d, False, -math.inf, "reference") is None
 
 
 @needs_native

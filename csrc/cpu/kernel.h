@@ -38,17 +38,48 @@ LATEMAX_INLINE T load(const void *from) {
     return x;
 }
 
-LATEMAX_INLINE bool any(vi x) {
+/* x where it is greater, else y: y too where one of them is a NaN. */
+LATEMAX_INLINE vf greater(vf x, vf y) {
 #if defined(__AVX512F__)
-    return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+    return (vf)_mm512_max_ps((__m512)x, (__m512)y);
 #elif defined(__AVX2__)
-    return !_mm256_testz_si256((__m256i)x, (__m256i)x);
+    return (vf)_mm256_max_ps((__m256)x, (__m256)y);
 #else
-    int32_t all = 0;
-    for (int i = 0; i < LATEMAX_LANES; ++i) all |= x[i];
-    return all != 0;
+    return x > y ? x : y;
 #endif
 }
+
+/* Whether a NaN was seen. */
+class SawNaN {
+  public:
+    LATEMAX_INLINE void look(vf x, vf y) {
+#if defined(__AVX512F__)
+        seen_ |= _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_UNORD_Q);
+#elif defined(__AVX2__)
+        seen_ |= (vi)_mm256_cmp_ps((__m256)x, (__m256)y, _CMP_UNORD_Q);
+#else
+        seen_ |= (x != x) | (y != y);
+#endif
+    }
+    LATEMAX_INLINE bool ever() const {
+#if defined(__AVX512F__)
+        return seen_ != 0;
+#elif defined(__AVX2__)
+        return !_mm256_testz_si256((__m256i)seen_, (__m256i)seen_);
+#else
+        int32_t all = 0;
+        for (int i = 0; i < LATEMAX_LANES; ++i) all |= seen_[i];
+        return all != 0;
+#endif
+    }
+
+  private:
+#if defined(__AVX512F__)
+    __mmask16 seen_ = 0;
+#else
+    vi seen_ = {};
+#endif
+};
 
 inline float one_f16(uint16_t h) {
     const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
@@ -152,6 +183,22 @@ struct BFloat16 {
 };
 #endif
 
+template <class Op, int U, int V>
+LATEMAX_INLINE void step(const vf *q, const char *const (&row)[U], int64_t at, vf (&sum)[U][V]) {
+    /* the side with fewer elements stays in registers, the other comes one at a time */
+    if (V <= U) {
+#pragma GCC unroll 32
+        for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sum[u][v] = Op::step(sum[u][v], q[v], row[u] + at);
+    } else {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v)
+#pragma GCC unroll 32
+            for (int u = 0; u < U; ++u) sum[u][v] = Op::step(sum[u][v], q[v], row[u] + at);
+    }
+}
+
 template <class Op, int U, int V, bool ARGMAX>
 LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t dim, vf (&best)[V], vi (&at)[V]) {
     const char *row[U];
@@ -161,7 +208,7 @@ LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t d
         /* past the end the last row comes again, which changes no maximum */
         const int64_t i = j + u < rows.count ? j + u : rows.count - 1;
         row[u] = rows.base + (rows.gather ? rows.gather[i] : i) * rows.stride;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[u][v] = vf{};
     }
     const int64_t steps = Op::steps(dim), ahead = U * rows.stride;
@@ -170,23 +217,18 @@ LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t d
 #pragma GCC unroll 32
         for (int u = 0; u < U; ++u) __builtin_prefetch(row[u] + ahead + 4 * k);
 #pragma GCC unroll 2
-        for (int64_t l = k; l < k + LINE; ++l) {
-#pragma GCC unroll 32
-            for (int u = 0; u < U; ++u)
-#pragma GCC unroll 2
-                for (int v = 0; v < V; ++v) sum[u][v] = Op::step(sum[u][v], panel[l * V + v], row[u] + 4 * l);
-        }
+        for (int64_t l = k; l < k + LINE; ++l) step<Op>(panel + l * V, row, 4 * l, sum);
     }
     for (; k < steps; ++k) {
 #pragma GCC unroll 32
         for (int u = 0; u < U; ++u)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < V; ++v) sum[u][v] = Op::step(sum[u][v], panel[k * V + v], row[u] + 4 * k);
     }
     if (Op::odd(dim)) {
 #pragma GCC unroll 32
         for (int u = 0; u < U; ++u)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < V; ++v) sum[u][v] = Op::last(sum[u][v], panel[k * V + v], row[u] + 4 * k);
     }
     if (rows.scale) {
@@ -197,30 +239,29 @@ LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t d
             }
 #pragma GCC unroll 32
         for (int u = 0; u < U; ++u)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < V; ++v) sum[u][v] *= rows.scale[j + u < rows.count ? j + u : rows.count - 1];
     }
-    vi nan = {};
+    SawNaN nan;
+#pragma GCC unroll 32
+    for (int i = 0; i < U * V; i += 2) nan.look(sum[i / V][i % V], sum[(i + 1) % (U * V) / V][(i + 1) % V]);
 #pragma GCC unroll 32
     for (int u = 0; u < U; ++u) {
         const int64_t i = j + u < rows.count ? j + u : rows.count - 1;
         const int32_t number = ARGMAX ? (int32_t)(rows.number ? rows.number[i] : rows.first + i) : 0;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            const vf s = sum[u][v];
-            const vi more = s > best[v];
-            nan |= s != s;
-            best[v] = more ? s : best[v];
-            if (ARGMAX) at[v] = more ? vi{} + number : at[v];
+            if (ARGMAX) at[v] = sum[u][v] > best[v] ? vi{} + number : at[v];
+            best[v] = greater(sum[u][v], best[v]);
         }
     }
     /* no comparison is true of a NaN: the first one of a query token is put in here, and stays */
-    if (__builtin_expect(any(nan), 0)) {
+    if (__builtin_expect(nan.ever(), 0)) {
 #pragma GCC unroll 32
         for (int u = 0; u < U; ++u) {
             const int64_t i = j + u < rows.count ? j + u : rows.count - 1;
             const int32_t number = ARGMAX ? (int32_t)(rows.number ? rows.number[i] : rows.first + i) : 0;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < V; ++v) {
                 const vi first = (sum[u][v] != sum[u][v]) & (best[v] == best[v]);
                 best[v] = first ? sum[u][v] : best[v];
@@ -243,15 +284,18 @@ void run(const vf *panel, const Rows &rows, int64_t dim, float *best_out, int32_
     if (ARGMAX) std::memcpy(at_out, &at, sizeof at);
 }
 
-/* U is for two vectors; one vector takes twice the rows. */
-template <class Op, int U, int TAIL>
-void run_any(const void *panel, int vectors, const Rows &rows, int64_t dim, float *best, int32_t *at) {
+template <class Op, int U, int TAIL, int V>
+void run_with(const void *panel, const Rows &rows, int64_t dim, float *best, int32_t *at) {
     const vf *p = static_cast<const vf *>(panel);
-    if (vectors == 2)
-        at ? run<Op, U, TAIL, 2, true>(p, rows, dim, best, at) : run<Op, U, TAIL, 2, false>(p, rows, dim, best, at);
-    else
-        at ? run<Op, 2 * U, TAIL, 1, true>(p, rows, dim, best, at)
-           : run<Op, 2 * U, TAIL, 1, false>(p, rows, dim, best, at);
+    at ? run<Op, U, TAIL, V, true>(p, rows, dim, best, at) : run<Op, U, TAIL, V, false>(p, rows, dim, best, at);
+}
+
+/* SUMS vectors of similarities in registers, whatever the number of vectors; TAIL is for two. */
+template <class Op, int SUMS, int TAIL, int BLOCK>
+void run_any(const void *panel, int vectors, const Rows &rows, int64_t dim, float *best, int32_t *at) {
+    if (vectors == 1) return run_with<Op, SUMS, TAIL, 1>(panel, rows, dim, best, at);
+    if (vectors == 2) return run_with<Op, SUMS / 2, TAIL, 2>(panel, rows, dim, best, at);
+    run_with<Op, SUMS / BLOCK, 1, BLOCK>(panel, rows, dim, best, at);
 }
 
 template <maxsim_dtype OF>

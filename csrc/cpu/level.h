@@ -21,13 +21,14 @@ struct Rows {
     bool measure;           /* fill scale first, from rows that are about to be used anyway */
 };
 
-/* Running maxima of 1 or 2 vectors of query tokens over the rows: best and, unless NULL, the token number it came from.
+/* Running maxima of 1, 2 or Level::block vectors of query tokens over the rows: best and, unless NULL, the token number it came from.
  * panel [dim][vectors * lanes], for bfloat16 [ceil(dim / 2)][vectors * lanes][2]. */
 using Run = void (*)(const void *panel, int vectors, const Rows &rows, int64_t dim, float *best, int32_t *at);
 
 struct Level {
     const char *name;
     int lanes;
+    int block; /* most vectors that a run takes */
     Run run_f32;
     Run run_bf16; /* NULL: bfloat16 rows are widened and go through run_f32 */
     /* n contiguous elements to float32 */

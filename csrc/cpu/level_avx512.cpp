@@ -4,7 +4,7 @@
 #include "kernel.h"
 
 namespace latemax {
-const Level level_avx512 = {"avx512", LATEMAX_LANES, run_any<Float32, 12, 4>, nullptr,
+const Level level_avx512 = {"avx512", LATEMAX_LANES, 2, run_any<Float32, 24, 4, 2>, nullptr,
                             widen,    sum_of_squares, add_scaled};
 }
 #endif

@@ -19,8 +19,10 @@ namespace {
 constexpr int64_t BATCH_BYTES = 256 << 10;
 /* running maxima that a thread holds at once */
 constexpr int64_t SLOT_FLOATS = 256 << 10;
-/* what a second thread must have to do to be worth waking: about 20 us */
-constexpr double THREAD_PRODUCTS = 1e6;
+/* what a second thread must have to do where it still spins from the last call: about 6 us */
+constexpr double THREAD_PRODUCTS = 3e5;
+/* the same where it sleeps: waking it can take longer than such a problem */
+constexpr double WAKE_PRODUCTS = 1e6;
 
 struct Document {
     const char *base = nullptr;
@@ -123,7 +125,9 @@ int64_t Forward::tokens() const {
 int Forward::worth(int64_t tokens) const {
     const double rows = static_cast<double>(queries_.rows()) / static_cast<double>(own_ ? args_.n_q : 1);
     const double products = static_cast<double>(tokens) * std::max(rows, 16.0) * static_cast<double>(args_.dim);
-    return std::max(1, static_cast<int>(std::min<double>(threads_, products / THREAD_PRODUCTS)));
+    if (products < 2 * THREAD_PRODUCTS) return 1;
+    const double share = products < 2 * WAKE_PRODUCTS && !worked_lately() ? WAKE_PRODUCTS : THREAD_PRODUCTS;
+    return std::max(1, static_cast<int>(std::min<double>(threads_, products / share)));
 }
 
 /* Of about `target` tokens each, whatever the lengths; documents longer than that come first, not to be waited for. */
@@ -258,11 +262,11 @@ void Forward::multiply(const Part &part, Scratch &s) const {
     const ::latemax::Run run = bf16_ ? level_.run_bf16 : level_.run_f32;
     float *best = s.best.get(0);
     int32_t *at = args_.argmax ? s.at.get(0) : nullptr;
-    for (int64_t v = 0; v < part.vectors; v += 2)
+    for (int64_t v = 0; v < part.vectors; v += queries_.block(part, v))
         for (size_t r = 0; r < s.rows.size(); ++r) {
             const int64_t lane = s.slot_of_rows[r] * width + v * level_.lanes;
             s.rows[r].measure = args_.normalize && v == 0;
-            run(queries_.panel(part, v), v + 1 < part.vectors ? 2 : 1, s.rows[r], args_.dim, best + lane,
+            run(queries_.panel(part, v), queries_.block(part, v), s.rows[r], args_.dim, best + lane,
                 at ? at + lane : nullptr);
         }
     s.rows.clear(), s.slot_of_rows.clear();
@@ -320,7 +324,9 @@ int levels(const Level **out) {
 }
 
 void forward(const maxsim_args &args, const Level &level, int threads) {
-    if (args.n_q && args.n_c) Forward(args, level, threads).run();
+    if (!args.n_q || !args.n_c) return;
+    Forward(args, level, threads).run();
+    note_work();
 }
 
 }  // namespace latemax

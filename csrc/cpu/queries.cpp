@@ -10,6 +10,8 @@ namespace latemax {
 
 namespace {
 constexpr int64_t KEEP_BYTES = 1 << 20;
+/* panels smaller than that are packed before another thread is awake */
+constexpr int64_t SHARE_BYTES = 64 << 10;
 }
 
 Queries::Queries(const maxsim_args &args, const Level &level, bool bf16)
@@ -64,14 +66,14 @@ void Queries::pack(int threads) {
     };
     std::vector<Block> blocks;
     for (size_t p = 0; p < parts.size(); ++p)
-        for (int64_t v = 0; v < parts[p].vectors; v += 2) blocks.push_back({p, v});
+        for (int64_t v = 0; v < parts[p].vectors; v += block(parts[p], v)) blocks.push_back({p, v});
     std::atomic<size_t> next{0};
     auto body = [&] {
         static thread_local Buffer<float> wide_memory;
         float *wide = wide_memory.get(args_.dim);
         for (size_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < blocks.size();) {
             const Part &part = parts[blocks[b].part];
-            const int64_t v = blocks[b].vector, stride = std::min<int64_t>(2, part.vectors - v) * level_.lanes;
+            const int64_t v = blocks[b].vector, stride = this->block(part, v) * level_.lanes;
             char *block = const_cast<char *>(panel(part, v));
             const int64_t first = part.row_first + v * level_.lanes;
             int64_t query = std::upper_bound(row_begin.begin(), row_begin.end(), first) - row_begin.begin() - 1;
@@ -87,7 +89,7 @@ void Queries::pack(int threads) {
             }
         }
     };
-    parallel(threads, body);
+    parallel(bytes < SHARE_BYTES ? 1 : threads, body);
 }
 
 void Queries::pack_row(int64_t query, int64_t row, char *out, int64_t stride, float *wide) {

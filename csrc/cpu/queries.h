@@ -26,6 +26,11 @@ class Queries {
      * `split`. */
     void cut(bool each, int64_t wanted, bool split);
     void pack(int threads);
+    /* Vectors that the micro-kernel takes at once, from this one on. */
+    int block(const Part &part, int64_t vector) const {
+        const int64_t left = part.vectors - vector;
+        return left >= level_.block ? level_.block : left >= 2 ? 2 : 1;
+    }
     const char *panel(const Part &part, int64_t vector) const {
         return panel_ + (part.vector_first + vector) * steps_ * level_.lanes * 4;
     }

@@ -6,6 +6,11 @@
 
 namespace latemax {
 
+/* Whether workers may still spin from the last call, as they do for some milliseconds before they sleep: the second of a
+ * row of small calls wakes them, and one that stands alone waits for nobody. */
+bool worked_lately();
+void note_work();
+
 /* Runs body(data) on up to `threads` threads, the caller among them, and returns when all have ended. */
 void parallel(int threads, void (*body)(void *), void *data);
 

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from latemax import _check
-from latemax.ops import autograd, launch
+from latemax.ops import autograd, launch, native_cpu_backend
 
 _library = torch.library.Library("latemax", "DEF")  # kept alive: the registrations end with it
 _library.define(
@@ -98,6 +98,24 @@ def _refuse_transforms(*tensors) -> None:
         raise NotImplementedError(
             "maxsim runs under torch.func.vmap, not under torch.func.grad; use torch.autograd.grad"
         )
+
+
+def at_once(q, d, normalize: bool, empty_score: float, backend: str) -> torch.Tensor | None:
+    """Scores by the native CPU kernel where they take neither masks, winners nor a gradient and nothing but eager
+    execution of ordinary tensors is going on; else None. All that is checked and arranged elsewhere is right already,
+    and would take longer than a small problem does."""
+    if (
+        torch.compiler.is_compiling()
+        or type(q) is not torch.Tensor
+        or type(d) is not torch.Tensor
+        or backend not in ("auto", "cpu")
+        or ((q.requires_grad or d.requires_grad) and torch.is_grad_enabled())
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return None
+    return native_cpu_backend.score(q, d, normalize, empty_score)
 
 
 def maxsim(args, normalize: bool, empty_score: float, want_argmax: bool, backend: str):
