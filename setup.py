@@ -31,6 +31,7 @@ LEVELS = {
     "level_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "level_avx512": AVX512,
     "level_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "level_amx_bf16": [*AVX512, "-mamx-tile", "-mamx-bf16"],
 }
 
 

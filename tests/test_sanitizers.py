@@ -18,6 +18,8 @@ LEVELS = {
     "level_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "level_avx512": AVX512,
     "level_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    # on tile registers of the tests' own, whatever the processor; vectors of 16 in pieces take long to describe to a debugger
+    "level_amx_bf16": ["-include", ROOT / "tests/native/tiles.h", "-g0"],
 }
 COMPILER = shutil.which("g++")
 

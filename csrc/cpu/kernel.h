@@ -199,55 +199,33 @@ LATEMAX_INLINE void step(const vf *q, const char *const (&row)[U], int64_t at, v
     }
 }
 
-template <class Op, int U, int V, bool ARGMAX>
-LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t dim, vf (&best)[V], vi (&at)[V]) {
-    const char *row[U];
-    vf sum[U][V];
-#pragma GCC unroll 32
-    for (int u = 0; u < U; ++u) {
-        /* past the end the last row comes again, which changes no maximum */
-        const int64_t i = j + u < rows.count ? j + u : rows.count - 1;
-        row[u] = rows.base + (rows.gather ? rows.gather[i] : i) * rows.stride;
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[u][v] = vf{};
-    }
-    const int64_t steps = Op::steps(dim), ahead = U * rows.stride;
-    int64_t k = 0;
-    for (; k + LINE <= steps; k += LINE) {
-#pragma GCC unroll 32
-        for (int u = 0; u < U; ++u) __builtin_prefetch(row[u] + ahead + 4 * k);
-#pragma GCC unroll 2
-        for (int64_t l = k; l < k + LINE; ++l) step<Op>(panel + l * V, row, 4 * l, sum);
-    }
-    for (; k < steps; ++k) {
-#pragma GCC unroll 32
-        for (int u = 0; u < U; ++u)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) sum[u][v] = Op::step(sum[u][v], panel[k * V + v], row[u] + 4 * k);
-    }
-    if (Op::odd(dim)) {
-#pragma GCC unroll 32
-        for (int u = 0; u < U; ++u)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) sum[u][v] = Op::last(sum[u][v], panel[k * V + v], row[u] + 4 * k);
-    }
+/* Past the end the last row comes again, which changes no maximum. */
+LATEMAX_INLINE int64_t within(const Rows &rows, int64_t i) { return i < rows.count ? i : rows.count - 1; }
+
+LATEMAX_INLINE const char *row_at(const Rows &rows, int64_t i) {
+    return rows.base + (rows.gather ? rows.gather[i] : i) * rows.stride;
+}
+
+/* The similarities of rows j .. j + U into the running maxima. */
+template <maxsim_dtype OF, int U, int V, bool ARGMAX>
+LATEMAX_INLINE void fold(vf (&sum)[U][V], const Rows &rows, int64_t j, int64_t dim, vf (&best)[V], vi (&at)[V]) {
     if (rows.scale) {
         if (rows.measure)
-            for (int u = 0; u < U && j + u < rows.count; ++u) {
-                const float norm = __builtin_sqrtf(sum_of_squares_as<Op::DTYPE>(row[u], dim));
-                rows.scale[j + u] = 1.0f / (norm < EPS ? EPS : norm);
+            for (int64_t i = j; i < j + U && i < rows.count; ++i) {
+                const float norm = __builtin_sqrtf(sum_of_squares_as<OF>(row_at(rows, i), dim));
+                rows.scale[i] = 1.0f / (norm < EPS ? EPS : norm);
             }
 #pragma GCC unroll 32
         for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) sum[u][v] *= rows.scale[j + u < rows.count ? j + u : rows.count - 1];
+            for (int v = 0; v < V; ++v) sum[u][v] *= rows.scale[within(rows, j + u)];
     }
     SawNaN nan;
 #pragma GCC unroll 32
     for (int i = 0; i < U * V; i += 2) nan.look(sum[i / V][i % V], sum[(i + 1) % (U * V) / V][(i + 1) % V]);
 #pragma GCC unroll 32
     for (int u = 0; u < U; ++u) {
-        const int64_t i = j + u < rows.count ? j + u : rows.count - 1;
+        const int64_t i = within(rows, j + u);
         const int32_t number = ARGMAX ? (int32_t)(rows.number ? rows.number[i] : rows.first + i) : 0;
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
@@ -259,7 +237,7 @@ LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t d
     if (__builtin_expect(nan.ever(), 0)) {
 #pragma GCC unroll 32
         for (int u = 0; u < U; ++u) {
-            const int64_t i = j + u < rows.count ? j + u : rows.count - 1;
+            const int64_t i = within(rows, j + u);
             const int32_t number = ARGMAX ? (int32_t)(rows.number ? rows.number[i] : rows.first + i) : 0;
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) {
@@ -269,6 +247,34 @@ LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t d
             }
         }
     }
+}
+
+template <class Op, int U, int V, bool ARGMAX>
+LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t dim, vf (&best)[V], vi (&at)[V]) {
+    const char *row[U];
+    vf sum[U][V];
+#pragma GCC unroll 32
+    for (int u = 0; u < U; ++u) {
+        row[u] = row_at(rows, within(rows, j + u));
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[u][v] = vf{};
+    }
+    const int64_t steps = Op::steps(dim), ahead = U * rows.stride;
+    int64_t k = 0;
+    for (; k + LINE <= steps; k += LINE) {
+#pragma GCC unroll 32
+        for (int u = 0; u < U; ++u) __builtin_prefetch(row[u] + ahead + 4 * k);
+#pragma GCC unroll 2
+        for (int64_t l = k; l < k + LINE; ++l) step<Op>(panel + l * V, row, 4 * l, sum);
+    }
+    for (; k < steps; ++k) step<Op>(panel + k * V, row, 4 * k, sum);
+    if (Op::odd(dim)) {
+#pragma GCC unroll 32
+        for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sum[u][v] = Op::last(sum[u][v], panel[k * V + v], row[u] + 4 * k);
+    }
+    fold<Op::DTYPE, U, V, ARGMAX>(sum, rows, j, dim, best, at);
 }
 
 template <class Op, int U, int TAIL, int V, bool ARGMAX>

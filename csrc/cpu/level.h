@@ -42,6 +42,10 @@ extern const Level level_portable;
 #if defined(__x86_64__)
 extern const Level level_avx2, level_avx512, level_avx512_bf16;
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+extern const Level level_amx_bf16;
+bool amx_permitted(bool avx512);
+#endif
 
 }  // namespace latemax
 

@@ -320,6 +320,9 @@ int levels(const Level **out) {
     if (avx512) out[n++] = &level_avx512;
     if (avx512 && __builtin_cpu_supports("avx512bf16")) out[n++] = &level_avx512_bf16;
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+    if (amx_permitted(avx512)) out[n++] = &level_amx_bf16;
+#endif
     return n;
 }
 

@@ -154,7 +154,10 @@ int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normali
     Case c;
     maxsim_args &a = c.args;
     const int documents = form >> 1;
-    a.n_q = 3, a.n_c = documents == 3 ? 6 : 5, a.l_q = 21, a.l_d = 25, a.dim = 67;
+    a.n_q = 3, a.n_c = documents == 3 ? 6 : 5, a.l_q = 21;
+    /* tiles of 32 elements and 16 tokens that end within, and that do not */
+    const bool even = (documents + values) % 2;
+    a.dim = even ? 64 : 67, a.l_d = even ? 41 : 25;
     if (form & 1) c.cu_q = lengths(a.n_q, 40), a.l_q = c.cu_q.back();
     c.own = documents == 1;
     if (documents >= 2) a.n_documents = a.n_c = documents == 3 ? 6 : 5, c.cu_d = lengths(a.n_documents, 50), a.l_d = c.cu_d.back();
