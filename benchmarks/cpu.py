@@ -34,6 +34,8 @@ from latemax.ops import native_cpu_backend
 SHAPES = [(32, 1000, 512, 128), (32, 1000, 196, 128), (128, 200, 1024, 128), (1024, 20, 1024, 128)]
 # (l_q, n_d, l_d, dim) of forward and backward
 TRAIN = [(32, 200, 196, 128), (32, 100, 512, 128)]
+# (l_q, l_d, dim) of one query against one document, a call at a time
+ONE = [(32, 196, 128), (8, 196, 128), (32, 1030, 128)]
 SWEEP = [
     (l_q, n_d, l_d, dim)
     for l_q in (8, 32, 128, 1024)
@@ -201,6 +203,38 @@ def train(shape, limit) -> list[dict]:
     return [row(shape, name, seconds, times["latemax"], errors[name], *counted) for name, seconds in times.items()]
 
 
+def one_document(shape, limit, calls: int = 300) -> list[dict]:
+    """Latency: microseconds a call from Python, in a row of calls."""
+    l_q, l_d, dim = shape
+    q, d = unit(l_q, dim), unit(l_d, dim)
+    runs = {
+        "latemax": lambda: latemax.maxsim(q, d),
+        "torch matmul": lambda: (q @ d.mT).amax(-1).sum(-1),
+        "torch einsum": lambda: torch.einsum("ic,jc->ij", q, d).amax(-1).sum(-1),
+    }
+    if importlib.util.find_spec("fast_maxsim"):
+        from fast_maxsim import maxsim_scores
+
+        a, b = q.numpy(), d[None].numpy()
+        runs["fast-maxsim"] = lambda: maxsim_scores(a, b)
+    truth = latemax.reference.maxsim(q.double(), d.double())
+    error = (runs["latemax"]() - truth).abs().item()
+    if error > 1e-4:
+        raise RuntimeError(f"latemax at {shape}: error {error:.3g}")
+    rows = {name: functools.partial(repeat, run, calls) for name, run in runs.items()}
+    times = interleave(rows, ROUNDS, dict.fromkeys(rows, 0.0))
+    us = {name: 1e6 * statistics.median(seconds) / calls for name, seconds in times.items()}
+    allowed = 2e-6 * l_q * l_d * dim / limit["matmul_float32_tflops"]
+    return [
+        dict(shape=shape, name=name, us=x, vs_latemax=x / us["latemax"], allowed_us=allowed) for name, x in us.items()
+    ]
+
+
+def repeat(run, times: int) -> None:
+    for _ in range(times):
+        run()
+
+
 def ragged(l_q: int = 32, n_d: int = 1000, dim: int = 128) -> list[dict]:
     """Documents end to end against as many tokens in documents of one length: the cost of raggedness."""
     rows, outputs = [], (torch.empty(1, n_d), torch.empty(0, dtype=torch.int32))
@@ -247,13 +281,17 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="write machine and rows there")
     parser.add_argument("--sweep", action="store_true", help=f"also the {len(SWEEP)} shapes of the sweep, exact peers")
     options = parser.parse_args()
-    result = dict(machine=machine(), limits=limits("cpu"), rows=[], train=[], ragged=[], sweep=[])
+    result = dict(machine=machine(), limits=limits("cpu"), rows=[], train=[], one=[], ragged=[], sweep=[])
     print(result["machine"], result["limits"])
     for shape in SHAPES:
         result["rows"] += show(measure(shape, result["limits"]))
     for shape in TRAIN:
         print("\nforward and backward")
         result["train"] += show(train(shape, result["limits"]))
+    for shape in ONE:
+        rows = one_document(shape, result["limits"])
+        result["one"] += rows
+        print(f"one document {shape}:", ", ".join(f"{row['name']} {row['us']:.1f} us" for row in rows))
     result["ragged"] = ragged()
     for line in result["ragged"]:
         print(f"ragged, {line['lengths']} tokens: {line['per_token_vs_dense']:.2f}x dense a token")

@@ -72,6 +72,12 @@ def cpu_more() -> str:
         mine, best = here[0], min(here[1:], key=lambda row: row["ms_p50"])
         rows.append([f"forward and backward {shape}", f"{mine['ms_p50']:.1f} ms",
                      f"{best['name']} by autograd {best['ms_p50']:.1f} ms: {best['vs_latemax']:.2f}×"])  # fmt: skip
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in data["one"]):
+        here = [row for row in data["one"] if tuple(row["shape"]) == shape]
+        mine, best = here[0], min(here[1:], key=lambda row: row["us"])
+        rows.append([f"a call with one document {shape}", f"{mine['us']:.1f} µs",
+                     f"{best['name']} {best['us']:.1f} µs: {best['vs_latemax']:.2f}×; its products alone at the "
+                     f"matmul rate {mine['allowed_us']:.1f} µs"])  # fmt: skip
     for row in data["ragged"]:
         rows.append([f"1000 documents of {row['lengths']} tokens, end to end", f"{row['ms']['ragged']:.1f} ms",
                      f"a token costs {row['per_token_vs_dense']:.2f}× that of equally long documents"])  # fmt: skip

@@ -260,10 +260,18 @@ LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t d
         for (int v = 0; v < V; ++v) sum[u][v] = vf{};
     }
     const int64_t steps = Op::steps(dim), ahead = U * rows.stride;
+    /* where they lie side by side the next rows are fetched line after line: the processor's own prefetcher joins in */
+    const bool dense = rows.stride == 4 * steps;
+    const char *soon = row[0] + ahead;
     int64_t k = 0;
     for (; k + LINE <= steps; k += LINE) {
+        if (dense) {
 #pragma GCC unroll 32
-        for (int u = 0; u < U; ++u) __builtin_prefetch(row[u] + ahead + 4 * k);
+            for (int u = 0; u < U; ++u) __builtin_prefetch(soon + 4 * LINE * u);
+            soon += 4 * LINE * U;
+        } else {
+            for (int u = 0; u < U; ++u) __builtin_prefetch(row[u] + ahead + 4 * k);
+        }
 #pragma GCC unroll 2
         for (int64_t l = k; l < k + LINE; ++l) step<Op>(panel + l * V, row, 4 * l, sum);
     }
@@ -296,10 +304,11 @@ void run_with(const void *panel, const Rows &rows, int64_t dim, float *best, int
     at ? run<Op, U, TAIL, V, true>(p, rows, dim, best, at) : run<Op, U, TAIL, V, false>(p, rows, dim, best, at);
 }
 
-/* SUMS vectors of similarities in registers, whatever the number of vectors; TAIL is for two. */
+/* SUMS vectors of similarities in registers; TAIL is for two vectors. One takes as many rows as hide the latency of its
+ * sums: each needs a register for its address too. */
 template <class Op, int SUMS, int TAIL, int BLOCK>
 void run_any(const void *panel, int vectors, const Rows &rows, int64_t dim, float *best, int32_t *at) {
-    if (vectors == 1) return run_with<Op, SUMS, TAIL, 1>(panel, rows, dim, best, at);
+    if (vectors == 1) return run_with<Op, 8, TAIL, 1>(panel, rows, dim, best, at);
     if (vectors == 2) return run_with<Op, SUMS / 2, TAIL, 2>(panel, rows, dim, best, at);
     run_with<Op, SUMS / BLOCK, 1, BLOCK>(panel, rows, dim, best, at);
 }
