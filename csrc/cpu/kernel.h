@@ -259,18 +259,16 @@ LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t d
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[u][v] = vf{};
     }
-    const int64_t steps = Op::steps(dim), ahead = U * rows.stride;
-    /* where they lie side by side the next rows are fetched line after line: the processor's own prefetcher joins in */
-    const bool dense = rows.stride == 4 * steps;
-    const char *soon = row[0] + ahead;
+    const int64_t steps = Op::steps(dim);
+    const char *soon = rows.later ? rows.later + j * rows.later_stride : row[0] + U * rows.stride;
     int64_t k = 0;
     for (; k + LINE <= steps; k += LINE) {
-        if (dense) {
+        if (rows.dense) {
 #pragma GCC unroll 32
             for (int u = 0; u < U; ++u) __builtin_prefetch(soon + 4 * LINE * u);
             soon += 4 * LINE * U;
         } else {
-            for (int u = 0; u < U; ++u) __builtin_prefetch(row[u] + ahead + 4 * k);
+            for (int u = 0; u < U; ++u) __builtin_prefetch(row[u] + U * rows.stride + 4 * k);
         }
 #pragma GCC unroll 2
         for (int64_t l = k; l < k + LINE; ++l) step<Op>(panel + l * V, row, 4 * l, sum);

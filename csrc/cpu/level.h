@@ -16,8 +16,11 @@ struct Rows {
     int64_t stride;         /* bytes between rows */
     const int32_t *gather;  /* which rows to take, or NULL: 0 .. count */
     const int32_t *number;  /* the token number of every row taken, or NULL: first, first + 1, ... */
+    const char *later;      /* what will be read after these rows, to be fetched on the way; NULL: the rows to come */
+    int64_t later_stride;   /* bytes of it for every row taken */
     float *scale;           /* 1 / max(norm, EPS) of every row taken: a factor of its similarities; or NULL */
     int64_t first, count;
+    bool dense;             /* that lies end to end: the processor's own prefetcher joins in, line after line */
     bool measure;           /* fill scale first, from rows that are about to be used anyway */
 };
 

@@ -17,6 +17,8 @@ namespace {
 
 /* a quarter of the smallest L2 of processors with AVX-512, so that the panel stays there as well */
 constexpr int64_t BATCH_BYTES = 256 << 10;
+/* of rows that are widened first: the next ones are fetched meanwhile, and lie beside them */
+constexpr int64_t WIDE_BATCH_BYTES = 64 << 10;
 /* running maxima that a thread holds at once */
 constexpr int64_t SLOT_FLOATS = 256 << 10;
 /* what a second thread must have to do where it still spins from the last call: about 6 us */
@@ -83,7 +85,8 @@ Forward::Forward(const maxsim_args &args, const Level &level, int threads)
       bf16_(products_in_bf16(args, level)),
       widen_(args.d_stride_k != 1 || !(bf16_ || args.d_dtype == MAXSIM_F32)),
       own_(args.n_q > 1 && (args.d_stride_q != 0 || args.d_mask_stride_q != 0 || args.candidates != nullptr)),
-      batch_(std::clamp<int64_t>(BATCH_BYTES / (args.dim * (bf16_ ? 2 : 4)) / 24 * 24, 24, 4096)),
+      batch_(std::clamp<int64_t>((widen_ ? WIDE_BATCH_BYTES : BATCH_BYTES) / (args.dim * (bf16_ ? 2 : 4)) / 24 * 24, 24,
+                                 4096)),
       queries_(args, level, bf16_) {}
 
 Document Forward::document(int64_t query, int64_t c) const {
@@ -226,7 +229,7 @@ void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
 /* The next valid tokens from j on, at most `room`; moves j behind them. */
 Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const {
     const int64_t stride = args_.d_stride_l * item_size(args_.d_dtype), first = j;
-    Rows rows{doc.base, stride, nullptr, nullptr, nullptr, first, 0, false};
+    Rows rows{doc.base, stride, nullptr, nullptr, nullptr, stride, nullptr, first, 0, false, false};
     int32_t *number = s.number.get(batch_) + used;
     if (doc.mask) {
         for (; j < doc.length && rows.count < room; ++j) {
@@ -244,12 +247,16 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
         j += rows.count;
     }
     if (!rows.gather) rows.base += rows.first * stride;
+    rows.dense = args_.d_stride_k == 1 && args_.d_stride_l == args_.dim;
     if (args_.normalize) rows.scale = s.scale.get(batch_) + used;
     if (widen_) {
         float *wide = s.wide.get(batch_ * args_.dim) + used * args_.dim;
-        for (int64_t i = 0; i < rows.count; ++i)
+        const bool together = rows.dense && !rows.gather;
+        if (together) level_.widen(args_.d_dtype, rows.base, rows.count * args_.dim, wide);
+        for (int64_t i = 0; !together && i < rows.count; ++i)
             widen_row(level_, args_.d_dtype, rows.base + (rows.gather ? rows.gather[i] : i) * stride, args_.d_stride_k,
                       args_.dim, wide + i * args_.dim);
+        if (together) rows.later = rows.base + rows.count * stride;
         rows.base = reinterpret_cast<const char *>(wide);
         rows.stride = args_.dim * 4;
         rows.gather = nullptr;
