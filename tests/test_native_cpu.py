@@ -61,15 +61,26 @@ def test_the_short_way_is_the_long_way():
         assert short.shape == whole[at].shape and torch.equal(short, whole[at])
         assert torch.equal(short, schema.at_once(x, y, False, -math.inf, "auto"))
     refused = [
-        (q.double(), d), (q, d.requires_grad_()), (torch.nn.Parameter(q), d), ([*q], d), (q, d[None]), (q[..., :3], d),
-        (q, d.to_sparse()), (q[:, :0], d), (q[..., :0], d[..., :0]), (q[0, 0], d), (q, d.detach().to("meta")),
+        (q.double(), d), (q, d.clone().requires_grad_()), (torch.nn.Parameter(q), d), ([*q], d), (q, d[None]),
+        (q[..., :3], d), (q, d.to_sparse()), (q[:, :0], d), (q[..., :0], d[..., :0]), (q[0, 0], d),
+        (q, d.to("meta")),
+        (torch.nested.nested_tensor([q[0], q[1]]), d), (q, torch.nested.nested_tensor([d[0], d[1]])),
         (torch.view_as_complex(q.reshape(3, 33, 32, 2)).conj().imag, d[..., :32]),
     ]  # fmt: skip
     for x, y in refused:
         assert schema.at_once(x, y, False, -math.inf, "auto") is None
+    assert schema.at_once(q, d, False, -math.inf, "reference") is None
     with torch.no_grad():
-        assert schema.at_once(q, d, False, -math.inf, "cpu") is not None
-        assert schema.at_once(q, d, False, -math.inf, "reference") is None
+        assert schema.at_once(q.clone().requires_grad_(), d, False, -math.inf, "cpu") is not None
+
+
+@needs_native
+@pytest.mark.parametrize("dim", [2, 3])
+def test_freed_memory_is_refused(dim):
+    q, d = torch.ones(2, 4), torch.ones(*(1,) * (dim - 2), 3, 4)
+    d.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        latemax.maxsim(q, d)
 
 
 @needs_native

@@ -18,8 +18,9 @@ LEVELS = {
     "level_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "level_avx512": AVX512,
     "level_avx512_bf16": [*AVX512, "-mavx512bf16"],
-    # on tile registers of the tests' own, whatever the processor; vectors of 16 in pieces take long to describe to a debugger
+    # on tile registers of the tests' own, whatever the processor; what debuggers want of vectors in pieces takes long
     "level_amx_bf16": ["-include", ROOT / "tests/native/tiles.h", "-g0"],
+    "maxsim": ["-include", ROOT / "tests/native/tiles.h"],
 }
 COMPILER = shutil.which("g++")
 

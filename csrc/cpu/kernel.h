@@ -6,8 +6,8 @@
  *      u  [ 16 ]     [ 16 ]     and one element of each of U document rows, broadcast
  *      :
  *
- * A similarity is one chain of fused multiply-adds over dim in order, wherever its token stands: scores do not depend on
- * padding, batch mates or threads, bit for bit. Everything is in an unnamed namespace: a function that the linker could
+ * A similarity is the same chain of fused multiply-adds over dim wherever its token stands (float32: in order; bfloat16
+ * instructions take pairs): scores do not depend on padding, batch mates or threads, bit for bit. Everything is in an unnamed namespace: a function that the linker could
  * share between levels would run instructions that the processor may not have.
  */
 #include <cstdint>
@@ -302,13 +302,13 @@ void run_with(const void *panel, const Rows &rows, int64_t dim, float *best, int
     at ? run<Op, U, TAIL, V, true>(p, rows, dim, best, at) : run<Op, U, TAIL, V, false>(p, rows, dim, best, at);
 }
 
-/* SUMS vectors of similarities in registers; TAIL is for two vectors. One takes as many rows as hide the latency of its
- * sums: each needs a register for its address too. */
+/* SUMS vectors of similarities in registers; TAIL rows at the end beside two vectors. One vector takes as many rows as hide
+ * the latency of its sums: each needs a register for its address too. */
 template <class Op, int SUMS, int TAIL, int BLOCK>
 void run_any(const void *panel, int vectors, const Rows &rows, int64_t dim, float *best, int32_t *at) {
-    if (vectors == 1) return run_with<Op, 8, TAIL, 1>(panel, rows, dim, best, at);
+    if (vectors == 1) return run_with<Op, 8, 8, 1>(panel, rows, dim, best, at);
     if (vectors == 2) return run_with<Op, SUMS / 2, TAIL, 2>(panel, rows, dim, best, at);
-    run_with<Op, SUMS / BLOCK, 1, BLOCK>(panel, rows, dim, best, at);
+    run_with<Op, SUMS / BLOCK, (2 * TAIL + BLOCK - 1) / BLOCK, BLOCK>(panel, rows, dim, best, at);
 }
 
 template <maxsim_dtype OF>

@@ -18,6 +18,7 @@ struct Rows {
     const int32_t *number;  /* the token number of every row taken, or NULL: first, first + 1, ... */
     const char *later;      /* what will be read after these rows, to be fetched on the way; NULL: the rows to come */
     int64_t later_stride;   /* bytes of it for every row taken */
+    char *room;             /* for 32 rows of bfloat16, each 32 elements longer than dim; or NULL */
     float *scale;           /* 1 / max(norm, EPS) of every row taken: a factor of its similarities; or NULL */
     int64_t first, count;
     bool dense;             /* that lies end to end: the processor's own prefetcher joins in, line after line */
@@ -46,8 +47,7 @@ extern const Level level_portable;
 extern const Level level_avx2, level_avx512, level_avx512_bf16;
 #endif
 #if defined(__x86_64__) && defined(__linux__)
-extern const Level level_amx_bf16;
-bool amx_permitted(bool avx512);
+extern const Level *const level_amx_bf16; /* NULL where the compiler had no such instructions */
 #endif
 
 }  // namespace latemax

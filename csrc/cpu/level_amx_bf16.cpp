@@ -6,10 +6,10 @@
 #if defined(__x86_64__) && defined(__linux__)
 #define LATEMAX_LANES 16
 #include "kernel.h"
-#include "rows.h"
 #include "tiles.h"
 
 namespace latemax {
+#if defined(LATEMAX_TILES)
 namespace {
 
 constexpr int ROWS = 16, DEPTH = 32;
@@ -25,14 +25,14 @@ void copy(const Rows &rows, int64_t j, int64_t dim, int64_t padded, char *out) {
 
 /* rest: the panel's last rows, 0 behind them, where dim is no multiple of DEPTH. */
 template <int R, int V, bool ARGMAX>
-void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, int64_t dim, char *copied,
+void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, int64_t dim,
               vf (&best)[V], vi (&at)[V]) {
     const int64_t padded = (dim + DEPTH - 1) / DEPTH * DEPTH, width = 64 * V;
-    const char *row = rows.base + j * rows.stride;
+    const char *row = row_at(rows, j), *soon = row + R * ROWS * rows.stride;
     int64_t stride = rows.stride;
     if (rows.gather || padded != dim || j + R * ROWS > rows.count) {
-        copy<R>(rows, j, dim, padded, copied);
-        row = copied, stride = 2 * padded;
+        copy<R>(rows, j, dim, padded, rows.room);
+        row = rows.room, stride = 2 * padded;
     }
     const int64_t below = ROWS * stride;
     LATEMAX_TILE_ZERO(0);
@@ -41,7 +41,7 @@ void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, 
     if (R == 2 && V == 2) LATEMAX_TILE_ZERO(3);
     for (int64_t k = 0; k < padded; k += DEPTH) {
         const char *from = row + 2 * k, *q = k + DEPTH <= dim ? panel + k / 2 * width : rest;
-        for (int u = 0; u < R * ROWS; ++u) __builtin_prefetch(from + R * below + u * stride);
+        for (int u = 0; rows.dense && u < R * ROWS; ++u, soon += 64) __builtin_prefetch(soon);
         LATEMAX_TILE_LOAD(6, q, width);
         LATEMAX_TILE_LOAD(4, from, stride);
         LATEMAX_TILE_MULTIPLY(0, 4, 6);
@@ -69,8 +69,6 @@ void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, 
 
 template <int V, bool ARGMAX>
 void run_tiles(const char *panel, const Rows &rows, int64_t dim, float *best_out, int32_t *at_out) {
-    static thread_local Buffer<char> memory;
-    char *copied = memory.get(2 * ROWS * 2 * (dim + DEPTH));
     alignas(64) char rest[ROWS * 64 * V] = {};
     if (dim % DEPTH) std::memcpy(rest, panel + dim / DEPTH * (DEPTH / 2) * 64 * V, (dim % DEPTH + 1) / 2 * 64 * V);
     vf best[V];
@@ -79,8 +77,8 @@ void run_tiles(const char *panel, const Rows &rows, int64_t dim, float *best_out
     if (ARGMAX) std::memcpy(&at, at_out, sizeof at);
     const tiles::Use use;
     int64_t j = 0;
-    for (; j + ROWS < rows.count; j += 2 * ROWS) multiply<2, V, ARGMAX>(panel, rest, rows, j, dim, copied, best, at);
-    if (j < rows.count) multiply<1, V, ARGMAX>(panel, rest, rows, j, dim, copied, best, at);
+    for (; j + ROWS < rows.count; j += 2 * ROWS) multiply<2, V, ARGMAX>(panel, rest, rows, j, dim, best, at);
+    if (j < rows.count) multiply<1, V, ARGMAX>(panel, rest, rows, j, dim, best, at);
     std::memcpy(best_out, &best, sizeof best);
     if (ARGMAX) std::memcpy(at_out, &at, sizeof at);
 }
@@ -93,11 +91,13 @@ void run_bf16(const void *panel, int vectors, const Rows &rows, int64_t dim, flo
         at ? run_tiles<1, true>(p, rows, dim, best, at) : run_tiles<1, false>(p, rows, dim, best, at);
 }
 
-}  // namespace
-
-bool amx_permitted(bool avx512) { return tiles::permitted(avx512); }
-
-const Level level_amx_bf16 = {
+const Level level = {
     "amx_bf16", LATEMAX_LANES, 2, run_any<Float32, 24, 4, 2>, run_bf16, widen, sum_of_squares, add_scaled};
+}  // namespace
+const Level *const level_amx_bf16 = &level;
+#else
+/* a compiler without these instructions */
+const Level *const level_amx_bf16 = nullptr;
+#endif
 }  // namespace latemax
 #endif

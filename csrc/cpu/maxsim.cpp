@@ -11,6 +11,9 @@
 #include "maxsim_cpu.h"
 #include "queries.h"
 #include "threads.h"
+#if defined(__x86_64__) && defined(__linux__)
+#include "tiles.h"
+#endif
 
 namespace latemax {
 namespace {
@@ -91,10 +94,10 @@ Forward::Forward(const maxsim_args &args, const Level &level, int threads)
 
 Document Forward::document(int64_t query, int64_t c) const {
     Document doc;
+    if (!length(query, c)) return doc;
     int64_t token = 0, masked = 0;
     if (args_.d_offsets) {
         const int64_t number = packed_document(args_, query, c);
-        if (number < 0) return doc;
         const int64_t first = args_.d_offsets[number];
         doc.length = args_.d_offsets[number + 1] - first;
         token = first * args_.d_stride_l;
@@ -129,7 +132,7 @@ int Forward::worth(int64_t tokens) const {
     const double rows = static_cast<double>(queries_.rows()) / static_cast<double>(own_ ? args_.n_q : 1);
     const double products = static_cast<double>(tokens) * std::max(rows, 16.0) * static_cast<double>(args_.dim);
     if (products < 2 * THREAD_PRODUCTS) return 1;
-    const double share = products < 2 * WAKE_PRODUCTS && !worked_lately() ? WAKE_PRODUCTS : THREAD_PRODUCTS;
+    const double share = worked_lately() ? THREAD_PRODUCTS : WAKE_PRODUCTS;
     return std::max(1, static_cast<int>(std::min<double>(threads_, products / share)));
 }
 
@@ -189,7 +192,7 @@ void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
     const int64_t slots = std::clamp<int64_t>(SLOT_FLOATS / width, 1, past - first);
     float *best = s.best.get(slots * width);
     int32_t *at = args_.argmax ? s.at.get(slots * width) : nullptr;
-    s.number.get(batch_), s.scale.get(batch_), s.wide.get(widen_ ? batch_ * args_.dim : 0);
+    s.number.get(batch_), s.scale.get(batch_), s.wide.get(widen_ ? batch_ * args_.dim : bf16_ ? 16 * (args_.dim + 32) : 0);
     s.rows.clear(), s.slot_of_rows.clear(), s.document_of_slot.clear();
     int64_t used = 0;
     for (int64_t c = first; c < past; ++c) {
@@ -229,7 +232,7 @@ void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
 /* The next valid tokens from j on, at most `room`; moves j behind them. */
 Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const {
     const int64_t stride = args_.d_stride_l * item_size(args_.d_dtype), first = j;
-    Rows rows{doc.base, stride, nullptr, nullptr, nullptr, stride, nullptr, first, 0, false, false};
+    Rows rows{doc.base, stride, nullptr, nullptr, nullptr, stride, nullptr, nullptr, first, 0, false, false};
     int32_t *number = s.number.get(batch_) + used;
     if (doc.mask) {
         for (; j < doc.length && rows.count < room; ++j) {
@@ -248,6 +251,7 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
     }
     if (!rows.gather) rows.base += rows.first * stride;
     rows.dense = args_.d_stride_k == 1 && args_.d_stride_l == args_.dim;
+    if (bf16_) rows.room = reinterpret_cast<char *>(s.wide.get(0));
     if (args_.normalize) rows.scale = s.scale.get(batch_) + used;
     if (widen_) {
         float *wide = s.wide.get(batch_ * args_.dim) + used * args_.dim;
@@ -328,7 +332,7 @@ int levels(const Level **out) {
     if (avx512 && __builtin_cpu_supports("avx512bf16")) out[n++] = &level_avx512_bf16;
 #endif
 #if defined(__x86_64__) && defined(__linux__)
-    if (amx_permitted(avx512)) out[n++] = &level_amx_bf16;
+    if (level_amx_bf16 && tiles::permitted(avx512)) out[n++] = level_amx_bf16;
 #endif
     return n;
 }

@@ -105,14 +105,15 @@ void Queries::pack_row(int64_t query, int64_t row, char *out, int64_t stride, fl
         float factor = 1.0f;
         if (args_.normalize) {
             const float norm = clamped_norm(level_.sum_of_squares(MAXSIM_F32, wide, dim));
-            if (bf16_) {
+            if (bf16_ && std::isfinite(norm)) {
                 /* a power of two keeps bfloat16 exact and its products in range; the rest is applied to the maximum */
                 int exponent = 0;
-                if (std::isfinite(norm)) std::frexp(norm, &exponent);
+                std::frexp(norm, &exponent);
                 factor = std::ldexp(1.0f, -exponent);
                 scale[row] = 1.0f / std::ldexp(norm, -exponent);
             } else {
                 for (int64_t k = 0; k < dim; ++k) wide[k] /= norm;
+                if (bf16_) scale[row] = 1.0f;
             }
         }
         for (int64_t k = 0; k < dim; ++k) {

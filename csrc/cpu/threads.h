@@ -6,8 +6,8 @@
 
 namespace latemax {
 
-/* Whether workers may still spin from the last call, as they do for some milliseconds before they sleep: the second of a
- * row of small calls wakes them, and one that stands alone waits for nobody. */
+/* Whether the last call ended within 2 ms: workers spin for some milliseconds before they sleep. The second of a row of
+ * small calls wakes them, and one that stands alone waits for nobody. */
 bool worked_lately();
 void note_work();
 

@@ -12,13 +12,6 @@
 namespace latemax {
 namespace tiles {
 
-/* What LDTILECFG reads. */
-struct alignas(64) Config {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 /* Whether this processor multiplies tiles of bfloat16, and Linux lets this process use them: it must be asked once. */
 inline bool permitted(bool avx512) {
     constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;
@@ -27,6 +20,17 @@ inline bool permitted(bool avx512) {
     return avx512 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BF16) && (d & TILE) &&
            syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
+
+#if defined(__AMX_BF16__)
+#define LATEMAX_TILES
+namespace {
+
+/* What LDTILECFG reads. */
+struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
 
 /* Tile registers are in use from one of these to its end. */
 class Use {
@@ -39,6 +43,8 @@ class Use {
     Use(const Use &) = delete;
 };
 
+}  // namespace
+
 /* The number of a register is part of the instruction. */
 #define LATEMAX_TILE_ZERO(t) _tile_zero(t)
 /* GCC 12's load does not say that it reads memory: the barrier keeps stores of what is read before it */
@@ -50,6 +56,7 @@ class Use {
 #define LATEMAX_TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
 /* sums [16][16] += rows [16][32] x panel [16][16][2] */
 #define LATEMAX_TILE_MULTIPLY(sums, rows, panel) _tile_dpbf16ps(sums, rows, panel)
+#endif
 
 }  // namespace tiles
 }  // namespace latemax

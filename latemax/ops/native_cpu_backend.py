@@ -46,7 +46,10 @@ def why_not(device: torch.device, q_dtype: torch.dtype, d_dtype: torch.dtype) ->
 
 
 def _source(x: torch.Tensor) -> tuple:
-    return _DTYPES[x.dtype], x.data_ptr(), x.shape, x.stride()
+    address = x.data_ptr()
+    if not address and x.numel():
+        raise RuntimeError(f"the memory of a tensor of shape {list(x.shape)} has been freed")
+    return _DTYPES[x.dtype], address, x.shape, x.stride()
 
 
 def _mask(mask: torch.Tensor | None) -> tuple:
@@ -62,18 +65,23 @@ def score(q: torch.Tensor, d: torch.Tensor, normalize: bool, empty_score: float)
     of a 2-D side: none is added first, as views take longer than tiny problems. None for anything else."""
     if not (_cpu is not None and q.is_cpu and d.is_cpu and q.layout == d.layout == torch.strided):
         return None
+    if q.is_nested or d.is_nested:
+        return None
     q_dtype, d_dtype, q_shape, d_shape = _DTYPES.get(q.dtype), _DTYPES.get(d.dtype), q.shape, d.shape
     q_dim, d_dim = len(q_shape), len(d_shape)
     if q_dtype is None or d_dtype is None or q.is_neg() or d.is_neg() or not (1 < q_dim < 4 and 1 < d_dim < 4):
         return None
     if q_shape[-1] != d_shape[-1] or not q_shape[-1] or not q_shape[-2]:
         return None
+    q_at, d_at = q.data_ptr(), d.data_ptr()
+    if not q_at or not d_at:
+        return None
     n_q, n_d = q_shape[0] if q_dim == 3 else 1, d_shape[0] if d_dim == 3 else 1
     shape = (n_q, n_d) if q_dim == d_dim == 3 else (n_q,) if q_dim == 3 else (n_d,) if d_dim == 3 else ()
     scores = q.new_empty(shape, dtype=torch.float32)
     _cpu.forward(
-        len(levels()) - 1, torch.get_num_threads(), q_dtype, q.data_ptr(), q_shape, q.stride(), d_dtype, d.data_ptr(),
-        d_shape, d.stride(), 0, 0, 0, 0, (n_q, n_d), 0, None, 0, None, scores.data_ptr(), 0, normalize, empty_score,
+        len(levels()) - 1, torch.get_num_threads(), q_dtype, q_at, q_shape, q.stride(), d_dtype, d_at, d_shape,
+        d.stride(), 0, 0, 0, 0, (n_q, n_d), 0, None, 0, None, scores.data_ptr(), 0, normalize, empty_score,
     )  # fmt: skip
     return scores
 

@@ -88,7 +88,8 @@ struct Case {
 
 int64_t offset(const std::vector<int64_t> &cu, int64_t n, int64_t length) { return cu.empty() ? n * length : cu[n]; }
 
-double pair_score(const Case &c, int64_t a, int64_t slot) {
+/* Counts in `wrong` what is no winner of its token, within the tolerance of a similarity. */
+double pair_score(const Case &c, int64_t a, int64_t slot, const int32_t *argmax, double tolerance, int &wrong) {
     const maxsim_args &args = c.args;
     int64_t document = args.candidates ? args.candidates[a * args.n_c + slot] : c.own ? a * args.n_c + slot : slot;
     const int64_t first = document < 0 ? 0 : offset(c.cu_d, document, args.l_d);
@@ -100,20 +101,36 @@ double pair_score(const Case &c, int64_t a, int64_t slot) {
         for (int64_t k = 0; k < dim; ++k) squares += t.get(row * dim + k) * t.get(row * dim + k);
         return std::sqrt(squares) < 1e-12 ? 1e-12 : std::sqrt(squares);
     };
+    const int64_t first_token = offset(c.cu_q, a, args.l_q);
+    const int32_t *won = argmax + (c.cu_q.empty() ? (a * args.n_c + slot) * args.l_q : slot * args.l_q + first_token);
     double total = 0;
     bool some_query = false, some_document = false;
     for (int64_t i = offset(c.cu_q, a, args.l_q); i < offset(c.cu_q, a + 1, args.l_q); ++i) {
-        if (!c.q.mask.empty() && !c.q.mask[i]) continue;
+        const int32_t winner = won[i - first_token];
+        if (!c.q.mask.empty() && !c.q.mask[i]) {
+            wrong += winner != -1;
+            continue;
+        }
         some_query = true;
-        double best = -INF;
+        double best = -INF, of_winner = -INF;
+        int64_t first_nan = -1;
+        bool valid = false;
         for (int64_t j = first; j < past; ++j) {
             if (!c.d.mask.empty() && !c.d.mask[j]) continue;
             some_document = true;
             double s = 0;
             for (int64_t k = 0; k < dim; ++k) s += c.q.get(i * dim + k) * c.d.get(j * dim + k);
             s /= norm(c.q, i) * norm(c.d, j);
+            if (std::isnan(s) && first_nan < 0) first_nan = j - first;
+            if (j - first == winner) of_winner = s, valid = true;
             best = std::isnan(best) || std::isnan(s) ? NOT_A_NUMBER : std::fmax(best, s);
         }
+        if (first == past || !some_document)
+            wrong += winner != -1;
+        else if (first_nan >= 0)
+            wrong += winner != first_nan;
+        else
+            wrong += !valid || !(of_winner == best || of_winner >= best - tolerance - 1e-5 * std::fabs(best));
         total += best;
     }
     return !some_query ? 0 : some_document ? total : args.empty_score;
@@ -156,7 +173,7 @@ int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normali
     const int documents = form >> 1;
     a.n_q = 3, a.n_c = documents == 3 ? 6 : 5, a.l_q = 21;
     /* tiles of 32 elements and 16 tokens that end within, and that do not */
-    const bool even = (documents + values) % 2;
+    const bool even = (documents + values + masked + normalize) % 2;
     a.dim = even ? 64 : 67, a.l_d = even ? 41 : 25;
     if (form & 1) c.cu_q = lengths(a.n_q, 40), a.l_q = c.cu_q.back();
     c.own = documents == 1;
@@ -183,7 +200,8 @@ int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normali
     const double tolerance = values == DENORMAL ? 1e-30 : 2e-3;
     for (int64_t q = 0; q < a.n_q; ++q)
         for (int64_t s = 0; s < a.n_c; ++s) {
-            const double ours = one.scores[q * a.n_c + s], truth = pair_score(c, q, s);
+            const double ours = one.scores[q * a.n_c + s];
+            const double truth = pair_score(c, q, s, one.argmax.data(), tolerance, wrong);
             const bool alike = std::isfinite(truth) ? std::fabs(ours - truth) <= tolerance + 1e-5 * std::fabs(truth)
                                                     : (std::isnan(truth) ? std::isnan(ours) : ours == truth);
             wrong += !alike;

@@ -1,6 +1,7 @@
 /* csrc/cpu/tiles.h for any processor: what Intel's manual says LDTILECFG, TILELOADD, TDPBF16PS and TILESTORED do. */
 #ifndef LATEMAX_CPU_TILES_H
 #define LATEMAX_CPU_TILES_H
+#define LATEMAX_TILES
 
 #include <cmath>
 #include <cstdint>
