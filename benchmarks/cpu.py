@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -128,10 +129,16 @@ def unit(*shape):
 
 
 def interleave(runs: dict, rounds: int, first: dict) -> dict[str, list[float]]:
-    """name -> seconds; ``first``: what a call of each took before."""
+    """name -> seconds; ``first``: what a call of each took before.
+
+    Every round has an order of its own: who follows a call on one thread finds the other threads asleep.
+    """
     times = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
     for turn in range(rounds):
-        for name, run in runs.items():
+        shuffle(order)
+        for name in order:
+            run = runs[name]
             if turn >= (1 if first[name] > 10 * SLOW_SECONDS else 3 if first[name] > SLOW_SECONDS else rounds):
                 continue
             start = time.perf_counter()
