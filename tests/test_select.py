@@ -1,5 +1,7 @@
 """The choice of backend and tile: pure, explained, and never a silent fallback."""
 
+import types
+
 import pytest
 import torch
 from common import GPU, TRITON_DEVICE, problem
@@ -44,13 +46,18 @@ def test_what_explain_says_is_what_runs(backend, monkeypatch):
         return
     ran = []
     monkeypatch.setattr(cpu_backend, "forward", lambda *_, **__: ran.append("cpu"))
-    monkeypatch.setattr(native_cpu_backend, "forward", lambda *_, **__: ran.append("native"))
+    if native_cpu_backend._cpu is not None:
+        native = types.SimpleNamespace(forward=lambda *_: ran.append("native"), levels=native_cpu_backend._cpu.levels)
+        monkeypatch.setattr(native_cpu_backend, "_cpu", native)
     monkeypatch.setattr(latemax.ops.launch.reference, "maxsim", lambda *_, **__: ran.append("reference") or (q, q))
     from latemax.ops import triton_backend
 
     monkeypatch.setattr(triton_backend, "forward", lambda *_, **__: ran.append("triton"))
-    latemax.maxsim(q, d, backend=backend)
-    assert ran == ["native" if choice.native else choice.backend]
+    # with a mask too: plain calls go to the native kernel by a shorter way
+    for mask in (None, torch.ones(d.shape[:-1], dtype=torch.bool, device=d.device)):
+        ran.clear()
+        latemax.maxsim(q, d, d_mask=mask, backend=backend)
+        assert ran == ["native" if choice.native else choice.backend]
 
 
 CUDA = torch.device("cuda", 0)
