@@ -27,6 +27,13 @@ def markdown(head: list[str], rows: list[list]) -> str:
     return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
 
 
+def by_shape(rows: list[dict]) -> dict[tuple, list[dict]]:
+    found: dict[tuple, list] = {}
+    for row in rows:
+        found.setdefault(tuple(row["shape"]), []).append(row)
+    return found
+
+
 def cpu(name: str = "cpu") -> str:
     data = result(name)
     machine, limit = data["machine"], data.get("limits")
@@ -67,13 +74,11 @@ def cpu_more() -> str:
     """Forward and backward, ragged documents, and the sweep in one line."""
     data = result("cpu")
     rows = []
-    for shape in dict.fromkeys(tuple(row["shape"]) for row in data["train"]):
-        here = [row for row in data["train"] if tuple(row["shape"]) == shape]
+    for shape, here in by_shape(data["train"]).items():
         mine, best = here[0], min(here[1:], key=lambda row: row["ms_p50"])
         rows.append([f"forward and backward {shape}", f"{mine['ms_p50']:.1f} ms",
                      f"{best['name']} by autograd {best['ms_p50']:.1f} ms: {best['vs_latemax']:.2f}×"])  # fmt: skip
-    for shape in dict.fromkeys(tuple(row["shape"]) for row in data["one"]):
-        here = [row for row in data["one"] if tuple(row["shape"]) == shape]
+    for shape, here in by_shape(data["one"]).items():
         mine, best = here[0], min(here[1:], key=lambda row: row["us"])
         rows.append([f"a call with one document {shape}", f"{mine['us']:.1f} µs",
                      f"{best['name']} {best['us']:.1f} µs: {best['vs_latemax']:.2f}×; its products alone at the "
@@ -82,9 +87,9 @@ def cpu_more() -> str:
         rows.append([f"1000 documents of {row['lengths']} tokens, end to end", f"{row['ms']['ragged']:.1f} ms",
                      f"a token costs {row['per_token_vs_dense']:.2f}× that of equally long documents"])  # fmt: skip
     ratios = []
-    for shape in dict.fromkeys(tuple(row["shape"]) for row in data["sweep"]):
-        here = [row for row in data["sweep"] if tuple(row["shape"]) == shape and "float16" not in row["name"]]
-        ratios.append((min(row["vs_latemax"] for row in here if row["name"] != "latemax"), shape))
+    peers = [row for row in data["sweep"] if "float16" not in row["name"] and row["name"] != "latemax"]
+    for shape, here in by_shape(peers).items():
+        ratios.append((min(row["vs_latemax"] for row in here), shape))
     if ratios:
         ratios.sort()
         middle = ratios[len(ratios) // 2][0]

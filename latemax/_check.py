@@ -56,6 +56,10 @@ def sizes(q: torch.Tensor, d: torch.Tensor, packing: Packing) -> Sizes:
     return Sizes(own, n_q, n_d if candidates is None else candidates.shape[1], l_q, l_d, q.shape[-1])
 
 
+def score_dtype(q: torch.dtype, d: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.promote_types(q, d) == torch.float64 else torch.float32
+
+
 class Problem(NamedTuple):
     """Shapes and flags of one call: all that the choice of backend and tile may depend on."""
 
@@ -113,6 +117,11 @@ def options(*, normalize, empty_score, return_argmax, backend) -> float:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     return float(empty_score)
+
+
+def positive(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
 
 
 def tokens(name: str, x, dims: tuple[int, ...], shapes: str) -> None:

@@ -110,8 +110,7 @@ def topk(q: Tensor, shard, k: int, q_mask=None, *, group=None, timeout: float = 
 
     def look() -> dict:
         _check.tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k must be an int >= 1, got {k!r}")
+        _check.positive("k", k)
         found = corpora.of(shard, options.get("d_mask"))
         return {
             "shape of q": list(q.shape),
@@ -131,8 +130,8 @@ def topk(q: Tensor, shard, k: int, q_mask=None, *, group=None, timeout: float = 
     mine = ranks.share(lambda: local_topk(q, shard, kept, q_mask, **options) if kept else None)
 
     n_q = 1 if q.dim() == 2 else len(q)
-    double = torch.promote_types(q.dtype, getattr(torch, facts[0]["dtype of the corpus"].removeprefix("torch.")))
-    scores = torch.zeros(n_q, k, dtype=torch.float64 if double == torch.float64 else torch.float32)
+    of_corpus = getattr(torch, facts[0]["dtype of the corpus"].removeprefix("torch."))
+    scores = torch.zeros(n_q, k, dtype=_check.score_dtype(q.dtype, of_corpus))
     indices = torch.zeros(n_q, k, dtype=torch.int64)
     if mine is not None:
         scores[:, :kept] = mine.scores.view(n_q, kept)

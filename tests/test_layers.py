@@ -42,6 +42,7 @@ LEAVES = (
     "latemax._progress",
     "latemax.reference",
     "latemax.ops",
+    "latemax.ops.binding",
     "latemax.ops.tiles",
     "latemax.store",
     "latemax.encoders",

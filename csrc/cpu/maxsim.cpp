@@ -94,16 +94,14 @@ Forward::Forward(const maxsim_args &args, const Level &level, int threads)
 
 Document Forward::document(int64_t query, int64_t c) const {
     Document doc;
-    if (!length(query, c)) return doc;
+    doc.length = length(query, c);
+    if (!doc.length) return doc;
     int64_t token = 0, masked = 0;
     if (args_.d_offsets) {
-        const int64_t number = packed_document(args_, query, c);
-        const int64_t first = args_.d_offsets[number];
-        doc.length = args_.d_offsets[number + 1] - first;
+        const int64_t first = args_.d_offsets[packed_document(args_, query, c)];
         token = first * args_.d_stride_l;
         masked = first * args_.d_mask_stride_l;
     } else {
-        doc.length = args_.l_d;
         token = query * args_.d_stride_q + c * args_.d_stride_n;
         masked = query * args_.d_mask_stride_q + c * args_.d_mask_stride_n;
     }

@@ -5,21 +5,16 @@ Backward is Triton's, from the winners that these kernels record.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
 
 import torch
 
 from latemax._check import Problem
+from latemax.ops import binding
+from latemax.ops.binding import address
 from latemax.ops.tiles import SHARED_MEMORY, SMALLEST_SHARED_MEMORY
 
-try:
-    _cuda = importlib.import_module("latemax.ops._cuda")
-    _why_not = ""
-except ImportError as error:
-    _cuda = None
-    _why_not = "not built" if isinstance(error, ModuleNotFoundError) else str(error)
+_cuda, _why_not = binding.load("_cuda")
 
 # maxsim_dtype of csrc/maxsim.h
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}
@@ -63,13 +58,6 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _on(device: torch.device):
-    """Launches go to the tensors' device, whichever is current."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
 def _rows(x: torch.Tensor, expanded_tokens: bool) -> torch.Tensor:
     """x as the copy engines take it: dims side by side, every token at a multiple of 16 bytes. A dense tensor of such
     dims is that already and is not copied."""
@@ -108,7 +96,7 @@ def _run(
     d_strides = (0,) * (4 - d.dim()) + d.stride()
     q_mask_strides = (0, 0) if q_mask is None else (0,) * (2 - q_mask.dim()) + q_mask.stride()
     d_mask_strides = (0, 0, 0) if d_mask is None else (0,) * (3 - d_mask.dim()) + d_mask.stride()
-    with _on(q.device):
+    with binding.on(q.device):
         floats = functools.partial(q.new_empty, dtype=torch.float32)
         norms = (floats(q[..., 0].numel()), floats(d[..., 0].numel())) if normalize else (None, None)
         # of documents, not of tokens: what the kernels find there is where the last kept token lies
@@ -118,18 +106,14 @@ def _run(
         partial = floats(parts, n_q, n_c) if parts > 1 else None
         _cuda.forward(
             device, _stream(q.device), capability, own,
-            _DTYPES[q.dtype], q.data_ptr(), (n_q, l_q, q.shape[-1]), q_strides, _address(q_offsets),
+            _DTYPES[q.dtype], q.data_ptr(), (n_q, l_q, q.shape[-1]), q_strides, address(q_offsets),
             len(q) if flat_q else 0,
-            d.data_ptr(), n_c, 0 if flat_d else d.shape[-2], d_strides, _address(d_offsets), len(d) if flat_d else 0,
-            len(d_offsets) - 1 if flat_d else 0, _address(candidates),
-            _address(q_mask), q_mask_strides, _address(d_mask), d_mask_strides, _address(lengths),
-            _address(norms[0]), _address(norms[1]), _address(partial), scores.data_ptr(),
+            d.data_ptr(), n_c, 0 if flat_d else d.shape[-2], d_strides, address(d_offsets), len(d) if flat_d else 0,
+            len(d_offsets) - 1 if flat_d else 0, address(candidates),
+            address(q_mask), q_mask_strides, address(d_mask), d_mask_strides, address(lengths),
+            address(norms[0]), address(norms[1]), address(partial), scores.data_ptr(),
             argmax.data_ptr() if argmax.numel() else 0, normalize, empty_score,
         )  # fmt: skip
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, capability=0) -> None:

@@ -16,8 +16,7 @@ def allocate(
     The winners of query tokens that lie end to end are [n_d, t_q].
     """
     _, n_q, n_d, l_q, _, _ = _check.sizes(q, d, packing)
-    double = torch.promote_types(q.dtype, d.dtype) == torch.float64
-    scores = q.new_empty((n_q, n_d), dtype=torch.float64 if double else torch.float32)
+    scores = q.new_empty((n_q, n_d), dtype=_check.score_dtype(q.dtype, d.dtype))
     shape = (n_q, n_d, l_q) if packing.cu_q is None else (n_d, l_q)
     return scores, q.new_empty(shape if want_argmax else (0,), dtype=torch.int32)
 

@@ -6,16 +6,13 @@ Nothing is copied or widened here: the kernels take addresses, shapes and stride
 from __future__ import annotations
 
 import functools
-import importlib
 
 import torch
 
-try:
-    _cpu = importlib.import_module("latemax.ops._cpu")
-    _why_not = ""
-except ImportError as error:
-    _cpu = None
-    _why_not = "not built" if isinstance(error, ModuleNotFoundError) else str(error)
+from latemax.ops import binding
+from latemax.ops.binding import address
+
+_cpu, _why_not = binding.load("_cpu")
 
 # maxsim_dtype of csrc/maxsim.h
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -46,18 +43,14 @@ def why_not(device: torch.device, q_dtype: torch.dtype, d_dtype: torch.dtype) ->
 
 
 def _source(x: torch.Tensor) -> tuple:
-    address = x.data_ptr()
-    if not address and x.numel():
+    at = x.data_ptr()
+    if not at and x.numel():
         raise RuntimeError(f"the memory of a tensor of shape {list(x.shape)} has been freed")
-    return _DTYPES[x.dtype], address, x.shape, x.stride()
+    return _DTYPES[x.dtype], at, x.shape, x.stride()
 
 
 def _mask(mask: torch.Tensor | None) -> tuple:
-    return (0, None) if mask is None else (mask.data_ptr(), mask.stride())
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    return address(mask), None if mask is None else mask.stride()
 
 
 def score(q: torch.Tensor, d: torch.Tensor, normalize: bool, empty_score: float) -> torch.Tensor | None:
@@ -123,10 +116,10 @@ def forward_packed(
         torch.get_num_threads(),
         *_source(q),
         *_source(d),
-        _address(cu_q),
-        _address(cu_d),
+        address(cu_q),
+        address(cu_d),
         0 if cu_d is None else len(cu_d) - 1,
-        _address(candidates),
+        address(candidates),
         scores.shape,
         *_mask(q_mask),
         *_mask(d_mask),
@@ -159,16 +152,16 @@ def backward_packed(g, q, d, argmax, cu_q, cu_d, candidates, *, normalize, needs
         torch.get_num_threads(),
         *_source(q),
         *_source(d),
-        _address(cu_q),
-        _address(cu_d),
+        address(cu_q),
+        address(cu_d),
         0 if cu_d is None else len(cu_d) - 1,
-        _address(candidates),
+        address(candidates),
         g.shape,
         argmax.data_ptr(),
         g.data_ptr(),
         g.stride(),
-        _address(grad_q),
-        _address(grad_d),
+        address(grad_q),
+        address(grad_d),
         normalize,
     )
     return grad_q, grad_d

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from latemax import reference
-from latemax._check import Packing, sizes
+from latemax._check import Packing, score_dtype, sizes
 from latemax.ops import cpu_backend
 
 # document tokens padded together at most: long enough for torch's matmul to run at full rate
@@ -90,8 +90,7 @@ def reference_forward(q, d, q_mask, d_mask, packing: Packing, *, normalize, empt
     """(scores, argmax) of the oracle, as ``forward_packed`` fills them: every pair alone."""
     own, n_q, n_c, l_q, _, _ = sizes(q, d, packing)
     cu_q, cu_d, candidates = packing
-    double = torch.promote_types(q.dtype, d.dtype) == torch.float64
-    scores = q.new_empty(n_q, n_c, dtype=torch.float64 if double else torch.float32)
+    scores = q.new_empty(n_q, n_c, dtype=score_dtype(q.dtype, d.dtype))
     argmax = q.new_full((n_q, n_c, l_q) if cu_q is None else (n_c, l_q), -1, dtype=torch.int32)
     if cu_d is not None:
         spans = [*_spans(cu_d), (0, 0)]
@@ -118,7 +117,7 @@ def reference_forward(q, d, q_mask, d_mask, packing: Packing, *, normalize, empt
 def backward_packed(g, q, d, argmax, cu_q, cu_d, candidates, *, normalize, needs_q, needs_d):
     """(grad_q, grad_d) in the dtypes and shapes of q and d, or None for a side that needs none. Any device."""
     own, n_q, n_c, l_q, l_d, dim = sizes(q, d, Packing(cu_q, cu_d, candidates))
-    wide = torch.float64 if torch.promote_types(q.dtype, d.dtype) == torch.float64 else torch.float32
+    wide = score_dtype(q.dtype, d.dtype)
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
         rows, docs = q.reshape(-1, dim).to(wide), d.reshape(-1, dim)
         if cu_q is None:

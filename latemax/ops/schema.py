@@ -76,13 +76,14 @@ torch.library.register_autograd("latemax::maxsim", _differentiate, setup_context
 torch.library.register_autograd("latemax::maxsim_backward", _refuse, lib=_library)
 
 
+def _no_mode() -> bool:
+    """No dispatch mode and no functorch transform is at work."""
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
 def _plain(*tensors) -> bool:
     """Nothing but eager execution of ordinary tensors is going on."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and all(x is None or type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
-    )
+    return _no_mode() and all(x is None or type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def _refuse_transforms(*tensors) -> None:
@@ -111,8 +112,7 @@ def at_once(q, d, normalize: bool, empty_score: float, backend: str) -> torch.Te
         or backend not in ("auto", "cpu")
         or ((q.requires_grad or d.requires_grad) and torch.is_grad_enabled())
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or not _no_mode()
     ):
         return None
     return native_cpu_backend.score(q, d, normalize, empty_score)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +10,7 @@ from triton.runtime import driver
 from latemax._check import DENSE, sizes
 from latemax.kernels.backward import grad_d_kernel, grad_q_kernel, through_norm_kernel
 from latemax.kernels.forward import forward_kernel, inverse_norm_kernel, sum_slots_kernel
+from latemax.ops import binding
 from latemax.ops.tiles import TileConfig, backward_tile, padded_dim
 
 TL_DTYPES = {
@@ -107,13 +106,6 @@ class Again:
 def _ceil(a: int, b: int) -> int:
     # triton.cdiv is a constexpr function: 7 µs a call
     return -(-a // b)
-
-
-def _on(device: torch.device):
-    """Launches go to the tensors' device, whichever is current."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def _unit_last(x: torch.Tensor) -> torch.Tensor:
@@ -231,7 +223,7 @@ def forward(q, d, q_mask, d_mask, scores, argmax, *, normalize, empty_score, til
     norm = 0
     if normalize:
         norm = 1 if candidates is not None or (q_tiles == chunks == 1 and dim <= tile.block_k) else 2
-    with _on(q.device):
+    with binding.on(q.device):
         q_inv = d_inv = scores
         if norm == 2 or (norm and dim > tile.block_k):
             q_inv = _inverse_norms(q, dtype)
@@ -298,7 +290,7 @@ def backward(g, q, d, argmax, *, normalize, needs_q, needs_d, packing=DENSE):
     q, d = _unit_last(q), _unit_last(d)
     align, accumulator = _align(q, d), _accumulator(dtype)
     grad_q = grad_d = None
-    with _on(q.device):
+    with binding.on(q.device):
         q_inv, d_inv = (_inverse_norms(q, dtype), _inverse_norms(d, dtype)) if normalize else (g, g)
         if needs_q:
             # tokens end to end are one long query to a gather

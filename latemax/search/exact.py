@@ -63,9 +63,8 @@ def topk(
         >>> scores, indices = latemax.topk(query_tokens, PatchStore("pages"), 10)
     """
     empty_score = _check.options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
-    for name, value in (("k", k), ("memory", memory)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+    _check.positive("k", k)
+    _check.positive("memory", memory)
     found = corpora.of(corpus, d_mask)
     if k > len(found):
         raise ValueError(f"k must be at most the number of documents, {len(found)}; got {k}")

@@ -121,9 +121,8 @@ def two_stage(
     found = corpora.of(corpus)
     if q.shape[-1] != found.dim:
         raise ValueError(f"q and corpus must have the same dim; got {q.shape[-1]} and {found.dim}")
-    for name, value in (("k", k), ("n_candidates", n_candidates)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+    _check.positive("k", k)
+    _check.positive("n_candidates", n_candidates)
     n = min(n_candidates, len(found))
     if k > n:
         raise ValueError(f"k must be at most n_candidates and the number of documents, {n}; got {k}")
@@ -134,7 +133,7 @@ def two_stage(
     q, q_mask = q.detach().to(found.device), None if q_mask is None else q_mask.to(found.device)
 
     # empty slots stay NaN, so that they rank last whatever empty_score is
-    scores = torch.full(candidates.shape, math.nan, device=found.device, dtype=_score_dtype(q, found))
+    scores = torch.full(candidates.shape, math.nan, device=found.device, dtype=_check.score_dtype(q.dtype, found.dtype))
     for tokens, offsets, local in found.pieces(candidates):
         piece = rerank(
             q, tokens, offsets.to(tokens.device), local, q_mask, normalize=normalize, empty_score=empty_score,
@@ -144,10 +143,6 @@ def two_stage(
     kept = best(scores, candidates, k)
     result = TopK(kept.scores.masked_fill(kept.indices < 0, empty_score).to(device), kept.indices.to(device))
     return TopK(result.scores[0], result.indices[0]) if one_query else result
-
-
-def _score_dtype(q: Tensor, found: corpora.Corpus) -> torch.dtype:
-    return torch.float64 if torch.promote_types(q.dtype, found.dtype) == torch.float64 else torch.float32
 
 
 def _candidates(came, n_q: int, n_d: int) -> Tensor:
