@@ -1,4 +1,4 @@
-"""Timing that the ``latemax bench`` command and the repository's benchmark suite share."""
+"""``latemax bench``, and the timing helpers that it shares with the repository's benchmark suites."""
 
 from __future__ import annotations
 
@@ -6,25 +6,37 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from latemax.api import explain, maxsim
 
 
 def sync(device: str) -> None:
+    """Waits for the device's queue; does nothing on the CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def fifths(seconds: list[float]) -> dict[str, float]:
-    """p20, p50, p80 in milliseconds."""
+    """Returns p20, p50 and p80 of ``seconds``, in milliseconds."""
     cuts = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else seconds * 4
     return dict(p20=1e3 * cuts[0], p50=1e3 * statistics.median(seconds), p80=1e3 * cuts[3])
 
 
-def interleaved(runs: dict[str, Callable], device: str, rounds: int) -> dict[str, list[float]]:
-    """name -> wall seconds of each round; every round runs every contender once."""
+def interleaved(runs: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, list[float]]:
+    """Times several functions in turn, so that a change of clock meets all of them.
+
+    Args:
+        runs: name -> function. Every round runs each of them once.
+        device: ``"cpu"`` or ``"cuda"``.
+        rounds: number of rounds.
+
+    Returns:
+        name -> wall seconds of each round.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -37,20 +49,24 @@ def interleaved(runs: dict[str, Callable], device: str, rounds: int) -> dict[str
 
 
 def limits(device: str, rounds: int = 20) -> dict[str, float]:
-    """What this machine does at best, measured now: matmul TFLOP/s by dtype, and GB/s of reading and of copying."""
+    """Measures what this machine reaches now.
+
+    Returns:
+        ``matmul_{float32,bfloat16,float16}_tflops``, ``read_gbs`` and ``copy_gbs``.
+    """
     size = 8192 if device == "cuda" else 1024
-    # bytes; more than the last cache of a processor holds, which 32 MB were not
+    # bytes; more than the last-level cache of a processor, which 32 MB is not
     elements = (1 << 30) if device == "cuda" else (1 << 28)
-    found = {}
+    found: dict[str, float] = {}
     for dtype in ("float32", "bfloat16", "float16"):
         a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
         run = {"": lambda a=a: a @ a}
         seconds = interleaved(run, device, 2)[""]
-        # torch's half-precision product takes 2 s on processors without instructions for it
+        # torch's half-precision matmul takes 2 s on processors without instructions for it
         if min(seconds) < 0.2:
             seconds = interleaved(run, device, rounds)[""]
         rate = 2 * size**3 / min(seconds) / 1e12
-        # half precision can always be widened
+        # half precision can always be converted to float32 first
         found[f"matmul_{dtype}_tflops"] = max(rate, found.get("matmul_float32_tflops", 0)) if device == "cpu" else rate
     x = torch.ones(elements // 4, device=device)
     y = torch.empty_like(x)
@@ -60,16 +76,21 @@ def limits(device: str, rounds: int = 20) -> dict[str, float]:
     return found
 
 
-def eager(q, d):
+def eager(q: Tensor, d: Tensor) -> Tensor:
+    """Scores [n_q, n_d] in plain torch."""
     return torch.einsum("qic,kjc->qkij", q, d).amax(-1).sum(-1, dtype=torch.float32)
 
 
-def quick(rounds: int = 10) -> list[dict]:
-    """The quick table of this machine: latemax beside torch eager, checked, with the limit that binds.
+def quick(rounds: int = 10) -> list[dict[str, Any]]:
+    """Times latemax next to eager torch on three shapes, after checking that their scores agree.
 
     Returns:
-        One dict a shape: label, latemax_ms, eager_ms, error (largest difference of the two), allowed_ms (the least
-        that the measured matmul rate or read bandwidth permits), binding ("matmul" or "read"), backend.
+        One dict per shape: ``label``, ``latemax_ms``, ``eager_ms``, ``error`` (largest difference of the two),
+        ``allowed_ms`` (the least time that the measured matmul rate or read bandwidth permits), ``binding``
+        (``"matmul"`` or ``"read"``, whichever takes longer), ``backend``.
+
+    Raises:
+        RuntimeError: the scores differ.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     limit = limits(device, rounds)
@@ -102,7 +123,8 @@ def quick(rounds: int = 10) -> list[dict]:
     return rows
 
 
-def render(rows: list[dict]) -> str:
+def render(rows: list[dict[str, Any]]) -> str:
+    """Formats what `quick` returned as the text of ``latemax bench``."""
     lines = [f"{'':58} {'latemax':>10} {'torch':>10} {'ratio':>7} {'limit':>10} {'of limit':>9}"]
     for row in rows:
         lines.append(
