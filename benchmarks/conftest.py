@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.cpu import machine
-from latemax import _bench
+from latemax.cli import bench
 
 
 def pytest_addoption(parser):
@@ -28,7 +28,7 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def limit(device, request) -> dict:
-    return _bench.limits(device, rounds=2 if request.config.getoption("--tiny") else 20)
+    return bench.limits(device, rounds=2 if request.config.getoption("--tiny") else 20)
 
 
 class Rows:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import latemax
-from latemax._bench import limits
+from latemax.cli.bench import limits
 from latemax.ops import native_cpu_backend
 
 # (l_q, n_d, l_d, dim)

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import latemax
 from benchmarks.cpu import machine
-from latemax._bench import interleaved
+from latemax.cli.bench import interleaved
 
 DIM, L_Q = 128, 32
 

@@ -17,7 +17,7 @@ import torch
 import latemax
 from benchmarks import peers
 from benchmarks.shapes import Shape
-from latemax._bench import fifths, interleaved, sync
+from latemax.cli.bench import fifths, interleaved, sync
 
 
 def bound(shape: Shape, train: bool, limit: dict) -> tuple[str, float]:
