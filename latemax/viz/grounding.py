@@ -1,4 +1,4 @@
-"""Plots of where a score comes from: winning patches on the photo, in blocks of true patch size."""
+"""Plots of the patches that a score comes from, drawn on the image as blocks of true patch size."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ from typing import TYPE_CHECKING, Any
 from latemax.viz._style import COLORS, INK, MUTED, as_uint8, new_axes, style
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from latemax.analysis import GroundingMap
 
 Box = tuple[float, float, float, float]
 
-# Hue runs through these from left to right, lightness falls from top to bottom, so that either reads alone.
+# Hue changes from left to right, lightness falls from top to bottom: each can be read without the other.
 _HUES = ((0, 114, 178), (110, 60, 160), (213, 94, 0), (240, 190, 20))
 
 
-def position_colors(rows: int, cols: int) -> Any:
-    """A colour a cell, float [rows * cols, 3] in 0..1: blue, purple, orange, yellow left to right, light above dark."""
+def position_colors(rows: int, cols: int) -> NDArray[Any]:
+    """Returns one colour per cell of a grid, float [rows * cols, 3] in 0..1, row-major.
+
+    From left to right the colours run from blue through purple and orange to yellow, from top to bottom from light to
+    dark.
+    """
     import numpy as np
 
     hues = np.array(_HUES) / 255
@@ -36,12 +43,25 @@ def plot_grounding(
     *,
     box: Box | None = None,
     title: str | None = None,
-    ax: Any = None,
-) -> tuple[Any, Any]:
-    """The photo with the patches that brought the score, each as one block of true patch size.
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """Plots the patches that a score comes from on the image, each as one block of true patch size.
 
-    image: [H, W, 3], exactly the pixels the encoder saw. grounding: of one image. A block's strength is the patch's
-    part of the score. box: (left, top, right, bottom) in pixels, drawn as an outline. Returns (fig, ax).
+    A stronger block contributes a larger part of the score.
+
+    Args:
+        image: [H, W, 3], exactly the pixels that the encoder saw.
+        grounding: result of `latemax.analysis.grounding_map` for one image.
+        box: (left, top, right, bottom) in pixels, drawn as an outline.
+        title: None states the number of patches and the score.
+        ax: axes to draw on; None makes a new figure.
+
+    Returns:
+        (fig, ax).
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: a grounding of several images, or something that is not an image.
     """
     import numpy as np
 
@@ -63,7 +83,7 @@ def plot_grounding(
         _outline(plt, ax, box)
         patches = int((wins > 0).sum())
         ax.set_title(
-            title or f"{patches} of {wins.size} patches bring the score {float(grounding.score):.1f}", loc="left"
+            title or f"The score {float(grounding.score):.1f} comes from {patches} of {wins.size} patches", loc="left"
         )
         ax.set_xlabel("stronger: a larger part of the score", color=MUTED)
         _bare(ax)
@@ -78,12 +98,27 @@ def plot_correspondence(
     *,
     box: Box | None = None,
     title: str | None = None,
-    ax: Any = None,
-) -> tuple[Any, Any]:
-    """The photo with each winning patch in the colour of the query patch that chose it (`position_colors`).
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """Plots each argmax patch on the image in the colour of its query patch (`position_colors`).
 
-    image: [H, W, 3]. argmax: int [rows * cols of query_grid], winners as flat index into ``grid``. Where several query
-    patches chose one patch, it takes the mean of their colours. Returns (fig, ax).
+    A patch that is the argmax of several query patches takes the mean of their colours.
+
+    Args:
+        image: [H, W, 3].
+        argmax: int [rows * cols of ``query_grid``], flat indices into ``grid``; -1 draws nothing.
+        grid: (rows, cols) of the image.
+        query_grid: (rows, cols) of the query image.
+        box: (left, top, right, bottom) in pixels, drawn as an outline.
+        title: of the axes.
+        ax: axes to draw on; None makes a new figure.
+
+    Returns:
+        (fig, ax).
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: an argmax that does not fill ``query_grid``, or something that is not an image.
     """
     import numpy as np
 
@@ -91,11 +126,11 @@ def plot_correspondence(
         raise ValueError(f"argmax must be [{query_grid[0] * query_grid[1]}] for query_grid {query_grid}, "
                          f"got {list(argmax.shape)}")  # fmt: skip
     picture = as_uint8(image)
-    winners = argmax.long().cpu().numpy()
-    colors, keep = position_colors(*query_grid), winners >= 0
+    patch = argmax.long().cpu().numpy()
+    colors, keep = position_colors(*query_grid), patch >= 0
     total = np.zeros((grid[0] * grid[1], 4))
-    np.add.at(total[:, :3], winners[keep], colors[keep])
-    np.add.at(total[:, 3], winners[keep], 1.0)
+    np.add.at(total[:, :3], patch[keep], colors[keep])
+    np.add.at(total[:, 3], patch[keep], 1.0)
     count = total[:, 3:]
     overlay = np.concatenate([total[:, :3] / np.maximum(count, 1), 1.0 * (count > 0)], -1).reshape(*grid, 4)
     with style() as plt:
@@ -122,17 +157,34 @@ def plot_ranking(
     own: int | None = None,
     box: Box | None = None,
     title: str | None = None,
-) -> tuple[Any, Any]:
-    """A query crop, its best photos with scores, and which patches of each photo won.
+) -> tuple[Figure, NDArray[Any]]:
+    """Plots a query crop, its best images with their scores, and the argmax patches in each image.
 
-    query: [h, w, 3]. images: k photos [H, W, 3], best first, with names, scores and argmax int [k, l_q] to match.
-    ranks: their ranks where they are not 1..k. own: which of the k is the right one; box: (left, top, right, bottom) of
-    the crop in that photo's pixels. The colour of a winning patch tells which part of the crop chose it. Returns
-    (fig, axes [2, 1 + k]).
+    The colour of an argmax patch is that of its query patch.
+
+    Args:
+        query: [h, w, 3].
+        query_grid: (rows, cols) of the query.
+        images: k images [H, W, 3], best first.
+        names: k names.
+        scores: k scores.
+        argmax: int [k, l_q], flat indices into ``grid``.
+        grid: (rows, cols) of the images.
+        ranks: k ranks; None is 1..k.
+        own: which of the k images is the right one.
+        box: (left, top, right, bottom) of the crop in the pixels of the right image.
+        title: of the figure.
+
+    Returns:
+        (fig, axes [2, 1 + k]).
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: images, names, scores and argmax of different lengths.
     """
     k = len(images)
     if not (len(names) == len(scores) == len(argmax) == k):
-        raise ValueError(f"images, names, scores and argmax must be as many, "
+        raise ValueError(f"images, names, scores and argmax must have one length, "
                          f"got {k}, {len(names)}, {len(scores)} and {len(argmax)}")  # fmt: skip
     import torch
 
@@ -145,7 +197,9 @@ def plot_ranking(
         axes[0, 0].imshow(as_uint8(query, "query"))
         axes[0, 0].set_title("query crop")
         plot_correspondence(query, torch.arange(argmax.shape[1]), query_grid, query_grid, ax=axes[1, 0])
-        axes[1, 0].set_xlabel("a colour a patch of the\ncrop; its best match in\neach photo wears it", color=MUTED)
+        axes[1, 0].set_xlabel(
+            "each patch of the crop has\na colour; its best match in\neach photo has the same", color=MUTED
+        )
         for at, (image, name, score) in enumerate(zip(images, names, scores, strict=True)):
             right = at == own
             color = COLORS["registers"] if right else INK
@@ -165,7 +219,7 @@ def plot_ranking(
 
 
 def _faded(picture: Any) -> Any:
-    """Grey and light, so that blocks of colour stand out and the subject stays readable."""
+    """Returns the picture grey and light, so that coloured blocks are prominent and the subject stays readable."""
     import numpy as np
 
     grey = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
@@ -185,7 +239,7 @@ def _outline(plt: Any, ax: Any, box: Box | None) -> None:
         ax.add_patch(plt.Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, lw=width, ec=color))
 
 
-def _rgb(code: str) -> tuple[float, float, float]:
+def _rgb(code: str) -> tuple[float, ...]:
     return tuple(int(code[i : i + 2], 16) / 255 for i in (1, 3, 5))
 
 
