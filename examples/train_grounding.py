@@ -218,7 +218,7 @@ def train(model: Retriever, encoder: PatchEncoder, inputs: Tensor, photos: Tenso
           s: Settings, generator: torch.Generator, lora: LoRA | None = None,
           tick: Callable[[], Any] = lambda: None) -> list[float]:  # fmt: skip
     """Trains ``model``, and the factors of ``lora``, with objective ``how``; returns the loss of every step."""
-    groups = [{"params": list(model.parameters()), "lr": lr}]
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": lr}]
     if lora is not None:
         groups.append({"params": list(lora.parameters()), "lr": s.lora_lr})
     optimiser = torch.optim.AdamW(groups, weight_decay=0.01)
@@ -295,7 +295,7 @@ def noun_maps(
     ]
 
 
-def run_one(vit: nn.Module, n_names: int, data: tuple[Canvases, Canvases], how: str, use_lora: bool, seed: int,
+def run_one(vit: Any, n_names: int, data: tuple[Canvases, Canvases], how: str, use_lora: bool, seed: int,
             s: Settings, tick: Callable[[], Any] = lambda: None) -> dict[str, Any]:  # fmt: skip
     """Trains once and evaluates; returns one row of the table."""
     torch.manual_seed(seed)

@@ -193,11 +193,10 @@ def similarity_distribution(
                 sums[norm][key] += float(value.double().sum())
 
     count = dict(zip(keys, (int(n) for n in total), strict=True))
-    values = {
-        norm: {key: torch.cat(v) if v else torch.empty(0) for key, v in kept[norm].items()} for norm in (False, True)
-    }
-    mean = {
-        norm: {key: sums[norm][key] / count[key] if count[key] else float("nan") for key in keys}
-        for norm in (False, True)
-    }
-    return SimilarityDistribution(values[False], values[True], mean[False], mean[True], count)
+    raw, cosine = (
+        {key: torch.cat(v) if v else torch.empty(0) for key, v in kept[norm].items()} for norm in (False, True)
+    )
+    raw_mean, cosine_mean = (
+        {key: sums[norm][key] / count[key] if count[key] else float("nan") for key in keys} for norm in (False, True)
+    )
+    return SimilarityDistribution(raw, cosine, raw_mean, cosine_mean, count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +179,7 @@ def simulate_cls_dominance(
             f"the scene needs 1 <= l_q <= n_objects <= n_concepts, got l_q={l_q}, n_objects={n_objects}, "
             f"n_concepts={n_concepts}"
         )
-    points = [{**settings, knob: int(v) if knob == "n_patches" else float(v)} for v in values]
+    points: list[dict[str, Any]] = [{**settings, knob: int(v) if knob == "n_patches" else float(v)} for v in values]
     for point in points:
         _check_point(point)
 

@@ -92,7 +92,7 @@ def draw_rankings(
             argmax[at][order],
             encoded.grid,
             own=where,
-            box=tuple(v * PHOTO_SIZE for v in crop.box),
+            box=crop.pixels(PHOTO_SIZE),
             ranks=[int((scores[at] > scores[at][i]).sum()) + 1 for i in order.tolist()],
             title=f"The right photo ranks {int(rank[at])} of {len(photos)}; {percent(hit)} of the crop's patches "
             f"have their best match inside the frame (chance {percent(chance)})",
@@ -102,14 +102,14 @@ def draw_rankings(
     at = chosen_queries(crops, photos, rank)[0]
     crop = crops[at]
     grounding = grounding_map(encoded.q[at], encoded.d[crop.owner], encoded.grid, normalize=True)
-    figure = viz.plot_grounding(
+    best = viz.plot_grounding(
         photos[crop.owner].image.resize((PHOTO_SIZE, PHOTO_SIZE)),
         grounding,
-        box=tuple(v * PHOTO_SIZE for v in crop.box),
+        box=crop.pixels(PHOTO_SIZE),
         title=f"The score {float(grounding.score):.1f} comes from {int((grounding.wins() > 0).sum())} of "
         f"{grounding.wins().numel()} patches\n(frame: the place of the query crop)",
     )
-    album.save("grounding.png", figure)
+    album.save("grounding.png", best)
 
 
 def draw_study(

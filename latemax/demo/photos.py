@@ -54,6 +54,11 @@ class Crop:
     box: tuple[float, float, float, float]
     image: Image
 
+    def pixels(self, side: int) -> tuple[float, float, float, float]:
+        """Returns ``box`` in the pixels of a photo of that side."""
+        left, top, right, bottom = self.box
+        return left * side, top * side, right * side, bottom * side
+
 
 def require(*packages: str) -> None:
     """Checks that packages are installed.

@@ -114,8 +114,9 @@ def _encoders(model: str | os.PathLike | None) -> tuple[Any, Any, str]:
     """Returns an encoder with the final norm, one without, and the source of the weights."""
     from latemax.encoders import PatchEncoder
 
-    path, source = model, str(model)
-    if model is None:
+    if model is not None:
+        path, source = model, str(model)
+    else:
         from latemax.encoders.weights import WHEEL, dinov2_small
 
         try:

@@ -126,7 +126,9 @@ def norm_numbers(result: TokenNorms) -> dict[str, Any]:
     def plain(values: Tensor) -> dict[str, float]:
         return {"median": float(values.median()), "max": float(values.max())}
 
-    stages = {"before": result.before, "after": result.after}
+    stages = {"before": result.before}
+    if result.after is not None:
+        stages["after"] = result.after
     return {
         "groups": {name: {when: plain(groups[name]) for when, groups in stages.items()} for name in result.before},
         "outliers": int(result.outlier.sum()),

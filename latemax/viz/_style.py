@@ -11,7 +11,7 @@ COLORS = {"CLS": "#D55E00", "registers": "#009E73", "patches": "#0072B2", "maxim
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, MUTED, FAINT = "#222222", "#6B6B6B", "#D9D9D9"
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
