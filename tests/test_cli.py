@@ -154,16 +154,33 @@ def test_wrong_usage_exits_with_2(argv, message, capsys):
 
 
 def test_bench_prints_the_quick_table(monkeypatch, capsys):
-    limits = dict(matmul_float32_tflops=1.0, matmul_bfloat16_tflops=1.0, read_gbs=10.0)
-    monkeypatch.setattr(bench, "limits", lambda device, rounds: limits)
-    monkeypatch.setattr(bench.quick, "__defaults__", (2,))
+    """With a fake clock: matmul at 1 TFLOP/s, reading at 10 GB/s, latemax 2 ms, eager 6 ms."""
+
+    def times(runs, device, rounds):
+        found = {"latemax": [2e-3] * rounds, "eager": [6e-3] * rounds}
+        for name, run in runs.items():
+            if name.startswith("matmul "):
+                found[name] = [2 * int(name.removeprefix("matmul ")) ** 3 / 1e12] * rounds
+            elif name not in found:
+                # sum is a method of the documents; the other two are slower
+                found[name] = [run.__self__.numel() * 4 / 10e9 if name == "sum" else 1.0] * rounds
+        return found
+
+    monkeypatch.setattr(bench, "interleaved", times)
     assert cli.main(["bench", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 3
-    for row in rows:
-        assert row["latemax_ms"] > 0 and row["eager_ms"] > 0 and row["error"] < 0.1
-        assert row["binding"] in ("matmul", "read")
-    # 2 · 1000 · 32 · 196 · 128 FLOPs at 1 TFLOP/s, or its documents at 10 GB/s
-    assert rows[0]["allowed_ms"] == pytest.approx(1000 * 196 * 128 * 4 / 10e9 * 1e3, rel=0.01)
+    assert [row["binding"] for row in rows] == ["read", "read", "matmul"]
+    assert rows[0]["reference_ms"] == pytest.approx((1000 * 196 + 32) * 128 * 4 / 10e9 * 1e3)
+    assert rows[2]["reference_ms"] == pytest.approx(2 * 32 * 32 * 32 * 196 * 128 / 1e12 * 1e3)
+    assert all(row["error"] < 0.1 and row["backend"] == "cpu" for row in rows)
     assert cli.main(["bench"]) == 0
-    assert "of limit" in capsys.readouterr().out
+    assert "    2.00 ms    6.00 ms   3.00x" in capsys.readouterr().out
+
+
+def test_limits_are_the_best_of_several_shapes(monkeypatch):
+    seconds = {"sum": [0.02, 0.03], "amax": [0.05, 0.01], "mv": [0.04, 0.04], "copy": [0.1, 0.2], "": [0.1, 0.2]}
+    monkeypatch.setattr(bench, "interleaved", lambda runs, device, rounds: {name: seconds[name] for name in runs})
+    found = bench.limits("cpu")
+    assert found["read_gbs"] == pytest.approx((1 << 28) / 0.01 / 1e9)
+    assert found["copy_gbs"] == pytest.approx(2 * (1 << 28) / 0.1 / 1e9)
+    assert found["matmul_float32_tflops"] == pytest.approx(2 * 1536**3 / 0.1 / 1e12)
