@@ -50,7 +50,7 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], device: str, rounds: int)
 
 def matmuls(device: str, dtype: torch.dtype) -> dict[int, Callable[[], Tensor]]:
     """Returns size -> a product of two square matrices of that size, for the best rate of torch's matmul."""
-    found = {}
+    found: dict[int, Callable[[], Tensor]] = {}
     for size in (4096, 8192) if device == "cuda" else (512, 1024, 1536):
         a = torch.randn(size, size, device=device).to(dtype)
         found[size] = partial(torch.mm, a, a)
@@ -132,7 +132,8 @@ def quick(rounds: int = 10) -> list[dict[str, Any]]:
         if not error < 1e-3 * l_q:
             raise RuntimeError(f"latemax differs from torch by {error:.3g} at {(n_q, n_d, l_q, l_d)}: not timed")
         readers = reads(d)
-        runs = {"latemax": partial(maxsim, q, d), "eager": partial(eager, q, d), **products, **readers}
+        scoring: dict[str, Callable[[], Any]] = {"latemax": partial(maxsim, q, d), "eager": partial(eager, q, d)}
+        runs = {**scoring, **products, **readers}
         interleaved(runs, device, 1)
         times = interleaved(runs, device, rounds)
         matmul = max(matmul, *(flops[key] / min(times[key]) for key in products))
