@@ -47,7 +47,7 @@ def collect() -> dict[str, Any]:
 
 def _backends() -> dict[str, dict[str, Any]]:
     # the only place of the command line that reads latemax.ops
-    from latemax.ops.select import backend_status
+    from latemax.ops.dispatch import backend_status
 
     return {name: {"usable": usable, "reason": reason} for name, (usable, reason) in backend_status().items()}
 
