@@ -200,6 +200,52 @@ def test_grounding_blocks_are_true_patches(axes):
     assert "The score 3.0 comes from 2 of 6 patches" in texts(fig)
 
 
+def test_grounding_is_drawn_where_the_crop_was():
+    """The encoder saw the centre 400 x 400 pixels of a 600 x 400 photo."""
+    grounding = grounding_map(torch.eye(4)[[3]], torch.eye(4), (2, 2))
+    crop = torch.tensor([100 / 600, 0.0, 500 / 600, 1.0])
+    fig, ax = viz.plot_grounding(image(400, 600), grounding, crop=crop)
+    png(fig)
+    assert overlay(ax).get_extent() == pytest.approx([99.5, 499.5, 399.5, -0.5], abs=1e-3)
+    assert ax.get_xlim() == (-0.5, 599.5) and ax.get_ylim() == (399.5, -0.5)
+    argmax = torch.tensor([0, 1, 2, 3])
+    _, ax = viz.plot_correspondence(image(400, 600), argmax, (2, 2), (2, 2), crop=(0, 0, 0.5, 1))
+    assert overlay(ax).get_extent() == [-0.5, 299.5, 399.5, -0.5]
+    _, axes = viz.plot_ranking(
+        image(28, 28), (2, 2), [image(400, 600)], ["a"], [1.0], argmax[None], (2, 2), crops=[(0.5, 0, 1, 1)]
+    )
+    assert overlay(axes[1, 1]).get_extent() == [299.5, 599.5, 399.5, -0.5]
+
+
+@pytest.mark.parametrize("size", [(400, 600), (600, 400), (300, 400)])
+def test_an_image_of_another_aspect_than_the_grid_is_refused(size):
+    grounding = grounding_map(torch.eye(16)[:2], torch.eye(16), (4, 4))
+    height, width = size
+    with pytest.raises(ValueError, match=f"got {width} x {height} for a grid of 4 x 4 patches; pass crop="):
+        viz.plot_grounding(image(*size), grounding)
+    with pytest.raises(ValueError, match=f"got {width} x {height} for a grid of 4 x 4 patches"):
+        viz.plot_correspondence(image(*size), torch.tensor([1]), (4, 4), (1, 1))
+    # the whole image squashed to a square: said by the crop
+    _, ax = viz.plot_grounding(image(*size), grounding, crop=(0, 0, 1, 1))
+    assert overlay(ax).get_extent() == [-0.5, width - 0.5, height - 0.5, -0.5]
+
+
+@pytest.mark.parametrize("crop", [(0, 0, 0, 1), (-0.1, 0, 1, 1), (0, 0, 224, 224), (0.5, 0, float("nan"), 1)])
+def test_a_crop_that_is_no_part_of_the_image_is_refused(crop):
+    with pytest.raises(ValueError, match="crop must be"):
+        viz.plot_grounding(image(), grounding_map(torch.eye(6)[:2], torch.eye(6), GRID), crop=crop)
+
+
+def test_a_photo_is_drawn_upright():
+    pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    photo, buffer = pillow.fromarray(image(28, 42)), BytesIO()
+    exif = pillow.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photo.save(buffer, "png", exif=exif)
+    with pillow.open(buffer) as turned:
+        assert np.array_equal(_style.as_uint8(turned), np.rot90(image(28, 42), -1))
+
+
 def test_grounding_of_a_batch_is_refused():
     result = grounding_map(torch.eye(6)[:2], torch.eye(6)[None].repeat(2, 1, 1), GRID)
     with pytest.raises(ValueError, match=r"grounding must be of one image, got a batch of shape \[2\]"):

@@ -80,7 +80,8 @@ def as_uint8(image: Any, name: str = "image") -> Any:
     """Converts an image to uint8 [H, W, 3].
 
     Args:
-        image: a PIL image, array or tensor [H, W], [H, W, 3] or [H, W, 4]; floats are in 0..1.
+        image: a PIL image, which is turned upright as the encoder does it; or an array or tensor [H, W], [H, W, 3] or
+            [H, W, 4]; floats are in 0..1.
         name: name of the argument in the error.
 
     Raises:
@@ -88,6 +89,10 @@ def as_uint8(image: Any, name: str = "image") -> Any:
     """
     import numpy as np
 
+    if hasattr(image, "getexif"):
+        from latemax.encoders.images import load_image
+
+        image = load_image(image, name)
     array = np.asarray(image)
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=-1)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from latemax.analysis import GroundingMap
 
 Box = tuple[float, float, float, float]
+# four numbers: a tuple, or a row of PatchTokens.crop
+Crop = Any
 
 # Hue changes from left to right, lightness falls from top to bottom: each can be read without the other.
 _HUES = ((0, 114, 178), (110, 60, 160), (213, 94, 0), (240, 190, 20))
@@ -41,6 +43,7 @@ def plot_grounding(
     image: Any,
     grounding: GroundingMap,
     *,
+    crop: Crop | None = None,
     box: Box | None = None,
     title: str | None = None,
     ax: Axes | None = None,
@@ -50,8 +53,11 @@ def plot_grounding(
     A stronger block contributes a larger part of the score.
 
     Args:
-        image: [H, W, 3], exactly the pixels that the encoder saw.
+        image: [H, W, 3] or a PIL image: the whole upright image with ``crop``, else exactly the pixels that the encoder
+            saw.
         grounding: result of `latemax.analysis.grounding_map` for one image.
+        crop: the part of the image that the grid covers, (left, top, right, bottom) as fractions of its sides: a row of
+            ``PatchTokens.crop``.
         box: (left, top, right, bottom) in pixels, drawn as an outline.
         title: None states the number of patches and the score.
         ax: axes to draw on; None makes a new figure.
@@ -61,13 +67,20 @@ def plot_grounding(
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: a grounding of several images, or something that is not an image.
+        ValueError: a grounding of several images, something that is not an image, or an image without ``crop`` whose
+            aspect is not that of the grid.
+
+    Example:
+        >>> out = encoder.encode([photo])
+        >>> grounding = latemax.analysis.grounding_map(query_tokens, out.tokens[0], out.grid)
+        >>> latemax.viz.plot_grounding(photo, grounding, crop=out.crop[0])
     """
     import numpy as np
 
     if grounding.score.dim() != 0:
         raise ValueError(f"grounding must be of one image, got a batch of shape {list(grounding.score.shape)}")
     picture = as_uint8(image)
+    extent = _extent(picture, grounding.grid, crop)
     total = grounding.total().float().cpu()
     share = (total.T if grounding.axes == "xy" else total).clamp(min=0).numpy()
     wins = grounding.wins().cpu().numpy()
@@ -79,7 +92,7 @@ def plot_grounding(
         overlay = np.concatenate(
             [np.broadcast_to(color, (*share.shape, 3)), np.where(wins > 0, 0.25 + 0.6 * strength, 0)[..., None]], -1
         )
-        _blocks(ax, picture, overlay)
+        _blocks(ax, picture, overlay, extent)
         _outline(plt, ax, box)
         patches = int((wins > 0).sum())
         ax.set_title(
@@ -96,6 +109,7 @@ def plot_correspondence(
     grid: tuple[int, int],
     query_grid: tuple[int, int],
     *,
+    crop: Crop | None = None,
     box: Box | None = None,
     title: str | None = None,
     ax: Axes | None = None,
@@ -105,10 +119,11 @@ def plot_correspondence(
     A patch that is the argmax of several query patches takes the mean of their colours.
 
     Args:
-        image: [H, W, 3].
+        image: as in `plot_grounding`.
         argmax: int [rows * cols of ``query_grid``], flat indices into ``grid``; -1 draws nothing.
         grid: (rows, cols) of the image.
         query_grid: (rows, cols) of the query image.
+        crop: as in `plot_grounding`.
         box: (left, top, right, bottom) in pixels, drawn as an outline.
         title: of the axes.
         ax: axes to draw on; None makes a new figure.
@@ -118,7 +133,7 @@ def plot_correspondence(
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: an argmax that does not fill ``query_grid``, or something that is not an image.
+        ValueError: an argmax that does not fill ``query_grid``, or an image as in `plot_grounding`.
     """
     import numpy as np
 
@@ -126,6 +141,7 @@ def plot_correspondence(
         raise ValueError(f"argmax must be [{query_grid[0] * query_grid[1]}] for query_grid {query_grid}, "
                          f"got {list(argmax.shape)}")  # fmt: skip
     picture = as_uint8(image)
+    extent = _extent(picture, grid, crop)
     patch = argmax.long().cpu().numpy()
     colors, keep = position_colors(*query_grid), patch >= 0
     total = np.zeros((grid[0] * grid[1], 4))
@@ -136,7 +152,7 @@ def plot_correspondence(
     with style() as plt:
         fig, ax = new_axes(plt, ax, (5.4, 5.8))
         ax.imshow(_faded(picture))
-        _blocks(ax, picture, overlay)
+        _blocks(ax, picture, overlay, extent)
         _outline(plt, ax, box)
         if title:
             ax.set_title(title)
@@ -153,6 +169,7 @@ def plot_ranking(
     argmax: Tensor,
     grid: tuple[int, int],
     *,
+    crops: Sequence[Crop] | None = None,
     ranks: Sequence[int] | None = None,
     own: int | None = None,
     box: Box | None = None,
@@ -163,13 +180,14 @@ def plot_ranking(
     The colour of an argmax patch is that of its query patch.
 
     Args:
-        query: [h, w, 3].
+        query: [h, w, 3], exactly the pixels that the encoder saw.
         query_grid: (rows, cols) of the query.
-        images: k images [H, W, 3], best first.
+        images: k images, best first, as in `plot_grounding`.
         names: k names.
         scores: k scores.
         argmax: int [k, l_q], flat indices into ``grid``.
         grid: (rows, cols) of the images.
+        crops: k crops as in `plot_grounding`.
         ranks: k ranks; None is 1..k.
         own: which of the k images is the right one.
         box: (left, top, right, bottom) of the crop in the pixels of the right image.
@@ -180,7 +198,7 @@ def plot_ranking(
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: images, names, scores and argmax of different lengths.
+        ValueError: images, names, scores, argmax or crops of different lengths, or images as in `plot_grounding`.
     """
     k = len(images)
     if not (len(names) == len(scores) == len(argmax) == k):
@@ -188,6 +206,8 @@ def plot_ranking(
                          f"got {k}, {len(names)}, {len(scores)} and {len(argmax)}")  # fmt: skip
     import torch
 
+    if crops is not None and len(crops) != k:
+        raise ValueError(f"crops must hold one of each image, {k}; got {len(crops)}")
     ranks = range(1, k + 1) if ranks is None else ranks
     with style() as plt:
         fig, axes = plt.subplots(
@@ -207,7 +227,8 @@ def plot_ranking(
             top.imshow(as_uint8(image))
             top.set_title(f"{ranks[at]}. {name}", color=color, fontweight="bold" if right else "normal")
             top.set_xlabel(f"score {score:.2f}", color=color, fontweight="bold" if right else "normal")
-            plot_correspondence(image, argmax[at], grid, query_grid, box=box if right else None, ax=bottom)
+            crop = None if crops is None else crops[at]
+            plot_correspondence(image, argmax[at], grid, query_grid, crop=crop, box=box if right else None, ax=bottom)
             if right:
                 _outline(plt, top, box)
                 bottom.set_xlabel("the right photo,\nframe: where the\ncrop was cut", color=color)
@@ -226,9 +247,30 @@ def _faded(picture: Any) -> Any:
     return np.repeat((90 + grey * 0.62).clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
 
 
-def _blocks(ax: Any, picture: Any, overlay: Any) -> None:
+def _extent(picture: Any, grid: tuple[int, int], crop: Crop | None) -> tuple[float, float, float, float]:
+    """Returns the place of a grid on the picture in matplotlib's order: left, right, bottom, top in pixels."""
     height, width = picture.shape[:2]
-    ax.imshow(overlay, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+    rows, cols = grid
+    if crop is None:
+        # blocks are square patches: a stretch of up to half a block over the whole image is rounding
+        stretch = abs(width * rows / (height * cols) - 1)
+        if stretch * max(rows, cols) > 0.5:
+            raise ValueError(
+                f"image must be the pixels that the encoder saw, got {width} x {height} for a grid of {cols} x {rows} "
+                f"patches; pass crop= (a row of PatchTokens.crop) to draw on the whole image"
+            )
+        crop = (0.0, 0.0, 1.0, 1.0)
+    left, top, right, bottom = (float(side) for side in crop)
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ValueError(f"crop must be (left, top, right, bottom) as fractions of the image, got {tuple(crop)}")
+    return left * width - 0.5, right * width - 0.5, bottom * height - 0.5, top * height - 0.5
+
+
+def _blocks(ax: Any, picture: Any, overlay: Any, extent: tuple[float, float, float, float]) -> None:
+    height, width = picture.shape[:2]
+    ax.imshow(overlay, extent=extent, interpolation="nearest")
+    # imshow shows the extent only
+    ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
 def _outline(plt: Any, ax: Any, box: Box | None) -> None:
