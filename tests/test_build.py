@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = ROOT / "tests" / "programs" / "installed.py"
+PROGRAMS = ROOT / "tests" / "programs"
 # Without PYTHONPATH, which may name the checkout or other libraries, and without the caller's toolkit and switches.
 CLEAN_ENV = {
     name: value
     for name, value in os.environ.items()
     if not name.startswith(("PYTHON", "LATEMAX_")) and name not in ("CUDA_HOME", "CUDA_PATH")
 }
+
 
 def run(*command, env=None, timeout=120, **options):
     done = subprocess.run(
@@ -40,8 +41,7 @@ def build_wheel(source, out):
     """`pip wheel` with an empty PATH (no compiler, no nvcc) and no network; returns the wheel and what pip printed."""
     out.mkdir()
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--verbose", "--wheel-dir", out]
-    code = "import os, sys, runpy; os.environ['PATH'] = ''; runpy.run_module('pip', run_name='__main__')"
-    printed = run(sys.executable, "-c", code, "wheel", *options, source)
+    printed = run(sys.executable, "-m", "pip", "wheel", *options, source, env={"PATH": ""})
     (wheel,) = out.iterdir()
     return wheel, printed
 
@@ -147,7 +147,7 @@ def test_building_requires_no_torch():
 
 
 def test_wheel_works_in_a_fresh_environment(installed, built, kernels, tmp_path):
-    found = json.loads(run(installed, "-I", PROGRAM, cwd=tmp_path))
+    found = json.loads(run(installed, "-I", PROGRAMS / "installed.py", cwd=tmp_path))
     home = installed.parents[1]
     assert Path(found["file"]).is_relative_to(home)
     assert Path(found["kernels"]).is_relative_to(home)
