@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from latemax import _check
 from latemax.api import maxsim
+from latemax.arguments import check
+from latemax.arguments.batch import batch_of
+from latemax.ops.problem import score_dtype
 from latemax.search import TopK
 from latemax.search import corpus as corpora
 from latemax.search import topk as local_topk
@@ -127,8 +129,8 @@ def topk(
     ranks = _Group(group, timeout, "topk")
 
     def look() -> dict[str, Any]:
-        _check.tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
-        _check.positive("k", k)
+        check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
+        check.check_positive("k", k)
         found = corpora.of(shard, options.get("d_mask"))
         documents = corpora.chosen(within, found)
         return {
@@ -153,7 +155,7 @@ def topk(
 
     n_q, l_q = 1 if q.dim() == 2 else len(q), q.shape[-2]
     of_corpus = getattr(torch, facts[0]["dtype of the corpus"].removeprefix("torch."))
-    scores = torch.zeros(n_q, k, dtype=_check.score_dtype(q.dtype, of_corpus), device="cpu")
+    scores = torch.zeros(n_q, k, dtype=score_dtype(q.dtype, of_corpus), device="cpu")
     indices = torch.zeros(n_q, k, dtype=torch.int64, device="cpu")
     argmax = torch.zeros(n_q, k, l_q if return_argmax else 0, dtype=torch.int32, device="cpu")
     if mine is not None:
@@ -212,10 +214,10 @@ def in_batch(
     ranks = _Group(group, timeout, "in_batch")
 
     def look() -> dict[str, Any]:
-        number = _check.options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
-        _check.tokens("q", q, (3,), "[n_q, l_q, dim]")
-        _check.tokens("d", d, (3,), "[n_d, l_d, dim]")
-        _check.arguments(q, d, q_mask, d_mask)
+        number = check.check_options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
+        check.check_tokens("q", q, (3,), "[n_q, l_q, dim]")
+        check.check_tokens("d", d, (3,), "[n_d, l_d, dim]")
+        batch_of(q, d, q_mask, d_mask)
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ValueError(f"chunk must be an int >= 1 or None, got {chunk!r}")
         grads = torch.is_grad_enabled()

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latemax import _check, _ragged
 from latemax._progress import Bar
-from latemax.api import maxsim, rerank, score_packed
+from latemax.api import maxsim, rerank, score_corpus
+from latemax.arguments import check, ragged
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.merge import TopK, merge
@@ -75,11 +75,11 @@ def topk(
         >>> scores, indices = latemax.topk(query_tokens, store, 10)
         >>> found = latemax.topk(query_tokens, store, 3, within=["page-1", "page-2", "page-7"], return_argmax=True)
     """
-    empty_score = _check.options(
+    empty_score = check.check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
-    _check.positive("k", k)
-    _check.positive("memory", memory)
+    check.check_positive("k", k)
+    check.check_positive("memory", memory)
     found = corpora.of(corpus, d_mask)
     documents = corpora.chosen(within, found)
     corpora.at_most(k, found, documents)
@@ -125,7 +125,7 @@ def _score(
 ) -> Tensor:
     keep = found.keep(a, b)
     if keep is None:
-        return score_packed(q, tokens, found.offsets[a : b + 1] - found.offsets[a], q_mask, **options)
+        return score_corpus(q, tokens, found.offsets[a : b + 1] - found.offsets[a], q_mask, **options)
     return maxsim(q, tokens.view(b - a, -1, found.dim), q_mask, keep.to(tokens.device), **options)
 
 
@@ -137,7 +137,7 @@ def _argmax(
     options = dict(normalize=normalize, return_argmax=True, backend=backend)
     if isinstance(found, corpora.Dense) and found.mask is not None:
         # the other ways know no mask of documents; a query at a time, as its k documents are copied
-        longest = _ragged.longest(q) if _ragged.is_ragged(q) else q.shape[1]
+        longest = ragged.longest(q) if ragged.is_ragged(q) else q.shape[1]
         result = torch.full((*indices.shape, longest), -1, dtype=torch.int32, device=device)
         for i, row in enumerate(indices.to(found.device)):
             _, argmax = maxsim(
@@ -160,13 +160,13 @@ def _argmax(
 
 def on_device(q: Any, q_mask: Any, device: torch.device | str | None) -> tuple[Any, Any]:
     """q and its mask, checked, on the device that scores."""
-    if not _ragged.is_ragged(q):
-        _check.tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
+    if not ragged.is_ragged(q):
+        check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
     elif isinstance(q, (list, tuple)):
         if not len(q):
             raise ValueError("q must hold at least one query, got an empty list")
         for i, item in enumerate(q):
-            _check.tokens(f"q[{i}]", item, (2,), "[l_i, dim]")
+            check.check_tokens(f"q[{i}]", item, (2,), "[l_i, dim]")
     if device is None:
         return q, q_mask
 

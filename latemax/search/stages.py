@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latemax import _check
 from latemax._progress import Bar
 from latemax.api import rerank
+from latemax.arguments import check
+from latemax.ops.problem import score_dtype
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.exact import Within, topk
@@ -139,16 +140,16 @@ def two_stage(
     Raises:
         TypeError, ValueError: as `topk`; candidates of another shape, dtype or outside the corpus.
     """
-    empty_score = _check.options(
+    empty_score = check.check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
-    _check.tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
-    q_mask = _check.mask("q_mask", q_mask, "q", q)
+    check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
+    q_mask = check.as_mask("q_mask", q_mask, "q", q)
     found = corpora.of(corpus)
     if q.shape[-1] != found.dim:
         raise ValueError(f"q and corpus must have the same dim; got {q.shape[-1]} and {found.dim}")
-    _check.positive("k", k)
-    _check.positive("n_candidates", n_candidates)
+    check.check_positive("k", k)
+    check.check_positive("n_candidates", n_candidates)
     documents = corpora.chosen(within, found)
     corpora.at_most(k, found, documents)
     n = min(n_candidates, len(found))
@@ -161,7 +162,7 @@ def two_stage(
     q, q_mask = q.detach().to(found.device), None if q_mask is None else q_mask.to(found.device)
 
     # empty slots stay NaN, so that they rank last whatever empty_score is
-    scores = torch.full(candidates.shape, math.nan, device=found.device, dtype=_check.score_dtype(q.dtype, found.dtype))
+    scores = torch.full(candidates.shape, math.nan, device=found.device, dtype=score_dtype(q.dtype, found.dtype))
     argmax = None
     if return_argmax:
         argmax = torch.full((*candidates.shape, q.shape[1]), -1, device=found.device, dtype=torch.int32)
@@ -235,10 +236,10 @@ def first_stage_recall(
     Raises:
         TypeError, ValueError: as `topk` and `two_stage`.
     """
-    _check.tokens("q", q, (3,), "[n_q, l_q, dim]")
+    check.check_tokens("q", q, (3,), "[n_q, l_q, dim]")
     exact = topk(q, corpus, k, q_mask, within=within, **options).indices.cpu()
     found = corpora.of(corpus)
-    mask, documents = _check.mask("q_mask", q_mask, "q", q), corpora.chosen(within, found)
+    mask, documents = check.as_mask("q_mask", q_mask, "q", q), corpora.chosen(within, found)
     candidates = _candidates(first, q, mask, min(n_candidates, len(found)), len(found), documents).cpu()
     share = (exact.unsqueeze(-1) == candidates.unsqueeze(1)).any(-1).float().mean(-1)
     return Recall(float(share.mean()), share)
