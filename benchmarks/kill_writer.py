@@ -56,7 +56,7 @@ def run(folder: pathlib.Path, kills: int, seed: int) -> dict:
         writer.wait()
         result["kills"] += 1
         try:
-            if not committed and not (folder / "manifest.json").exists():
+            if not committed and not (folder / "catalog.sqlite").exists():
                 continue
             store = PatchStore(folder)
             store.verify()
@@ -68,7 +68,7 @@ def run(folder: pathlib.Path, kills: int, seed: int) -> dict:
         # a commit may be on the disk that was not reported yet
         if not right or not committed <= len(store) <= committed + 8:
             result["lost"] += 1
-        known = {shard.entry.file for shard in store.shards}
+        known = {shard.name for shard in store.shards}
         result["left_behind"] += any(path.name not in known for path in folder.glob("shard-*"))
         result["documents"] = len(store)
     return result
