@@ -93,7 +93,7 @@ def measure() -> dict[str, Any]:
 
 def table(result: dict) -> str:
     build = result["build"]
-    head = ["arch", "kernel", "query columns", "winners", "registers", "spills", "HGMMA", "HMMA", "instructions",
+    head = ["arch", "kernel", "query columns", "argmax", "registers", "spills", "HGMMA", "HMMA", "instructions",
             "loop"]  # fmt: skip
     rows = []
     for row in result["rows"]:

@@ -285,10 +285,10 @@ def table_of_others(result: dict) -> str:
     for shape, here in by_shape(result["one"]).items():
         mine, best = here[0], min(here[1:], key=lambda row: row["us"])
         rows.append([f"a call with one document {shape}", f"{mine['us']:.1f} µs",
-                     f"{best['name']} {best['us']:.1f} µs: {best['vs_latemax']:.2f}×; its products alone at the "
+                     f"{best['name']} {best['us']:.1f} µs: {best['vs_latemax']:.2f}×; only its products at the "
                      f"matmul rate {mine['allowed_us']:.1f} µs"])  # fmt: skip
     for row in result["ragged"]:
-        rows.append([f"1000 documents of {row['lengths']} tokens, end to end", f"{row['ms']['ragged']:.1f} ms",
+        rows.append([f"1000 ragged documents of {row['lengths']} tokens", f"{row['ms']['ragged']:.1f} ms",
                      f"a token costs {row['per_token_vs_dense']:.2f}× that of equally long documents"])  # fmt: skip
     ratios = []
     peers = [row for row in result["sweep"] if "float16" not in row["name"] and row["name"] != "latemax"]
@@ -299,7 +299,7 @@ def table_of_others(result: dict) -> str:
         middle = ratios[len(ratios) // 2][0]
         rows.append([f"sweep of {len(ratios)} shapes, float32", f"best exact peer {middle:.2f}× (median)",
                      f"least {ratios[0][0]:.2f}× at {ratios[0][1]}"])  # fmt: skip
-    return markdown(["what", "latemax", "beside it"], rows)
+    return markdown(["what", "latemax", "compared with"], rows)
 
 
 TABLES = {

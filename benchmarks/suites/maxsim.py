@@ -193,7 +193,7 @@ def table(result: dict) -> str:
         best = min(timed.values(), key=lambda row: row["wall"]["p50"])
         lines.append(
             [
-                label.strip() + (" forward+backward" if train else ""), f"{mine['wall']['p50']:.2f}",
+                label + (" forward+backward" if train else ""), f"{mine['wall']['p50']:.2f}",
                 f"{best['name']} {best['wall']['p50']:.2f}", f"{best['wall']['p50'] / mine['wall']['p50']:.2f}×",
                 f"{mine['allowed_ms']:.2f} ({mine['binding']})", f"{mine['of_limit']:.0%}",
                 *(gpu_cells(mine, best) if on_gpu else []),
