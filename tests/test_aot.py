@@ -1,21 +1,21 @@
-"""Every kernel of the tile table compiled ahead of time for GPUs that are not here: no spills, shared memory within
+"""Every kernel of the tile table compiled ahead of time for GPUs that need not be here: no spills, shared memory within
 the limit, Hopper's matrix instruction at every query length."""
 
 import pytest
 
 pytest.importorskip("triton", reason="the kernels need triton")
-from benchmarks import aot
-from latemax.ops import tiles
+from benchmarks.internals import tiles
+from benchmarks.static import aot
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return aot.table([80, 90, 100])
+    return aot.measure()
 
 
 def test_no_register_spills(rows):
-    # products without a wgmma, and float64: since tiles are walked backwards ptxas spills a few registers there, far
-    # from the limit of 255; at dim 128 on sm_90 three stages avoid it, elsewhere no tile was found yet
+    # products without a wgmma, and float64: since tiles are read from last to first, ptxas spills a few registers
+    # there, far from the limit of 255; at dim 128 on sm_90 three stages avoid it, elsewhere no tile was found yet
     few = {"ieee": 12, "double": 12}
     spilled = [
         (row["arch"], row["kernel"], row["case"], row["spills"])
@@ -57,8 +57,8 @@ def test_the_hot_loop_stays_short(rows):
     assert loops["half dim 128 l_q 128 d_masked=True"] <= 320
 
 
-def test_shared_memory_estimate_is_an_upper_one(rows):
-    """fits() decides with an estimate: what the compiler uses never exceeds it."""
+def test_shared_memory_estimate_is_an_upper_bound(rows):
+    """fits() decides by an estimate: what the compiler uses never exceeds it."""
     for row in rows:
         if row["kernel"] == "forward_kernel":
             assert row["shared"] <= row["estimate"], row
