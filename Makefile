@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Where `make demo` writes its pictures, and further options for it: make demo DEMO_ARGS="--model facebook/dinov2-base"
 OUT ?= demo_out
 DEMO_ARGS ?=
-# For example BENCH_ARGS="--rows benchmarks/results/bench-cpu.json"
+# For example BENCH_ARGS="--json benchmarks/results/bench-cpu.json"
 BENCH_ARGS ?=
 
 SHELL := /bin/bash
@@ -66,7 +66,7 @@ test: $(DEV_STAMP) $(VISION_STAMP)
 
 # Any machine: CPU rows on a CPU, CUDA rows and peers (where installed) on a GPU.
 bench: $(DEV_STAMP)
-	$(PY) -m pytest benchmarks -q -s $(BENCH_ARGS)
+	$(PY) -m benchmarks.suites.maxsim $(BENCH_ARGS)
 
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check .
