@@ -1,8 +1,8 @@
 """Shrinks PNGs for the documentation: resizes to a width, reduces to a palette, refuses what stays above 150 kB.
 
-    latemax demo --out demo_out
-    python examples/grounding_plots.py benchmarks/results/train_grounding.json --out demo_out
-    python -m benchmarks.docs_images demo_out
+latemax demo --out demo_out
+python examples/grounding_plots.py benchmarks/results/train_grounding.json --out demo_out
+python -m benchmarks.docs_images demo_out
 """
 
 from __future__ import annotations

@@ -29,6 +29,12 @@ def count(instruction: str, sass: str) -> int:
     return len(re.findall(rf"\b{instruction}", sass))
 
 
+def opcodes(lines: list[str]) -> list[str]:
+    """The instruction of each line, without predicate and modifiers."""
+    found = (re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", line) for line in lines)
+    return [match[1] for match in found if match]
+
+
 def spills(sass: str) -> int:
     return count(r"(?:STL|LDL)\b", sass)
 

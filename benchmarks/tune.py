@@ -16,7 +16,6 @@ import datetime
 import functools
 import itertools
 import json
-import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -77,7 +76,8 @@ def tune(
     scores = torch.empty(len(q), len(d), device=device)
     argmax = torch.empty(0, dtype=torch.int32, device=device)
     forward_with_tile(q, d, own, scores, argmax)
-    truth, found = scores.clone(), {}
+    truth = scores.clone()
+    found: dict[tiles.TileConfig, float] = {}
     seconds = harness.gpu_timer() if device == "cuda" else harness.timer()
 
     def runs(chosen: list[tiles.TileConfig]) -> dict:
@@ -95,12 +95,9 @@ def tune(
         harness.check(f"{tile} at {shape.name}", scores, truth, harness.tolerance(shape.l_q, shape.dtype, device))
         found |= harness.medians(runs([tile]), 1 if rehearse else 10, seconds)
     # the best few, interleaved: one pass is too noisy to choose by
-    finalists = [own, *sorted((tile for tile in found if tile != own), key=found.get)[:FINALISTS]]
-    medians = {
-        tile: statistics.median(times)
-        for tile, times in harness.interleaved(runs(finalists), 1 if rehearse else ROUNDS, seconds).items()
-    }
-    best = min(medians, key=medians.get)
+    finalists = [own, *sorted((tile for tile in found if tile != own), key=found.__getitem__)[:FINALISTS]]
+    medians = harness.medians(runs(finalists), 1 if rehearse else ROUNDS, seconds)
+    best = min(medians, key=medians.__getitem__)
     # 2 %: less is noise, and a table that changes with it helps nobody
     best = best if medians[best] < 0.98 * medians[own] else own
     return best, 1e3 * medians[best], 1e3 * medians[own]

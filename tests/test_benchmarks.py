@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -192,6 +193,18 @@ def test_a_table_without_a_result_says_so(monkeypatch, tmp_path):
     assert report.render(tables.Table("none", str, absent="not yet\n")) == "not yet\n"
     with pytest.raises(FileNotFoundError):
         report.render(tables.Table("none", str))
+
+
+@pytest.mark.parametrize("folder", ["", "suites", "static"])
+def test_suites_are_independent_and_only_internals_knows_the_inside(folder):
+    files = sorted((ROOT / "benchmarks" / folder).glob("*.py"))
+    assert files
+    for path in files:
+        text = path.read_text()
+        if path.name != "internals.py":
+            assert not re.search(r"(?:from|import) latemax(?:\.ops|\._|\.cli)|from latemax import _", text), path
+        if folder:
+            assert not re.search(r"(?:from|import) benchmarks\.(?:suites|static)", text), path
 
 
 def test_every_suite_measures_and_has_a_table():

@@ -57,7 +57,7 @@ def shape_of(build: Build) -> Shape:
     )  # fmt: skip
 
 
-def compile_build(build: Build) -> tiles.TileConfig:
+def compile_build(build: Build) -> tiles.TileConfig | None:
     """Compiles what the call launches; returns the tile of its forward."""
     name, precision = KINDS[build.kind]
     dtype = getattr(torch, name)
@@ -78,6 +78,7 @@ def rows_of(build: Build) -> list[dict[str, Any]]:
     """In a worker: a row for each kernel that the call loads and no call of this worker loaded before."""
     before = len(null.built)
     tile = compile_build(build)
+    assert tile is not None, "the Triton backend always has a tile"
     rows = []
     for built in null.built[before:]:
         row = dict(
@@ -102,7 +103,7 @@ def inspect(cubin: bytes) -> dict[str, int]:
     return dict(
         registers=int(re.search(r"REG:(\d+)", usage)[1]), spills=sass.spills(code),
         wgmma=sass.count("HGMMA", code), mma=sass.count("[HD]MMA", code), utcmma=sass.count(r"UTC\w*MMA", code),
-        loop=len(loop), loop_mma=sum("MMA" in line for line in loop),
+        loop=len(loop), loop_mma=sum("MMA" in name for name in sass.opcodes(loop)),
         vector_loads=sass.count(r"LDG\S*\.128", code),
     )  # fmt: skip
 

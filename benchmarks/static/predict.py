@@ -83,7 +83,7 @@ def predict(shape: shapes.Shape, row: dict, launch: internals.Launch, chip: Chip
     l2 = (2 * shape.dim * tokens / n_tiles) / l2_a_clock
     programs = -(-shape.n_q // launch.queries) * -(-shape.l_q // tile.block_q) * shape.n_d
     clocks = {"wgmma": multiply, "issue": issue, "shared memory": shared, "L2": l2}
-    binding = max(clocks, key=clocks.get)
+    binding = max(clocks, key=clocks.__getitem__)
 
     def microseconds(a_tile: float, around: float) -> float:
         each = n_tiles * a_tile + around

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +68,7 @@ def steps(rounds: int = 40, calls: int = 200) -> list[dict[str, Any]]:
         internals.forget_prepared_launches()
         call()
 
-    rows = {
+    rows: dict[str, Callable[[], object]] = {
         "torch.add of 8 numbers, for comparison": lambda: torch.add(small, small),
         "whole call": call,
         **{f"  {name}": run for name, run in internals.steps_of_a_prepared_call(q, d).items()},

@@ -14,7 +14,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def graphed(run: Callable[[], object]) -> Callable[[], object] | None:
         return None
 
 
-def gpu_rows(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict]:
+def gpu_rows(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict]:
     """name -> warm and cold times of the call's graph, and its peak memory beyond the inputs."""
     # a call that can't be captured is timed as it is, and its row says so
     graphs = {name: graphed(run) for name, run in runs.items()}
@@ -106,7 +106,8 @@ def measure_shape(shape: Shape, device: str, train: bool, limit: dict, rounds: i
     def step(contender: peers.Contender) -> object:
         return torch.autograd.grad(forward(contender).sum(), (q, d))
 
-    rows, runs = {}, {}
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Callable[[], object]] = {}
     for name, contender in contenders.items():
         run = functools.partial(step if train else forward, contender)
         start = time.perf_counter()

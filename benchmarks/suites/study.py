@@ -28,7 +28,7 @@ OBJECTIVES = {
 def measure(tiny: bool = False) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "train_grounding.json"
-        command = [sys.executable, harness.ROOT / "examples" / "train_grounding.py", "--json", path]
+        command = [sys.executable, str(harness.ROOT / "examples" / "train_grounding.py"), "--json", str(path)]
         subprocess.run([*command, *(["--quick"] if tiny else [])], check=True, stdout=sys.stderr)
         return json.loads(path.read_text())
 
