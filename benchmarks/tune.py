@@ -74,21 +74,20 @@ def tune(
     itemsize = q.element_size()
     own = row.tile._replace(block_k=min(row.tile.block_k, tiles.padded_dim(shape.dim)))
     scores = torch.empty(len(q), len(d), device=device)
-    argmax = torch.empty(0, dtype=torch.int32, device=device)
-    forward_with_tile(q, d, own, scores, argmax)
+    forward_with_tile(q, d, own, scores)
     truth = scores.clone()
     found: dict[tiles.TileConfig, float] = {}
     seconds = harness.gpu_timer() if device == "cuda" else harness.timer()
 
     def runs(chosen: list[tiles.TileConfig]) -> dict:
-        return {tile: functools.partial(forward_with_tile, q, d, tile, scores, argmax) for tile in chosen}
+        return {tile: functools.partial(forward_with_tile, q, d, tile, scores) for tile in chosen}
 
     others = [tile for tile in neighbours(own, shape.dim, itemsize, capability) if tile != own]
     for tile in [own, *others][: 3 if rehearse else MOST]:
         if time.monotonic() > until:
             break
         try:
-            forward_with_tile(q, d, tile, scores.fill_(torch.nan), argmax)
+            forward_with_tile(q, d, tile, scores.fill_(torch.nan))
         except Exception as problem:
             print(f"  {tile}: {type(problem).__name__}")
             continue

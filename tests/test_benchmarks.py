@@ -144,7 +144,7 @@ def test_the_peers_calls_are_right(shape, module, build, monkeypatch):
 
 def test_predictions_by_hand():
     """128 x 64 tiles at dim 128: 512 tensor-core clocks, and the largest of the four counts decides."""
-    launch = internals.Launch(tiles.TileConfig(128, 64, 128, True, 4, 3), queries=4, norm=0)
+    launch = tiles.Launch(tiles.TileConfig(128, 64, 128, True, 4, 3), pack=4, norm=0)
     shape = Shape(128, 128, 32, 320)
     row = dict(registers=160, shared=81920, loop=100)
     chip = predict.H200._replace(l2_tbs=1e6)
@@ -156,7 +156,7 @@ def test_predictions_by_hand():
     assert found.serial_us == pytest.approx(programs * (5 * (512 + 100) + predict.AROUND) / 1.755e3)
     narrow = predict.predict(shape, row, launch, chip._replace(l2_tbs=1.0))
     assert narrow.binding == "L2" and narrow.overlapped_us > found.overlapped_us
-    scan = predict.predict(Shape(1, 10_000, 32, 1024), row, launch._replace(queries=1), predict.H200)
+    scan = predict.predict(Shape(1, 10_000, 32, 1024), row, launch._replace(pack=1), predict.H200)
     assert scan.binding == "device memory" and scan.of_limit == 1.0
 
 
@@ -166,7 +166,7 @@ def test_predictions_are_of_the_build_that_runs():
     for flags, words in ({}, set()), (dict(normalize=True), {"norm=2"}), (dict(argmax=True), {"argmax=True"}):
         row, launch = predict.build(plain._replace(**flags), rows)
         assert {word for word in row["case"].split() if "=" in word} == words
-        assert row["tile"] == [*launch.tile] and launch.queries == 1
+        assert row["tile"] == [*launch.tile] and launch.pack == 1
     assert predict.build(plain._replace(dim=77), rows) is None
 
 

@@ -47,7 +47,7 @@ class Prediction(NamedTuple):
     of_limit: float  # the shape's own limit (datasheet matmul rate or memory) over the overlapped time
 
 
-def build(shape: shapes.Shape, rows: list[dict]) -> tuple[dict, internals.Launch] | None:
+def build(shape: shapes.Shape, rows: list[dict]) -> tuple[dict, tiles.Launch] | None:
     """(row of the AOT table, launch) of the forward build that sm_90 would run, or None."""
     launch = internals.triton_launch(shape, ARCH)
     flags = {flag for flag, given in (("d_masked=True", shape.masked), ("argmax=True", shape.argmax)) if given}
@@ -61,7 +61,7 @@ def build(shape: shapes.Shape, rows: list[dict]) -> tuple[dict, internals.Launch
     return None
 
 
-def predict(shape: shapes.Shape, row: dict, launch: internals.Launch, chip: Chip) -> Prediction:
+def predict(shape: shapes.Shape, row: dict, launch: tiles.Launch, chip: Chip) -> Prediction:
     tile = launch.tile
     dim = tiles.padded_dim(shape.dim)
     steps = -(-shape.dim // tile.block_k)
@@ -81,7 +81,7 @@ def predict(shape: shapes.Shape, row: dict, launch: internals.Launch, chip: Chip
     tokens = shape.l_d * part
     n_tiles = math.ceil(tokens / tile.block_d)
     l2 = (2 * shape.dim * tokens / n_tiles) / l2_a_clock
-    programs = -(-shape.n_q // launch.queries) * -(-shape.l_q // tile.block_q) * shape.n_d
+    programs = -(-shape.n_q // launch.pack) * -(-shape.l_q // tile.block_q) * shape.n_d
     clocks = {"wgmma": multiply, "issue": issue, "shared memory": shared, "L2": l2}
     binding = max(clocks, key=clocks.__getitem__)
 
@@ -91,7 +91,7 @@ def predict(shape: shapes.Shape, row: dict, launch: internals.Launch, chip: Chip
         return waves * each / chip.clock_ghz / 1e3
 
     memory = shape.bytes * part / chip.memory_tbs / 1e6
-    if launch.norm == 2:
+    if launch.norm == tiles.NORM_BEFORE:
         memory *= 2
     overlapped = microseconds(max(clocks.values()), AROUND / resident)
     serial = microseconds(max(multiply + issue, shared, l2), AROUND)
@@ -113,7 +113,7 @@ def table(rows: list[dict]) -> str:
         tile = f"{launch.tile.block_q}×{launch.tile.block_d}"
         lines.append(
             [
-                shape.name, tile + (f", {launch.queries} queries" if launch.queries > 1 else ""),
+                shape.name, tile + (f", {launch.pack} queries" if launch.pack > 1 else ""),
                 fast.binding, f"{fast.overlapped_us:.0f} – {fast.serial_us:.0f}", f"{fast.of_limit:.0%}",
                 f"{slow.overlapped_us:.0f} – {slow.serial_us:.0f}", f"{slow.of_limit:.0%}",
             ]
