@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 PROGRAM = """
 import torch, latemax
-from benchmarks.host import prepare
+from benchmarks.suites.host import prepare
 from latemax.ops.backends import triton_launch
 null, _, _ = prepare()
 
@@ -68,7 +68,7 @@ print("launches", null.launches)
 
 FORMS = """
 import itertools, random, torch, latemax
-from benchmarks.host import prepare
+from benchmarks.suites.host import prepare
 from latemax.ops import dispatch
 from latemax.ops.backends import triton_launch
 null, _, _ = prepare()
@@ -152,7 +152,7 @@ def test_cached_launches_equal_triton_s_own():
 
 
 def test_the_host_path_is_timed_step_by_step():
-    rows = run("from benchmarks import host; [print(row) for row in host.steps()]").splitlines()
+    rows = run("from benchmarks.suites import host; [print(row) for row in host.steps()]").splitlines()
     assert len(rows) == 15 and "torch.add" in rows[0] and "whole call" in rows[1] and "first training" in rows[-1]
 
 
@@ -162,7 +162,7 @@ def test_a_remembered_form_is_launched_as_one_met_for_the_first_time():
 
 RAGGED = """
 import torch, latemax
-from benchmarks.host import prepare
+from benchmarks.suites.host import prepare
 from latemax.kernels import backward, forward
 null, _, _ = prepare()
 kernels = [forward.forward_kernel, forward.sum_slots_kernel, backward.grad_q_kernel, backward.grad_d_kernel]

@@ -25,11 +25,12 @@ def check_options(*, normalize: Any, empty_score: Any, return_argmax: Any, backe
     # numbers.Real is an abstract class: asking it takes 0.4 µs
     if type(empty_score) is not float and (isinstance(empty_score, bool) or not isinstance(empty_score, numbers.Real)):
         raise TypeError(f"empty_score must be a number, got {type(empty_score).__name__}")
+    empty_score = float(empty_score)
     if FLOAT32_MAX < abs(empty_score) < math.inf:
         raise ValueError(f"empty_score must be infinite or within the range of float32, got {empty_score}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    return float(empty_score)
+    return empty_score
 
 
 def check_positive(name: str, value: Any) -> None:
