@@ -1,10 +1,11 @@
-/* Backward from the recorded winners. Every row of a gradient is summed by one thread in one order: repeatable bit for
- * bit, whatever the number of threads, and without atomics.
+/* Backward from the recorded argmax. One thread sums each row of a gradient, in a fixed order, so the result is
+ * repeatable bit for bit with any number of threads and needs no atomics.
  *
- *     grad_q[a, i]    = sum over c of            g[a, c] d[c, argmax[a, c, i]]     a gather
- *     grad_d[c, j]    = sum over a, i that j won  g[a, c] q[a, i]                  documents own their rows
+ *     grad_q[a, i]    = sum over c of                           g[a, c] d[c, argmax[a, c, i]]     a gather
+ *     grad_d[c, j]    = sum over a, i with argmax[a, c, i] = j  g[a, c] q[a, i]                   by document
  *
- * With normalize the same of unit vectors, then through x / max(norm, EPS); a clamped norm is a constant.
+ * With normalize the sums are over unit vectors, followed by the gradient of x / max(norm, EPS); a clamped norm is a
+ * constant.
  */
 #include <algorithm>
 #include <atomic>
@@ -18,9 +19,10 @@
 namespace latemax {
 namespace {
 
+/* multiply-adds that are worth a thread of their own */
 constexpr double THREAD_SUMS = 5e5;
 
-/* float32 to the gradient's dtype, to nearest, ties to even. */
+/* Round float32 to the gradient's dtype: to nearest, ties to even. */
 uint16_t to_bf16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
@@ -35,7 +37,7 @@ uint16_t to_f16(float x) {
     if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
     if (magnitude >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
     if (magnitude < 0x38800000) {
-        /* below 2^-14: 2^-24 apart; adding 0.5 rounds at that place */
+        /* subnormal, below 2^-14: values are 2^-24 apart, and adding 0.5 rounds at that bit */
         float y;
         std::memcpy(&y, &magnitude, 4);
         y += 0.5f;
@@ -43,7 +45,7 @@ uint16_t to_f16(float x) {
         std::memcpy(&rounded, &y, 4);
         return static_cast<uint16_t>(sign | (rounded - 0x3f000000));
     }
-    /* the carry of rounding up may reach the exponent, and infinity, as it should */
+    /* the carry of rounding up may reach the exponent, up to infinity, which is correct */
     return static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
@@ -56,7 +58,7 @@ void store(maxsim_dtype dtype, const float *x, int64_t n, void *out) {
     for (int64_t k = 0; k < n; ++k) half[k] = dtype == MAXSIM_BF16 ? to_bf16(x[k]) : to_f16(x[k]);
 }
 
-/* A query, and which of its candidates a document was. */
+/* Query a, and the slot c in which it names a document. */
 struct Pair {
     int64_t a, c;
 };
@@ -87,7 +89,7 @@ class Backward {
     void through_norm(const float *x, float norm, float *grad) const;
 
     float g(int64_t a, int64_t c) const { return out_.g[a * out_.g_stride_q + c * out_.g_stride_c]; }
-    /* Rows of q count through all queries. */
+    /* A row of q is numbered across all queries. */
     int64_t query_begin(int64_t a) const { return args_.q_offsets ? args_.q_offsets[a] : a * args_.l_q; }
     const char *q(int64_t row) const {
         const int64_t a = args_.q_offsets ? 0 : row / args_.l_q, i = row - a * args_.l_q;
@@ -98,7 +100,7 @@ class Backward {
                                               : a * args_.d_stride_q + c * args_.d_stride_n;
         return at(args_.d, args_.d_dtype, first + j * args_.d_stride_l);
     }
-    /* Documents and rows as they lie in grad_d. */
+    /* Documents and rows in the order of grad_d. */
     int64_t n_documents() const { return args_.d_offsets ? args_.n_documents : (own_ ? args_.n_q : 1) * args_.n_c; }
     int64_t document_begin(int64_t n) const { return args_.d_offsets ? args_.d_offsets[n] : n * args_.l_d; }
 
@@ -109,12 +111,12 @@ class Backward {
     const int64_t q_tokens_;
     int threads_;
     std::vector<float> q_norms_; /* [q_tokens_] */
-    /* With candidates: who names each document, in the order of queries and slots. */
+    /* With candidates: the pairs that name each document, ordered by query and slot. */
     std::vector<int64_t> pairs_begin_;
     std::vector<Pair> pairs_;
 };
 
-/* body(first, past) over chunks of 0 .. n, a few for each thread. */
+/* Runs body(first, past) on chunks of 0 .. n, about eight for each thread. */
 template <class Body>
 void Backward::each(int64_t n, Body body) {
     const int64_t share = std::max<int64_t>(1, n / (8 * threads_));
@@ -134,7 +136,7 @@ void Backward::measure_queries() {
     });
 }
 
-/* grad = (grad - unit <unit, grad>) / norm; 0 where nothing was given, whatever x holds. */
+/* grad = (grad - unit <unit, grad>) / norm; a zero gradient stays zero even if x holds NaN or infinity. */
 void Backward::through_norm(const float *x, float norm, float *grad) const {
     bool given = false;
     float along = 0;
@@ -159,7 +161,7 @@ void Backward::queries() {
         std::fill_n(sum, rows * dim, 0.0f);
         const int64_t *ends = args_.q_offsets ? args_.q_offsets + 1 : nullptr;
         int64_t a = ends ? std::upper_bound(ends, ends + args_.n_q, first) - ends : first / args_.l_q;
-        /* documents outside: each is gathered from while its tokens are in cache */
+        /* documents in the outer loop: all gathers from one run while its tokens are in cache */
         for (; a < args_.n_q && query_begin(a) < past; ++a)
             for (int64_t c = 0; c < args_.n_c; ++c) {
                 const int64_t begin = query_begin(a);
@@ -185,7 +187,7 @@ void Backward::queries() {
     });
 }
 
-/* A counting sort by document. */
+/* Counting sort of the pairs by document. */
 void Backward::sort_pairs() {
     pairs_begin_.assign(args_.n_documents + 1, 0);
     const int64_t n = args_.n_q * args_.n_c;
@@ -198,7 +200,7 @@ void Backward::sort_pairs() {
         if (args_.candidates[p] >= 0) pairs_[next[args_.candidates[p]]++] = {p / args_.n_c, p % args_.n_c};
 }
 
-/* body(a, c) for every query that met the document, in order. */
+/* Calls body(a, c) for every query that was scored against the document, in order. */
 template <class Body>
 void Backward::meeting(int64_t document, Body body) const {
     if (args_.candidates) {
@@ -210,8 +212,8 @@ void Backward::meeting(int64_t document, Body body) const {
     }
 }
 
-/* Cut by rows, not by documents: as much work in each chunk whatever the lengths. A document belongs to the chunk that
- * its first row is in. */
+/* Chunks are cut by rows, not by documents, so that they hold equal work whatever the lengths. A document belongs to
+ * the chunk that holds its first row. */
 void Backward::documents() {
     const int64_t dim = args_.dim, n = n_documents(), all = args_.d_offsets ? args_.l_d : n * args_.l_d;
     const int64_t size = item_size(args_.d_dtype);

@@ -1,4 +1,4 @@
-/* AVX-512 with bfloat16 products: two of them a lane and instruction, summed in float32. */
+/* AVX-512 with bfloat16 products: an instruction sums two of them per lane in float32. */
 #if defined(__x86_64__)
 #define LATEMAX_LANES 16
 #include "kernel.h"

@@ -1,8 +1,8 @@
-/* Forward: cuts the documents into units of work, and walks each unit's tokens once, L2-sized batch by batch.
+/* Forward: cuts the documents into units of work and reads the tokens of each unit once, in batches that fit in L2.
  *
- *     unit   = one part of the query rows x a few documents, taken by whichever thread is free
- *     batch  = valid tokens of those documents, at most BATCH_BYTES: all vectors of the panel pass over them in L2
- *     slot   = the running maxima of one document, one a query row
+ *     unit   = one part of the query rows x a few documents; a free thread takes the next one
+ *     batch  = valid tokens of those documents, at most BATCH_BYTES: multiplied with every panel vector while in L2
+ *     slot   = the running maxima of one document, one per query row
  */
 #include <algorithm>
 #include <atomic>
@@ -18,15 +18,15 @@
 namespace latemax {
 namespace {
 
-/* a quarter of the smallest L2 of processors with AVX-512, so that the panel stays there as well */
+/* a quarter of the smallest L2 of processors with AVX-512, so that the panel stays in L2 as well */
 constexpr int64_t BATCH_BYTES = 256 << 10;
-/* of rows that are widened first: the next ones are fetched meanwhile, and lie beside them */
+/* the same for rows that are widened first: the next rows are prefetched meanwhile and share the cache */
 constexpr int64_t WIDE_BATCH_BYTES = 64 << 10;
-/* running maxima that a thread holds at once */
+/* the most running maxima that a thread keeps */
 constexpr int64_t SLOT_FLOATS = 256 << 10;
-/* what a second thread must have to do where it still spins from the last call: about 6 us */
+/* products that are worth another thread while it still spins from the last call: about 6 us */
 constexpr double THREAD_PRODUCTS = 3e5;
-/* the same where it sleeps: waking it can take longer than such a problem */
+/* the same if it sleeps: waking it can take longer than a smaller problem */
 constexpr double WAKE_PRODUCTS = 1e6;
 
 struct Document {
@@ -35,12 +35,12 @@ struct Document {
     int64_t length = 0;
 };
 
-/* Candidates first .. past against one part of the query rows. */
+/* Candidates first .. past, scored against one part of the query rows. */
 struct Unit {
     int64_t part, first, past, tokens;
 };
 
-/* Documents that have begun, tokens that wait for the panel. */
+/* Memory of one thread: slots of unfinished documents, and the batch of tokens not yet multiplied. */
 struct Scratch {
     Buffer<int32_t> number, at;
     Buffer<float> scale, wide, best;
@@ -72,9 +72,9 @@ class Forward {
     const bool bf16_, widen_, own_;
     const int64_t batch_;
     Queries queries_;
-    /* maxima of all rows [n_c, rows] where parts cut through queries: summed at the end, in the one order */
+    /* maxima of all rows [n_c, rows] if parts cut through queries: summed at the end, in the order of the tokens */
     std::vector<float> kept_;
-    std::vector<char> empty_; /* [n_c], beside kept_ */
+    std::vector<char> empty_; /* [n_c], used with kept_ */
 };
 
 bool products_in_bf16(const maxsim_args &args, const Level &level) {
@@ -116,7 +116,7 @@ int64_t Forward::length(int64_t query, int64_t c) const {
     return number < 0 ? 0 : args_.d_offsets[number + 1] - args_.d_offsets[number];
 }
 
-/* Document tokens to be met, once where queries share them. */
+/* Document tokens to read; tokens that queries share count once. */
 int64_t Forward::tokens() const {
     if (!args_.d_offsets) return (own_ ? args_.n_q : 1) * args_.n_c * args_.l_d;
     if (!args_.candidates) return args_.d_offsets[args_.n_documents];
@@ -134,7 +134,8 @@ int Forward::worth(int64_t tokens) const {
     return std::max(1, static_cast<int>(std::min<double>(threads_, products / share)));
 }
 
-/* Of about `target` tokens each, whatever the lengths; documents longer than that come first, not to be waited for. */
+/* Units of about `target` tokens, whatever the lengths of documents. Longer documents come first, so that the threads do
+ * not end up waiting for one. */
 std::vector<Unit> Forward::units(int64_t target) const {
     std::vector<Unit> out;
     for (size_t p = 0; p < queries_.parts.size(); ++p) {
@@ -157,7 +158,7 @@ std::vector<Unit> Forward::units(int64_t target) const {
 void Forward::run() {
     const int64_t total = tokens();
     const int threads = worth(total);
-    /* shared documents too few to go round: the query rows are cut as well */
+    /* too few shared documents for all threads: cut the query rows as well */
     const int64_t wanted = threads > 1 && args_.n_c < 4 * threads ? 4 * threads : 1;
     const bool split = !own_ && wanted > 1 && args_.n_q < threads;
     queries_.cut(own_, split ? threads : wanted, split);
@@ -184,7 +185,7 @@ void Forward::run() {
 
 void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
     const int64_t width = part.vectors * level_.lanes;
-    /* queries without a token need no documents */
+    /* queries without a valid token read no documents */
     for (int64_t c = first; !width && c < past; ++c) finish_empty(part, c);
     if (!width) return;
     const int64_t slots = std::clamp<int64_t>(SLOT_FLOATS / width, 1, past - first);
@@ -209,7 +210,7 @@ void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
                 begun = true;
                 s.document_of_slot.push_back(c);
                 std::fill_n(best + slot * width, width, -std::numeric_limits<float>::infinity());
-                /* where every similarity is -inf the first valid token wins */
+                /* if every similarity is -inf, argmax is the first valid token */
                 const int64_t lead = rows.number ? rows.number[0] : rows.first;
                 if (at) std::fill_n(at + slot * width, width, static_cast<int32_t>(lead));
             }
@@ -227,7 +228,7 @@ void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
     }
 }
 
-/* The next valid tokens from j on, at most `room`; moves j behind them. */
+/* Takes the next valid tokens from j, at most `room`, and moves j after them. */
 Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const {
     const int64_t stride = args_.d_stride_l * item_size(args_.d_dtype), first = j;
     Rows rows{doc.base, stride, nullptr, nullptr, nullptr, stride, nullptr, nullptr, first, 0, false, false};
@@ -237,7 +238,7 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
             number[rows.count] = static_cast<int32_t>(j);
             rows.count += doc.mask[j * args_.d_mask_stride_l] != 0;
         }
-        /* a run of neighbours is read as one: ragged lists are such */
+        /* consecutive tokens need no gather: the case of a ragged list */
         if (rows.count && number[rows.count - 1] - number[0] + 1 == rows.count) {
             rows.first = number[0];
         } else {
@@ -305,7 +306,7 @@ void Forward::finish_empty(const Part &part, int64_t c) {
     if (!empty_.empty()) empty_[c] = 1;
 }
 
-/* In float64, in the order of the tokens: rounded once, whatever the vectors' length. */
+/* Sums in float64, in the order of the tokens: rounded once, independent of the level's vector length. */
 void Forward::sum(int64_t query, int64_t c, const float *best) {
     double total = 0;
     const int64_t first = queries_.row_begin[query], n = queries_.row_begin[query + 1] - first;
@@ -320,7 +321,7 @@ int levels(const Level **out) {
     int n = 0;
     out[n++] = &level_portable;
 #if defined(__x86_64__)
-    /* these ask the operating system too whether it saves the registers */
+    /* these also check that the operating system saves the registers */
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -10,7 +10,7 @@ namespace latemax {
 
 namespace {
 constexpr int64_t KEEP_BYTES = 1 << 20;
-/* panels smaller than that are packed before another thread is awake */
+/* a smaller panel is packed before another thread would be awake */
 constexpr int64_t SHARE_BYTES = 64 << 10;
 }
 
@@ -40,7 +40,7 @@ void Queries::cut(bool each, int64_t wanted, bool split) {
     if (each) {
         for (int64_t a = 0; a < n_q; ++a) add(a, a + 1, row_begin[a], row_begin[a + 1]);
     } else if (split) {
-        /* two vectors at least: one runs at the rate of a few registers less */
+        /* at least two vectors: a single one leaves registers unused and runs slower */
         const int64_t pair = 2 * level_.lanes;
         const int64_t share = std::max((rows() + wanted * pair - 1) / (wanted * pair), int64_t{1}) * pair;
         for (int64_t r = 0; r < rows(); r += share) add(0, n_q, r, std::min(r + share, rows()));
@@ -55,7 +55,7 @@ void Queries::cut(bool each, int64_t wanted, bool split) {
 }
 
 void Queries::pack(int threads) {
-    /* one small enough to keep is kept from call to call: the first touch of its pages costs more than packing */
+    /* a small panel keeps its memory between calls: the page faults of fresh memory cost more than packing */
     static thread_local Buffer<char> kept;
     const int64_t bytes = vectors_ * level_.lanes * steps_ * 4;
     panel_ = (bytes > KEEP_BYTES ? own_ : kept).get(bytes);
@@ -106,7 +106,8 @@ void Queries::pack_row(int64_t query, int64_t row, char *out, int64_t stride, fl
         if (args_.normalize) {
             const float norm = clamped_norm(level_.sum_of_squares(MAXSIM_F32, wide, dim));
             if (bf16_ && std::isfinite(norm)) {
-                /* a power of two keeps bfloat16 exact and its products in range; the rest is applied to the maximum */
+                /* a power of two keeps bfloat16 exact and its products in range; the rest of the norm is applied to the
+                 * maximum */
                 int exponent = 0;
                 std::frexp(norm, &exponent);
                 factor = std::ldexp(1.0f, -exponent);
