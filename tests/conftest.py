@@ -33,10 +33,11 @@ def torch_path(request, monkeypatch):
     if request.node.get_closest_marker("torch_path") is None:
         yield
         return
-    from latemax.ops import native_cpu_backend, select
+    from latemax.ops import dispatch
+    from latemax.ops.backends import native
 
-    monkeypatch.setattr(native_cpu_backend, "_cpu", None)
-    monkeypatch.setattr(native_cpu_backend, "_why_not", "taken away by a test")
-    select.choose.cache_clear()
+    monkeypatch.setattr(native, "_cpu", None)
+    monkeypatch.setattr(native, "_why_not", "taken away by a test")
+    dispatch.plan_for.cache_clear()
     yield
-    select.choose.cache_clear()
+    dispatch.plan_for.cache_clear()
