@@ -71,7 +71,7 @@ class Backward {
         threads_ = std::max(1, static_cast<int>(std::min<double>(threads, sums / THREAD_SUMS)));
     }
     void run() {
-        if (args_.normalize) measure_queries();
+        if (args_.normalize) compute_query_norms();
         if (out_.grad_q) queries();
         if (out_.grad_d && args_.candidates) sort_pairs();
         if (out_.grad_d) documents();
@@ -80,12 +80,12 @@ class Backward {
   private:
     template <class Body>
     void each(int64_t n, Body body);
-    void measure_queries();
+    void compute_query_norms();
     void queries();
     void sort_pairs();
     void documents();
     template <class Body>
-    void meeting(int64_t document, Body body) const;
+    void each_query(int64_t document, Body body) const;
     void through_norm(const float *x, float norm, float *grad) const;
 
     float g(int64_t a, int64_t c) const { return out_.g[a * out_.g_stride_q + c * out_.g_stride_c]; }
@@ -96,7 +96,7 @@ class Backward {
         return at(args_.q.tokens, args_.q.dtype, a * args_.q.stride_n + i * args_.q.stride_l);
     }
     const char *d(int64_t a, int64_t c, int64_t j) const {
-        const int64_t first = args_.d.offsets ? args_.d.offsets[packed_document(args_, a, c)] * args_.d.stride_l
+        const int64_t first = args_.d.offsets ? args_.d.offsets[document_number(args_, a, c)] * args_.d.stride_l
                                               : a * args_.d.stride_q + c * args_.d.stride_n;
         return at(args_.d.tokens, args_.d.dtype, first + j * args_.d.stride_l);
     }
@@ -116,7 +116,7 @@ class Backward {
     std::vector<Pair> pairs_;
 };
 
-/* Runs body(first, past) on chunks of 0 .. n, about eight for each thread. */
+/* Runs body(first, end) on chunks of 0 .. n, about eight for each thread. */
 template <class Body>
 void Backward::each(int64_t n, Body body) {
     const int64_t share = std::max<int64_t>(1, n / (8 * threads_));
@@ -128,47 +128,47 @@ void Backward::each(int64_t n, Body body) {
     parallel(threads_, work);
 }
 
-void Backward::measure_queries() {
+void Backward::compute_query_norms() {
     q_norms_.resize(q_tokens_);
-    each(q_tokens_, [&](int64_t first, int64_t past) {
-        for (int64_t r = first; r < past; ++r)
+    each(q_tokens_, [&](int64_t first, int64_t end) {
+        for (int64_t r = first; r < end; ++r)
             q_norms_[r] = clamped_norm(level_.sum_of_squares(args_.q.dtype, q(r), args_.dim));
     });
 }
 
 /* grad = (grad - unit <unit, grad>) / norm; a zero gradient stays zero even if x holds NaN or infinity. */
 void Backward::through_norm(const float *x, float norm, float *grad) const {
-    bool given = false;
-    float along = 0;
+    bool nonzero = false;
+    float dot = 0;
     for (int64_t k = 0; k < args_.dim; ++k) {
-        given |= grad[k] != 0;
-        along += x[k] / norm * grad[k];
+        nonzero |= grad[k] != 0;
+        dot += x[k] / norm * grad[k];
     }
-    if (!given) {
+    if (!nonzero) {
         std::fill_n(grad, args_.dim, 0.0f);
         return;
     }
-    if (!(norm > EPS)) along = 0;
-    for (int64_t k = 0; k < args_.dim; ++k) grad[k] = (grad[k] - x[k] / norm * along) / norm;
+    if (!(norm > EPS)) dot = 0;
+    for (int64_t k = 0; k < args_.dim; ++k) grad[k] = (grad[k] - x[k] / norm * dot) / norm;
 }
 
 void Backward::queries() {
     const int64_t dim = args_.dim;
-    each(q_tokens_, [&](int64_t first, int64_t past) {
+    each(q_tokens_, [&](int64_t first, int64_t end) {
         static thread_local Buffer<float> sums, wide_memory;
-        const int64_t rows = past - first;
+        const int64_t rows = end - first;
         float *sum = sums.get(rows * dim), *wide = wide_memory.get(dim);
         std::fill_n(sum, rows * dim, 0.0f);
         const int64_t *ends = args_.q.offsets ? args_.q.offsets + 1 : nullptr;
         int64_t a = ends ? std::upper_bound(ends, ends + args_.n_q, first) - ends : first / args_.q.l;
         /* documents in the outer loop: all gathers from one run while its tokens are in cache */
-        for (; a < args_.n_q && query_begin(a) < past; ++a)
+        for (; a < args_.n_q && query_begin(a) < end; ++a)
             for (int64_t c = 0; c < args_.n_c; ++c) {
                 const int64_t begin = query_begin(a);
-                const int32_t *won = winners(args_, a, c);
+                const int32_t *best = argmax_row(args_, a, c);
                 const float weight = g(a, c);
-                for (int64_t r = std::max(first, begin); r < std::min(past, begin + query_length(args_, a)); ++r) {
-                    const int32_t j = won[r - begin];
+                for (int64_t r = std::max(first, begin); r < std::min(end, begin + query_length(args_, a)); ++r) {
+                    const int32_t j = best[r - begin];
                     if (j < 0) continue;
                     const char *row = d(a, c, j);
                     float scale = weight;
@@ -176,7 +176,7 @@ void Backward::queries() {
                     level_.add_scaled(args_.d.dtype, scale, row, dim, sum + (r - first) * dim);
                 }
             }
-        for (int64_t r = first; r < past; ++r) {
+        for (int64_t r = first; r < end; ++r) {
             float *grad = sum + (r - first) * dim;
             if (args_.normalize) {
                 level_.widen(args_.q.dtype, q(r), dim, wide);
@@ -202,7 +202,7 @@ void Backward::sort_pairs() {
 
 /* Calls body(a, c) for every query that was scored against the document, in order. */
 template <class Body>
-void Backward::meeting(int64_t document, Body body) const {
+void Backward::each_query(int64_t document, Body body) const {
     if (!args_.n_c) return; /* candidates [n_q, 0] have no address */
     if (args_.candidates) {
         for (int64_t p = pairs_begin_[document]; p < pairs_begin_[document + 1]; ++p) body(pairs_[p].a, pairs_[p].c);
@@ -219,31 +219,31 @@ void Backward::documents() {
     const int64_t dim = args_.dim, n = n_documents(), all = args_.d.total;
     const int64_t size = item_size(args_.d.dtype);
     char *out = static_cast<char *>(out_.grad_d);
-    auto starting_from = [&](int64_t row) {
+    auto first_document = [&](int64_t row) {
         if (!args_.d.offsets) return (row + args_.d.l - 1) / args_.d.l;
         return static_cast<int64_t>(std::lower_bound(args_.d.offsets, args_.d.offsets + n, row) - args_.d.offsets);
     };
-    each(all, [&](int64_t first, int64_t past) {
+    each(all, [&](int64_t first, int64_t end) {
         static thread_local Buffer<float> sums, wide_memory;
         float *wide = wide_memory.get(dim);
         const int64_t outside = std::max(first, args_.d.offsets ? args_.d.offsets[n] : all);
-        if (outside < past) std::memset(out + outside * dim * size, 0, (past - outside) * dim * size);
-        for (int64_t u = starting_from(first); u < starting_from(past); ++u) {
+        if (outside < end) std::memset(out + outside * dim * size, 0, (end - outside) * dim * size);
+        for (int64_t u = first_document(first); u < first_document(end); ++u) {
             const int64_t begin = document_begin(u), length = document_begin(u + 1) - begin;
             const bool direct = args_.d.dtype == MAXSIM_F32;
             char *rows = out + begin * dim * size;
             float *sum = direct ? reinterpret_cast<float *>(rows) : sums.get(length * dim);
             std::fill_n(sum, length * dim, 0.0f);
             const char *x = nullptr;
-            meeting(u, [&](int64_t a, int64_t c) {
-                const int32_t *won = winners(args_, a, c);
+            each_query(u, [&](int64_t a, int64_t c) {
+                const int32_t *best = argmax_row(args_, a, c);
                 const int64_t row = query_begin(a);
                 if (!x) x = d(a, c, 0);
                 for (int64_t i = 0; i < query_length(args_, a); ++i) {
-                    if (won[i] < 0) continue;
+                    if (best[i] < 0) continue;
                     float scale = g(a, c);
                     if (args_.normalize) scale /= q_norms_[row + i];
-                    level_.add_scaled(args_.q.dtype, scale, q(row + i), dim, sum + won[i] * dim);
+                    level_.add_scaled(args_.q.dtype, scale, q(row + i), dim, sum + best[i] * dim);
                 }
             });
             for (int64_t j = 0; args_.normalize && j < length; ++j) {

@@ -212,7 +212,7 @@ LATEMAX_INLINE const char *row_at(const Rows &rows, int64_t i) {
 template <maxsim_dtype OF, int U, int V, bool ARGMAX>
 LATEMAX_INLINE void fold(vf (&sum)[U][V], const Rows &rows, int64_t j, int64_t dim, vf (&best)[V], vi (&at)[V]) {
     if (rows.scale) {
-        if (rows.measure)
+        if (rows.compute_scale)
             for (int64_t i = j; i < j + U && i < rows.count; ++i) {
                 const float norm = __builtin_sqrtf(sum_of_squares_as<OF>(row_at(rows, i), dim));
                 rows.scale[i] = 1.0f / (norm < EPS ? EPS : norm);
@@ -262,13 +262,13 @@ LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t d
         for (int v = 0; v < V; ++v) sum[u][v] = vf{};
     }
     const int64_t steps = Op::steps(dim);
-    const char *soon = rows.later ? rows.later + j * rows.later_stride : row[0] + U * rows.stride;
+    const char *next = rows.prefetch ? rows.prefetch + j * rows.prefetch_stride : row[0] + U * rows.stride;
     int64_t k = 0;
     for (; k + LINE <= steps; k += LINE) {
         if (rows.dense) {
 #pragma GCC unroll 32
-            for (int u = 0; u < U; ++u) __builtin_prefetch(soon + 4 * LINE * u);
-            soon += 4 * LINE * U;
+            for (int u = 0; u < U; ++u) __builtin_prefetch(next + 4 * LINE * u);
+            next += 4 * LINE * U;
         } else {
             for (int u = 0; u < U; ++u) __builtin_prefetch(row[u] + U * rows.stride + 4 * k);
         }
@@ -305,8 +305,8 @@ void run_with(const void *panel, const Rows &rows, int64_t dim, float *best, int
 }
 
 /* SUMS vectors of similarities are kept in registers. TAIL is the number of rows of the last tiles for two query
- * vectors. A single query vector takes 8 rows, enough to hide the latency of its sums; each row needs an address register
- * too. */
+ * vectors. A single query vector takes 8 rows, enough to hide the latency of its sums; each row needs an address
+ * register too. */
 template <class Op, int SUMS, int TAIL, int BLOCK>
 void run_any(const void *panel, int vectors, const Rows &rows, int64_t dim, float *best, int32_t *at) {
     if (vectors == 1) return run_with<Op, 8, 8, 1>(panel, rows, dim, best, at);

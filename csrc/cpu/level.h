@@ -12,17 +12,17 @@ constexpr float EPS = 1e-12f;
 
 /* Valid tokens of one document, or of part of one, as the micro-kernel reads them. */
 struct Rows {
-    const char *base;       /* float32, or bfloat16 for Level::run_bf16 */
-    int64_t stride;         /* bytes between rows */
-    const int32_t *gather;  /* row indices, or NULL: 0 .. count */
-    const int32_t *number;  /* the token number of each row, or NULL: first, first + 1, ... */
-    const char *later;      /* memory to prefetch while these rows are multiplied; NULL: the following rows */
-    int64_t later_stride;   /* bytes of it to prefetch per row */
-    char *room;             /* scratch for 32 bfloat16 rows of dim + 32 elements, or NULL */
-    float *scale;           /* 1 / max(norm, EPS) of each row, which multiplies its similarities; or NULL */
+    const char *base;        /* float32, or bfloat16 for Level::run_bf16 */
+    int64_t stride;          /* bytes between rows */
+    const int32_t *gather;   /* row indices, or NULL: 0 .. count */
+    const int32_t *number;   /* the token number of each row, or NULL: first, first + 1, ... */
+    const char *prefetch;    /* memory to prefetch while these rows are multiplied; NULL: the following rows */
+    int64_t prefetch_stride; /* bytes of it to prefetch per row */
+    char *scratch;           /* scratch for 32 bfloat16 rows of dim + 32 elements, or NULL */
+    float *scale;            /* 1 / max(norm, EPS) of each row, which multiplies its similarities; or NULL */
     int64_t first, count;
-    bool dense;             /* rows are contiguous, so the hardware prefetcher helps: fetch line after line */
-    bool measure;           /* compute scale first, while the rows are in cache */
+    bool dense;              /* rows are contiguous, so the hardware prefetcher helps: fetch line after line */
+    bool compute_scale;      /* compute scale first, while the rows are in cache */
 };
 
 /* Updates the running maxima of 1, 2 or Level::block vectors of query tokens over the rows: best and, unless NULL, at,

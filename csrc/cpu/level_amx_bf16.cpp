@@ -29,11 +29,11 @@ template <int R, int V, bool ARGMAX>
 void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, int64_t dim,
               vf (&best)[V], vi (&at)[V]) {
     const int64_t padded = (dim + DEPTH - 1) / DEPTH * DEPTH, width = 64 * V;
-    const char *row = row_at(rows, j), *soon = row + R * ROWS * rows.stride;
+    const char *row = row_at(rows, j), *next = row + R * ROWS * rows.stride;
     int64_t stride = rows.stride;
     if (rows.gather || padded != dim || j + R * ROWS > rows.count) {
-        copy<R>(rows, j, dim, padded, rows.room);
-        row = rows.room, stride = 2 * padded;
+        copy<R>(rows, j, dim, padded, rows.scratch);
+        row = rows.scratch, stride = 2 * padded;
     }
     const int64_t below = ROWS * stride;
     LATEMAX_TILE_ZERO(0);
@@ -42,7 +42,7 @@ void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, 
     if (R == 2 && V == 2) LATEMAX_TILE_ZERO(3);
     for (int64_t k = 0; k < padded; k += DEPTH) {
         const char *from = row + 2 * k, *q = k + DEPTH <= dim ? panel + k / 2 * width : rest;
-        for (int u = 0; rows.dense && u < R * ROWS; ++u, soon += 64) __builtin_prefetch(soon);
+        for (int u = 0; rows.dense && u < R * ROWS; ++u, next += 64) __builtin_prefetch(next);
         LATEMAX_TILE_LOAD(6, q, width);
         LATEMAX_TILE_LOAD(4, from, stride);
         LATEMAX_TILE_MULTIPLY(0, 4, 6);

@@ -35,9 +35,9 @@ struct Document {
     int64_t length = 0;
 };
 
-/* Candidates first .. past, scored against one part of the query rows. */
+/* Candidates first .. end, scored against one part of the query rows. */
 struct Unit {
-    int64_t part, first, past, tokens;
+    int64_t part, first, end, tokens;
 };
 
 /* Memory of one thread: slots of unfinished documents, and the batch of tokens not yet multiplied. */
@@ -57,9 +57,9 @@ class Forward {
     Document document(int64_t query, int64_t c) const;
     int64_t length(int64_t query, int64_t c) const;
     int64_t tokens() const;
-    int worth(int64_t tokens) const;
+    int useful_threads(int64_t tokens) const;
     std::vector<Unit> units(int64_t target) const;
-    void unit(const Part &part, int64_t first, int64_t past, Scratch &s);
+    void unit(const Part &part, int64_t first, int64_t end, Scratch &s);
     Rows take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const;
     void multiply(const Part &part, Scratch &s) const;
     void finish(const Part &part, int64_t c, const float *best, const int32_t *at);
@@ -73,8 +73,8 @@ class Forward {
     const int64_t batch_;
     Queries queries_;
     /* maxima of all rows [n_c, rows] if parts cut through queries: summed at the end, in the order of the tokens */
-    std::vector<float> kept_;
-    std::vector<char> empty_; /* [n_c], used with kept_ */
+    std::vector<float> maxima_;
+    std::vector<char> empty_; /* [n_c], used with maxima_ */
 };
 
 bool products_in_bf16(const maxsim_args &args, const Level &level) {
@@ -99,7 +99,7 @@ Document Forward::document(int64_t query, int64_t c) const {
     if (!doc.length) return doc;
     int64_t token = 0, masked = 0;
     if (args_.d.offsets) {
-        const int64_t first = args_.d.offsets[packed_document(args_, query, c)];
+        const int64_t first = args_.d.offsets[document_number(args_, query, c)];
         token = first * args_.d.stride_l;
         masked = first * args_.d.mask_stride_l;
     } else {
@@ -113,7 +113,7 @@ Document Forward::document(int64_t query, int64_t c) const {
 
 int64_t Forward::length(int64_t query, int64_t c) const {
     if (!args_.d.offsets) return args_.d.l;
-    const int64_t number = packed_document(args_, query, c);
+    const int64_t number = document_number(args_, query, c);
     return number < 0 ? 0 : args_.d.offsets[number + 1] - args_.d.offsets[number];
 }
 
@@ -127,27 +127,27 @@ int64_t Forward::tokens() const {
     return total;
 }
 
-int Forward::worth(int64_t tokens) const {
+int Forward::useful_threads(int64_t tokens) const {
     const double rows = static_cast<double>(queries_.rows()) / static_cast<double>(own_ ? args_.n_q : 1);
     const double products = static_cast<double>(tokens) * std::max(rows, 16.0) * static_cast<double>(args_.dim);
     if (products < 2 * THREAD_PRODUCTS) return 1;
-    const double share = worked_lately() ? THREAD_PRODUCTS : WAKE_PRODUCTS;
+    const double share = recent_call() ? THREAD_PRODUCTS : WAKE_PRODUCTS;
     return std::max(1, static_cast<int>(std::min<double>(threads_, products / share)));
 }
 
-/* Units of about `target` tokens, whatever the lengths of documents. Longer documents come first, so that the threads do
- * not end up waiting for one. */
+/* Units of about `target` tokens, whatever the lengths of documents. Longer documents come first, so that no
+ * thread is left waiting for one. */
 std::vector<Unit> Forward::units(int64_t target) const {
     std::vector<Unit> out;
     for (size_t p = 0; p < queries_.parts.size(); ++p) {
         Unit next{static_cast<int64_t>(p), 0, 0, 0};
-        while (next.past < args_.n_c) {
-            const int64_t more = std::max<int64_t>(1, length(queries_.parts[p].query_first, next.past));
+        while (next.end < args_.n_c) {
+            const int64_t more = std::max<int64_t>(1, length(queries_.parts[p].query_first, next.end));
             if (next.tokens && next.tokens + more > target) {
                 out.push_back(next);
-                next.first = next.past, next.tokens = 0;
+                next.first = next.end, next.tokens = 0;
             }
-            ++next.past, next.tokens += more;
+            ++next.end, next.tokens += more;
         }
         out.push_back(next);
     }
@@ -158,7 +158,7 @@ std::vector<Unit> Forward::units(int64_t target) const {
 
 void Forward::run() {
     const int64_t total = tokens();
-    const int threads = worth(total);
+    const int threads = useful_threads(total);
     /* too few shared documents for all threads: cut the query rows as well */
     const int64_t wanted = threads > 1 && args_.n_c < 4 * threads ? 4 * threads : 1;
     const bool split = !own_ && wanted > 1 && args_.n_q < threads;
@@ -167,38 +167,39 @@ void Forward::run() {
     if (args_.argmax && queries_.rows() < args_.q.total)
         std::fill_n(args_.argmax, args_.n_c * args_.q.total, -1);
     if (split) {
-        kept_.resize(args_.n_c * queries_.rows());
+        maxima_.resize(args_.n_c * queries_.rows());
         empty_.resize(args_.n_c);
     }
-    const int64_t met = own_ ? total : total * static_cast<int64_t>(queries_.parts.size());
-    const std::vector<Unit> work = units(std::clamp<int64_t>(met / (8 * threads), 1, batch_));
+    const int64_t scored = own_ ? total : total * static_cast<int64_t>(queries_.parts.size());
+    const std::vector<Unit> work = units(std::clamp<int64_t>(scored / (8 * threads), 1, batch_));
     std::atomic<size_t> next{0};
     auto body = [&] {
         static thread_local Scratch scratch;
         for (size_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < work.size();)
-            unit(queries_.parts[work[u].part], work[u].first, work[u].past, scratch);
+            unit(queries_.parts[work[u].part], work[u].first, work[u].end, scratch);
     };
     parallel(threads, body);
     for (int64_t c = 0; split && c < args_.n_c; ++c)
         for (int64_t a = 0; a < args_.n_q; ++a)
-            if (!empty_[c]) sum(a, c, kept_.data() + c * queries_.rows() + queries_.row_begin[a]);
+            if (!empty_[c]) sum(a, c, maxima_.data() + c * queries_.rows() + queries_.row_begin[a]);
 }
 
-void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
+void Forward::unit(const Part &part, int64_t first, int64_t end, Scratch &s) {
     const int64_t width = part.vectors * level_.lanes;
     /* queries without a valid token read no documents */
-    for (int64_t c = first; !width && c < past; ++c) finish_empty(part, c);
+    for (int64_t c = first; !width && c < end; ++c) finish_empty(part, c);
     if (!width) return;
-    const int64_t slots = std::clamp<int64_t>(SLOT_FLOATS / width, 1, past - first);
+    const int64_t slots = std::clamp<int64_t>(SLOT_FLOATS / width, 1, end - first);
     float *best = s.best.get(slots * width);
     int32_t *at = args_.argmax ? s.at.get(slots * width) : nullptr;
-    s.number.get(batch_), s.scale.get(batch_), s.wide.get(widen_ ? batch_ * args_.dim : bf16_ ? 16 * (args_.dim + 32) : 0);
+    s.number.get(batch_), s.scale.get(batch_);
+    s.wide.get(widen_ ? batch_ * args_.dim : bf16_ ? 16 * (args_.dim + 32) : 0);
     s.rows.clear(), s.slot_of_rows.clear(), s.document_of_slot.clear();
     int64_t used = 0;
-    for (int64_t c = first; c < past; ++c) {
+    for (int64_t c = first; c < end; ++c) {
         const Document doc = document(part.query_first, c);
         int64_t j = 0;
-        bool begun = false;
+        bool started = false;
         while (j < doc.length) {
             if (used == batch_) {
                 multiply(part, s);
@@ -206,21 +207,21 @@ void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
             }
             const Rows rows = take(doc, j, batch_ - used, used, s);
             if (!rows.count) continue;
-            const int64_t slot = static_cast<int64_t>(s.document_of_slot.size()) - begun;
-            if (!begun) {
-                begun = true;
+            const int64_t slot = static_cast<int64_t>(s.document_of_slot.size()) - started;
+            if (!started) {
+                started = true;
                 s.document_of_slot.push_back(c);
                 std::fill_n(best + slot * width, width, -std::numeric_limits<float>::infinity());
                 /* if every similarity is -inf, argmax is the first valid token */
-                const int64_t lead = rows.number ? rows.number[0] : rows.first;
-                if (at) std::fill_n(at + slot * width, width, static_cast<int32_t>(lead));
+                const int64_t first_valid = rows.number ? rows.number[0] : rows.first;
+                if (at) std::fill_n(at + slot * width, width, static_cast<int32_t>(first_valid));
             }
             s.rows.push_back(rows);
             s.slot_of_rows.push_back(slot);
             used += rows.count;
         }
-        if (!begun) finish_empty(part, c);
-        if (c + 1 < past && static_cast<int64_t>(s.document_of_slot.size()) < slots) continue;
+        if (!started) finish_empty(part, c);
+        if (c + 1 < end && static_cast<int64_t>(s.document_of_slot.size()) < slots) continue;
         multiply(part, s);
         used = 0;
         for (size_t slot = 0; slot < s.document_of_slot.size(); ++slot)
@@ -251,16 +252,16 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
     }
     if (!rows.gather) rows.base += rows.first * stride;
     rows.dense = args_.d.stride_k == 1 && args_.d.stride_l == args_.dim;
-    if (bf16_) rows.room = reinterpret_cast<char *>(s.wide.get(0));
+    if (bf16_) rows.scratch = reinterpret_cast<char *>(s.wide.get(0));
     if (args_.normalize) rows.scale = s.scale.get(batch_) + used;
     if (widen_) {
         float *wide = s.wide.get(batch_ * args_.dim) + used * args_.dim;
-        const bool together = rows.dense && !rows.gather;
-        if (together) level_.widen(args_.d.dtype, rows.base, rows.count * args_.dim, wide);
-        for (int64_t i = 0; !together && i < rows.count; ++i)
+        const bool contiguous = rows.dense && !rows.gather;
+        if (contiguous) level_.widen(args_.d.dtype, rows.base, rows.count * args_.dim, wide);
+        for (int64_t i = 0; !contiguous && i < rows.count; ++i)
             widen_row(level_, args_.d.dtype, rows.base + (rows.gather ? rows.gather[i] : i) * stride, args_.d.stride_k,
                       args_.dim, wide + i * args_.dim);
-        if (together) rows.later = rows.base + rows.count * stride;
+        if (contiguous) rows.prefetch = rows.base + rows.count * stride;
         rows.base = reinterpret_cast<const char *>(wide);
         rows.stride = args_.dim * 4;
         rows.gather = nullptr;
@@ -276,7 +277,7 @@ void Forward::multiply(const Part &part, Scratch &s) const {
     for (int64_t v = 0; v < part.vectors; v += queries_.block(part, v))
         for (size_t r = 0; r < s.rows.size(); ++r) {
             const int64_t lane = s.slot_of_rows[r] * width + v * level_.lanes;
-            s.rows[r].measure = args_.normalize && v == 0;
+            s.rows[r].compute_scale = args_.normalize && v == 0;
             run(queries_.panel(part, v), queries_.block(part, v), s.rows[r], args_.dim, best + lane,
                 at ? at + lane : nullptr);
         }
@@ -284,24 +285,24 @@ void Forward::multiply(const Part &part, Scratch &s) const {
 }
 
 void Forward::finish(const Part &part, int64_t c, const float *best, const int32_t *at) {
-    for (int64_t a = part.query_first; a < part.query_past; ++a) {
+    for (int64_t a = part.query_first; a < part.query_end; ++a) {
         const int64_t first = std::max(queries_.row_begin[a], part.row_first);
-        const int64_t past = std::min(queries_.row_begin[a + 1], part.row_past);
-        for (int64_t row = first; at && row < past; ++row)
-            winners(args_, a, c)[queries_.token[row]] = at[row - part.row_first];
-        if (kept_.empty())
+        const int64_t end = std::min(queries_.row_begin[a + 1], part.row_end);
+        for (int64_t row = first; at && row < end; ++row)
+            argmax_row(args_, a, c)[queries_.token[row]] = at[row - part.row_first];
+        if (maxima_.empty())
             sum(a, c, best + (first - part.row_first));
-        else if (first < past)
-            std::copy(best + (first - part.row_first), best + (past - part.row_first),
-                      kept_.data() + c * queries_.rows() + first);
+        else if (first < end)
+            std::copy(best + (first - part.row_first), best + (end - part.row_first),
+                      maxima_.data() + c * queries_.rows() + first);
     }
 }
 
 void Forward::finish_empty(const Part &part, int64_t c) {
     if (part.row_first != queries_.row_begin[part.query_first]) return;
-    for (int64_t a = part.query_first; a < part.query_past; ++a) {
+    for (int64_t a = part.query_first; a < part.query_end; ++a) {
         const bool valid = queries_.row_begin[a] < queries_.row_begin[a + 1];
-        if (args_.argmax) std::fill_n(winners(args_, a, c), query_length(args_, a), -1);
+        if (args_.argmax) std::fill_n(argmax_row(args_, a, c), query_length(args_, a), -1);
         static_cast<float *>(args_.scores)[a * args_.n_c + c] = valid ? static_cast<float>(args_.empty_score) : 0.0f;
     }
     if (!empty_.empty()) empty_[c] = 1;
@@ -340,7 +341,7 @@ int levels(const Level **out) {
 void forward(const maxsim_args &args, const Level &level, int threads) {
     if (!args.n_q || !args.n_c) return;
     Forward(args, level, threads).run();
-    note_work();
+    note_call();
 }
 
 }  // namespace latemax

@@ -29,9 +29,9 @@ Queries::Queries(const maxsim_args &args, const Level &level, bool bf16)
     }
 }
 
-void Queries::add(int64_t query_first, int64_t query_past, int64_t row_first, int64_t row_past) {
-    const int64_t vectors = (row_past - row_first + level_.lanes - 1) / level_.lanes;
-    parts.push_back({query_first, query_past, row_first, row_past, vectors_, vectors});
+void Queries::add(int64_t query_first, int64_t query_end, int64_t row_first, int64_t row_end) {
+    const int64_t vectors = (row_end - row_first + level_.lanes - 1) / level_.lanes;
+    parts.push_back({query_first, query_end, row_first, row_end, vectors_, vectors});
     vectors_ += vectors;
 }
 
@@ -47,9 +47,9 @@ void Queries::cut(bool each, int64_t wanted, bool split) {
         if (!rows()) add(0, n_q, 0, 0);
     } else {
         const int64_t share = std::max<int64_t>(1, (rows() + wanted - 1) / wanted);
-        for (int64_t a = 0, past = 1; a < n_q; a = past++) {
-            while (past < n_q && row_begin[past] - row_begin[a] < share) ++past;
-            add(a, past, row_begin[a], row_begin[past]);
+        for (int64_t a = 0, end = 1; a < n_q; a = end++) {
+            while (end < n_q && row_begin[end] - row_begin[a] < share) ++end;
+            add(a, end, row_begin[a], row_begin[end]);
         }
     }
 }
@@ -80,7 +80,7 @@ void Queries::pack(int threads) {
             for (int64_t lane = 0; lane < stride; ++lane) {
                 const int64_t row = first + lane;
                 char *out = block + 4 * lane;
-                if (row >= part.row_past) {
+                if (row >= part.row_end) {
                     for (int64_t k = 0; k < steps_; ++k) std::memset(out + 4 * k * stride, 0, 4);
                     continue;
                 }

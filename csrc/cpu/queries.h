@@ -10,8 +10,8 @@ namespace latemax {
 
 /* Consecutive query rows that one unit of work scores against its documents. */
 struct Part {
-    int64_t query_first, query_past;
-    int64_t row_first, row_past; /* of Queries::token */
+    int64_t query_first, query_end;
+    int64_t row_first, row_end; /* of Queries::token */
     int64_t vector_first;        /* start of its panel, in vectors of lanes */
     int64_t vectors;
 };
@@ -41,7 +41,7 @@ class Queries {
     std::vector<Part> parts;
 
   private:
-    void add(int64_t query_first, int64_t query_past, int64_t row_first, int64_t row_past);
+    void add(int64_t query_first, int64_t query_end, int64_t row_first, int64_t row_end);
     void pack_row(int64_t query, int64_t row, char *out, int64_t stride, float *wide);
 
     const maxsim_args &args_;

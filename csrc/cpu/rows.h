@@ -24,7 +24,7 @@ inline const char *at(const void *base, maxsim_dtype dtype, int64_t element) {
 }
 
 /* The argmax of query a against its candidate c, one per query token. */
-inline int32_t *winners(const maxsim_args &args, int64_t a, int64_t c) {
+inline int32_t *argmax_row(const maxsim_args &args, int64_t a, int64_t c) {
     return args.argmax + (args.q.offsets ? c * args.q.total + args.q.offsets[a] : (a * args.n_c + c) * args.q.l);
 }
 
@@ -33,7 +33,7 @@ inline int64_t query_length(const maxsim_args &args, int64_t a) {
 }
 
 /* The ragged document that is candidate c of query a, or -1. */
-inline int64_t packed_document(const maxsim_args &args, int64_t a, int64_t c) {
+inline int64_t document_number(const maxsim_args &args, int64_t a, int64_t c) {
     return args.candidates ? args.candidates[a * args.n_c + c] : c;
 }
 

@@ -17,15 +17,15 @@ namespace latemax {
 namespace {
 using Clock = std::chrono::steady_clock;
 constexpr Clock::duration SPIN = Clock::duration(std::chrono::milliseconds(2));
-std::atomic<Clock::rep> last_work{0};
+std::atomic<Clock::rep> last_call{0};
 }  // namespace
 
-bool worked_lately() {
-    const Clock::rep last = last_work.load(std::memory_order_relaxed);
+bool recent_call() {
+    const Clock::rep last = last_call.load(std::memory_order_relaxed);
     return last && Clock::now().time_since_epoch().count() - last < SPIN.count();
 }
 
-void note_work() { last_work.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed); }
+void note_call() { last_call.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed); }
 
 void parallel(int threads, void (*body)(void *), void *data) {
     if (threads <= 1) return body(data);

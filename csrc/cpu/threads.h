@@ -8,8 +8,8 @@ namespace latemax {
 
 /* Whether the last call ended within the last 2 ms. Workers spin for some milliseconds before they sleep: the second of
  * a series of small calls wakes them, and an isolated small call does not wait for them. */
-bool worked_lately();
-void note_work();
+bool recent_call();
+void note_call();
 
 /* Runs body(data) on up to `threads` threads, the caller included, and returns when all have finished. */
 void parallel(int threads, void (*body)(void *), void *data);
