@@ -127,6 +127,6 @@ def test_without_the_build_explain_says_why():
     q, d = problem((1, 2, 3, 5, 8))
     choice = latemax.explain(q, d)
     assert choice.backend == "cpu" and not choice.native
-    assert choice.notes == ("the native kernel cannot be loaded: taken away by a test",)
-    assert "taken away by a test" in dispatch.backend_status()["cpu"][1]
+    assert choice.notes == ("the native kernel cannot be loaded: removed by a test",)
+    assert "removed by a test" in dispatch.backend_status()["cpu"][1]
     torch.testing.assert_close(latemax.maxsim(q, d), reference.maxsim(q, d))

@@ -119,7 +119,7 @@ def check_together(q: Tensor, d: Tensor, d_name: str = "d") -> None:
     if q.device != d.device:
         raise ValueError(f"q and {d_name} must be on one device; got q on {q.device} and {d_name} on {d.device}")
     dim = q.shape[-1]
-    if dim != d.shape[-1]:
+    if d.shape[-1] != dim:
         raise ValueError(
             f"q and {d_name} must have the same dim (last axis); got q {list(q.shape)} and {d_name} {list(d.shape)}"
         )

