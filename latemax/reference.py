@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +54,11 @@ def maxsim(
         >>> maxsim(torch.eye(2), torch.eye(2))
         tensor(2.)
     """
-    if isinstance(q, (list, tuple)) or isinstance(d, (list, tuple)):
+    if not (isinstance(q, Tensor) and isinstance(d, Tensor)):
         return _lists(q, d, q_mask, d_mask, normalize, empty_score, return_argmax)
+    masks = cast("tuple[Tensor | None, Tensor | None]", (q_mask, d_mask))
     with torch.autocast(q.device.type, enabled=False):
-        return _dense(q, d, q_mask, d_mask, normalize, empty_score, return_argmax)
+        return _dense(q, d, *masks, normalize, empty_score, return_argmax)
 
 
 def _dense(
@@ -112,9 +114,9 @@ def _lists(
     """A list on either side: scores each pair separately, so that padding cannot be a source of error."""
 
     def items(tokens: Tokens, mask: Mask) -> tuple[Sequence[Tensor], Sequence[Tensor | None], bool]:
-        if not isinstance(tokens, (list, tuple)) and tokens.dim() == 2:
-            return [tokens], [mask], True
-        return tokens, [None] * len(tokens) if mask is None else mask, False
+        if isinstance(tokens, Tensor) and tokens.dim() == 2:
+            return [tokens], [cast("Tensor | None", mask)], True
+        return list(tokens), [None] * len(tokens) if mask is None else list(mask), False
 
     queries, q_masks, one_query = items(q, q_mask)
     documents, d_masks, one_document = items(d, d_mask)
