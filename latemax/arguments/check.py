@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
+from latemax.ops.dispatch import BY_NAME
+
+BACKENDS = ("auto", *BY_NAME)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
