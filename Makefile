@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Output folder of `make demo`, and more options for it: make demo DEMO_ARGS="--model facebook/dinov2-base"
 OUT ?= demo_out
 DEMO_ARGS ?=
-# For example BENCH_ARGS="--rows benchmarks/results/bench-cpu.json"
+# For example BENCH_ARGS="--json benchmarks/results/bench-cpu.json"
 BENCH_ARGS ?=
 # Worker processes of `make test`: make test JOBS=4
 JOBS ?= auto
@@ -73,7 +73,7 @@ test: lint $(DEV_STAMP) $(VISION_STAMP)
 
 # Any machine: CPU rows on a CPU, CUDA rows and peers (if installed) on a GPU.
 bench: $(DEV_STAMP)
-	$(PY) -m pytest benchmarks -q -s $(BENCH_ARGS)
+	$(PY) -m benchmarks.suites.maxsim $(BENCH_ARGS)
 
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ __all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "warm
 # a dense or jagged tensor, or a list of [l_i, dim]
 Tokens = Tensor | Sequence[Tensor]
 Masks = Tensor | Sequence[Tensor | None] | None
-# with return_argmax also the argmax
-Scores = Tensor | tuple[Tensor, Tensor]
+# a tensor; with return_argmax (scores, argmax). Not the union of both, which every caller would have to narrow
+Scores = Any
 
 
 def maxsim(

@@ -35,14 +35,14 @@ def wheel(source, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def library(wheel, tmp_path_factory):
-    from benchmarks import cuda_aot
+    from benchmarks.static import cuda_aot
 
     return cuda_aot.unpacked(wheel[0], tmp_path_factory.mktemp("library"))
 
 
 @pytest.fixture(scope="module")
 def kernels(library):
-    from benchmarks import cuda_aot
+    from benchmarks.static import cuda_aot
 
     return cuda_aot.kernels(library)
 
@@ -98,9 +98,9 @@ def test_no_spills_and_the_right_instructions(kernels):
 @needs_nvcc
 @needs_tools
 def test_later_chips_find_ptx(library):
-    from benchmarks import cuda_aot
+    from benchmarks import sass
 
-    assert cuda_aot.tool("cuobjdump", "--list-ptx", library).count("sm_80.ptx") >= 2
+    assert sass.tool("cuobjdump", "--list-ptx", library).count("sm_80.ptx") >= 2
 
 
 @needs_nvcc

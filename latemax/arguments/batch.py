@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latemax.arguments import ragged
 from latemax.arguments.check import as_candidates, as_mask, as_offsets, check_together, check_tokens
-from latemax.ops.problem import Batch, Outputs, Side
+from latemax.ops.problem import Batch, Side
 
 
 class Finish(NamedTuple):
@@ -21,8 +21,12 @@ class Finish(NamedTuple):
     q_offsets: Tensor | None = None  # of queries given as a list or nested tensor: their argmax [n_d, t_q] is padded
     longest: int = 0  # to this many tokens
 
-    def __call__(self, out: Outputs, return_argmax: bool) -> Tensor | tuple[Tensor, Tensor]:
+    def __call__(
+        self, out: tuple[Tensor, Tensor | None], return_argmax: bool
+    ) -> Any:  # fmt: skip
         scores, argmax = out
+        if self is AS_IT_IS and not return_argmax:
+            return scores
         if not return_argmax or argmax is None:
             return self._squeeze(scores)
         if self.q_offsets is not None:
@@ -32,6 +36,9 @@ class Finish(NamedTuple):
     def _squeeze(self, x: Tensor) -> Tensor:
         x = x.squeeze(1) if self.one_document else x
         return x.squeeze(0) if self.one_query else x
+
+
+AS_IT_IS = Finish()
 
 
 def batch_of(
@@ -46,33 +53,39 @@ def batch_of(
     return_argmax: bool = False,
 ) -> tuple[Batch, Finish]:
     """``maxsim`` and, with ``pairs``, ``maxsim_pairs``: row b of q meets only row b of d."""
-    queries, longest = _ragged_queries(q, q_mask, d, return_argmax)
-    documents = None
+    queries = documents = candidates = None
+    longest = 0
+    if ragged.is_ragged(q):
+        queries, longest = _ragged_queries(q, q_mask, d, return_argmax)
+        q_dims = 3
+    else:
+        check_tokens("q", q, (3,) if pairs else (2, 3), "[b, l_q, dim]" if pairs else "[l_q, dim] or [n_q, l_q, dim]")
+        q_dims = q.dim()
     if ragged.is_ragged(d):
         documents = ragged.as_side("d", d, d_mask, q if queries is None else queries.tokens)
-    if queries is None:
-        check_tokens("q", q, (3,) if pairs else (2, 3), "[b, l_q, dim]" if pairs else "[l_q, dim] or [n_q, l_q, dim]")
-    if documents is None:
+        d_dims = 3
+    else:
         shapes = "[b, l_d, dim]" if pairs else "[l_d, dim], [n_d, l_d, dim] or [n_q, k, l_d, dim]"
         check_tokens("d", d, (3,) if pairs else (2, 3, 4), shapes)
+        d_dims = d.dim()
     check_together(q if queries is None else queries.tokens, d if documents is None else documents.tokens)
-    if queries is None and q.shape[-2] < 1:
+    if queries is None and not q.shape[-2]:
         raise ValueError(f"q must have at least one token (l_q >= 1); got q {list(q.shape)}")
-    if pairs or (documents is None and d.dim() == 4):
+    if pairs or d_dims == 4:
         _check_same_queries(q, d, queries, documents, pairs)
-    one_query, one_document = queries is None and q.dim() == 2, documents is None and d.dim() == 2
     if queries is None:
-        queries = Side(q, as_mask("q_mask", q_mask, "q", q))
-        queries = _with_axis(queries, 0) if one_query else queries
-    candidates = None
+        queries = Side(q, None if q_mask is None else as_mask("q_mask", q_mask, "q", q))
+        queries = queries if q_dims == 3 else _with_axis(queries, 0)
     if documents is None:
-        documents = Side(d, as_mask("d_mask", d_mask, "d", d))
-        if one_document or pairs:
+        documents = Side(d, None if d_mask is None else as_mask("d_mask", d_mask, "d", d))
+        if pairs or d_dims == 2:
             documents = _with_axis(documents, 1 if pairs else 0)
     elif pairs:
         candidates = torch.arange(documents.items, device=documents.tokens.device).unsqueeze(1)
     batch = Batch(queries, documents, candidates, normalize, empty_score)
-    return batch, Finish(one_query, one_document or pairs, queries.offsets, longest)
+    if q_dims > 2 and d_dims > 2 and not pairs and queries.offsets is None:
+        return batch, AS_IT_IS
+    return batch, Finish(q_dims == 2, d_dims == 2 or pairs, queries.offsets, longest)
 
 
 def varlen_batch(
@@ -126,8 +139,8 @@ def rerank_batch(
 
 def _queries(q: Any, q_mask: Any, d: Tensor, d_name: str, return_argmax: bool) -> tuple[Side, int]:
     """Queries in any form, and the length of the longest where argmax must be padded to it."""
-    side, longest = _ragged_queries(q, q_mask, d, return_argmax)
-    if side is not None:
+    if ragged.is_ragged(q):
+        side, longest = _ragged_queries(q, q_mask, d, return_argmax)
         check_together(side.tokens, d, d_name)
         return side, longest
     check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
@@ -135,12 +148,10 @@ def _queries(q: Any, q_mask: Any, d: Tensor, d_name: str, return_argmax: bool) -
     if q.shape[-2] < 1:
         raise ValueError(f"q must have at least one token (l_q >= 1); got q {list(q.shape)}")
     side = Side(q, as_mask("q_mask", q_mask, "q", q))
-    return _with_axis(side, 0) if q.dim() == 2 else side, longest
+    return _with_axis(side, 0) if q.dim() == 2 else side, 0
 
 
-def _ragged_queries(q: Any, q_mask: Any, other: Any, return_argmax: bool) -> tuple[Side | None, int]:
-    if not ragged.is_ragged(q):
-        return None, 0
+def _ragged_queries(q: Any, q_mask: Any, other: Any, return_argmax: bool) -> tuple[Side, int]:
     return ragged.as_side("q", q, q_mask, other), ragged.longest(q) if return_argmax else 0
 
 

@@ -25,11 +25,12 @@ def check_options(*, normalize: Any, empty_score: Any, return_argmax: Any, backe
     # numbers.Real is an abstract class: asking it takes 0.4 µs
     if type(empty_score) is not float and (isinstance(empty_score, bool) or not isinstance(empty_score, numbers.Real)):
         raise TypeError(f"empty_score must be a number, got {type(empty_score).__name__}")
+    empty_score = float(empty_score)
     if FLOAT32_MAX < abs(empty_score) < math.inf:
         raise ValueError(f"empty_score must be infinite or within the range of float32, got {empty_score}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    return float(empty_score)
+    return empty_score
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -119,7 +120,7 @@ def check_together(q: Tensor, d: Tensor, d_name: str = "d") -> None:
     if q.device != d.device:
         raise ValueError(f"q and {d_name} must be on one device; got q on {q.device} and {d_name} on {d.device}")
     dim = q.shape[-1]
-    if dim != d.shape[-1]:
+    if d.shape[-1] != dim:
         raise ValueError(
             f"q and {d_name} must have the same dim (last axis); got q {list(q.shape)} and {d_name} {list(d.shape)}"
         )

@@ -94,37 +94,28 @@ def explain(b: Batch, asked: str, *, argmax: bool) -> Choice:
     return Choice(backend, plan.why, tile, plan.notes, plan.backend == "native")
 
 
-class Result(NamedTuple):
-    scores: Tensor
-    argmax: Tensor | None
-    plan: Plan
-
-
-# what decides the launch of a forward → its prepared launch and plan
+# everything that decides the launch of a forward → its prepared launch and plan
 _prepared: dict[tuple, tuple[PreparedLaunch, Plan]] = {}
 MOST_PREPARED = 4096
 
 
-def _key(b: Batch, want_argmax: bool, asked: str) -> tuple:
-    """Cache key of a prepared launch: everything that decides it except data pointers and ``empty_score``."""
-    (q, q_mask, _), (d, d_mask, _) = b.q, b.d
-    return (
-        q.shape, q.stride(), q.dtype, d.shape, d.stride(), d.dtype, q.device, q.data_ptr() & 15, d.data_ptr() & 15,
-        None if q_mask is None else q_mask.stride(), None if d_mask is None else d_mask.stride(),
-        b.normalize, want_argmax, asked, torch.get_float32_matmul_precision(), q.is_neg(), d.is_neg(),
-    )  # fmt: skip
-
-
-def forward(b: Batch, want_argmax: bool, asked: str) -> Result:
+def forward(b: Batch, want_argmax: bool, asked: str) -> tuple[tuple[Tensor, Tensor | None], Plan]:
+    """((scores, argmax or None), the plan that ran)."""
+    (q, q_mask, q_offsets), (d, d_mask, d_offsets), _, normalize, _ = b
     key = None
-    if (b.q.tokens.is_cuda or asked == "triton") and not b.ragged:
-        key = _key(b, want_argmax, asked)
+    if q_offsets is None and d_offsets is None and (q.is_cuda or asked == "triton"):
+        # all but data pointers and empty_score
+        key = (
+            q.shape, q.stride(), q.dtype, d.shape, d.stride(), d.dtype, q.device, q.data_ptr() & 15, d.data_ptr() & 15,
+            None if q_mask is None else q_mask.stride(), None if d_mask is None else d_mask.stride(),
+            normalize, want_argmax, asked, torch.get_float32_matmul_precision(), q.is_neg(), d.is_neg(),
+        )  # fmt: skip
         known = _prepared.get(key)
         if known is not None:
             launch, plan = known
             out = launch(b)
             if out is not None:
-                return Result(*out, plan)
+                return out, plan
     plan = plan_for(problem_of(b, argmax=want_argmax), asked)
     out = allocate(b, want_argmax)
     prepared = MODULES[plan.backend].forward(b, plan, out)
@@ -132,7 +123,7 @@ def forward(b: Batch, want_argmax: bool, asked: str) -> Result:
         if len(_prepared) >= MOST_PREPARED:
             _prepared.clear()
         _prepared[key] = prepared, plan
-    return Result(*out, plan)
+    return out, plan
 
 
 def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from latemax.ops import dispatch
 from latemax.ops.backends import native
-from latemax.ops.problem import Batch, Needs, Outputs, Side, allocate, problem_of
+from latemax.ops.problem import Batch, Needs, Side, allocate, problem_of
 
 SECOND_DERIVATIVE = (
     "maxsim has no second derivative: its gradient was asked to be differentiated again "
@@ -22,19 +22,22 @@ SECOND_DERIVATIVE = (
 )
 
 _library = torch.library.Library("latemax", "DEF")  # kept alive: the registrations end with it
+# exported programs and inductor's cache hold these names: arguments are only ever appended
 _library.define(
     "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool normalize, float empty_score, bool argmax, "
-    "str backend, Tensor? q_offsets=None, Tensor? d_offsets=None, Tensor? candidates=None) -> (Tensor, Tensor)"
+    "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None) -> (Tensor, Tensor)"
 )
 _library.define(
     "maxsim_backward(Tensor g, Tensor q, Tensor d, Tensor argmax, bool normalize, bool needs_q, bool needs_d, "
-    "str backend, Tensor? q_offsets=None, Tensor? d_offsets=None, Tensor? candidates=None) -> (Tensor, Tensor)"
+    "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None) -> (Tensor, Tensor)"
 )
 
 
 def _batch(
-    q, d, q_mask, d_mask, normalize, empty_score, argmax, backend, q_offsets=None, d_offsets=None, candidates=None
-):
+    q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, normalize: bool, empty_score: float,
+    argmax: bool, backend: str, q_offsets: Tensor | None = None, d_offsets: Tensor | None = None,
+    candidates: Tensor | None = None,
+) -> Batch:  # fmt: skip
     return Batch(Side(q, q_mask, q_offsets), Side(d, d_mask, d_offsets), candidates, normalize, empty_score)
 
 
@@ -43,18 +46,24 @@ def _flat(b: Batch, argmax: bool, backend: str) -> tuple:
     return q, d, q_mask, d_mask, b.normalize, b.empty_score, argmax, backend, q_offsets, d_offsets, b.candidates
 
 
-def _for_backward(q, d, normalize, q_offsets=None, d_offsets=None, candidates=None) -> Batch:
+def _for_backward(
+    q: Tensor, d: Tensor, normalize: bool, q_offsets: Tensor | None = None, d_offsets: Tensor | None = None,
+    candidates: Tensor | None = None,
+) -> Batch:  # fmt: skip
     return Batch(Side(q, None, q_offsets), Side(d, None, d_offsets), candidates, normalize)
 
 
 # an operator returns tensors, not None: an output that is not wanted has no element
-def _forward(*args):
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     b = _batch(*args)
-    scores, argmax, _ = dispatch.forward(b, args[6], args[7])
+    (scores, argmax), _ = dispatch.forward(b, args[6], args[7])
     return scores, b.q.tokens.new_empty(0, dtype=torch.int32) if argmax is None else argmax
 
 
-def _backward(g, q, d, argmax, normalize, needs_q, needs_d, backend, *ragged):
+def _backward(
+    g: Tensor, q: Tensor, d: Tensor, argmax: Tensor, normalize: bool, needs_q: bool, needs_d: bool, backend: str,
+    *ragged: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     b = _for_backward(q, d, normalize, *ragged)
     # the same facts give the plan that ran forward
     plan = dispatch.plan_for(problem_of(b, argmax=True), backend)
@@ -68,20 +77,23 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("latemax::maxsim", lib=_library)
-def _(*args):
+def _(*args: Any) -> tuple[Tensor, Tensor]:
     scores, argmax = allocate(_batch(*args), args[6])
     return scores, args[0].new_empty(0, dtype=torch.int32) if argmax is None else argmax
 
 
 @torch.library.register_fake("latemax::maxsim_backward", lib=_library)
-def _(g, q, d, argmax, normalize, needs_q, needs_d, backend, *ragged):
+def _(
+    g: Tensor, q: Tensor, d: Tensor, argmax: Tensor, normalize: bool, needs_q: bool, needs_d: bool, backend: str,
+    *ragged: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
         for x, needed in ((q, needs_q), (d, needs_d))
     )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, d, _, _, ctx.normalize, _, argmax, ctx.backend, *ragged = inputs
     if not argmax:
         raise RuntimeError("latemax::maxsim must be called with argmax=True where a gradient is needed")
@@ -89,7 +101,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx, g: Tensor, _) -> tuple:
+def _differentiate(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
     q, d, argmax, *ragged = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
     grads = torch.ops.latemax.maxsim_backward(g, q, d, argmax, ctx.normalize, *needs, ctx.backend, *ragged)
@@ -97,7 +109,7 @@ def _differentiate(ctx, g: Tensor, _) -> tuple:
     return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * (inputs - 2))
 
 
-def _refuse(ctx, *_) -> None:
+def _refuse(ctx: Any, *_: Any) -> None:
     raise RuntimeError(SECOND_DERIVATIVE)
 
 
@@ -109,15 +121,16 @@ class _MaxSim(torch.autograd.Function):
     """scores, argmax of a batch in eager mode. q and d are its tokens: autograd sees only tensors as arguments."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, d: Tensor, b: Batch, backend: str):
-        scores, argmax, ctx.plan = dispatch.forward(b, True, backend)
+    def forward(ctx: Any, q: Tensor, d: Tensor, b: Batch, backend: str) -> tuple[Tensor, Tensor]:
+        (scores, argmax), ctx.plan = dispatch.forward(b, True, backend)
+        assert argmax is not None
         ctx.save_for_backward(q, d, argmax, b.q.offsets, b.d.offsets, b.candidates)
         ctx.normalize, ctx.backend = b.normalize, backend
         ctx.mark_non_differentiable(argmax)
         return scores, argmax
 
     @staticmethod
-    def backward(ctx, g: Tensor, _):
+    def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
         if torch.is_grad_enabled() or not _plain(g):
             # the registered operator refuses a second derivative, and takes what is no plain tensor
             return _differentiate(ctx, g, _)
@@ -169,13 +182,14 @@ def fast_path(q: Any, d: Any, normalize: bool, empty_score: float, backend: str)
     return native.score(q, d, normalize, empty_score)
 
 
-def maxsim(b: Batch, want_argmax: bool, backend: str) -> Outputs:
-    q, d = b.q.tokens, b.d.tokens
+def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | None]:
+    """(scores, argmax); argmax is None or empty where it is not wanted."""
+    (q, q_mask, _), (d, d_mask, _), _, _, _ = b
     train = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
     if not torch.compiler.is_compiling():
         _refuse_transforms(q, d)
-        if _plain(q, d, b.q.mask, b.d.mask):
+        if _plain(q, d, q_mask, d_mask):
             if train:
-                return Outputs(*_MaxSim.apply(q, d, b, backend))
-            return Outputs(*dispatch.forward(b, want_argmax, backend)[:2])
-    return Outputs(*torch.ops.latemax.maxsim(*_flat(b, want_argmax or train, backend)))
+                return _MaxSim.apply(q, d, b, backend)
+            return dispatch.forward(b, want_argmax, backend)[0]
+    return torch.ops.latemax.maxsim(*_flat(b, want_argmax or train, backend))

@@ -6,7 +6,7 @@ import torch
 import triton
 
 import latemax
-from benchmarks.host import prepare
+from benchmarks.suites.host import prepare
 from latemax.ops import dispatch
 
 null, _, _ = prepare()

@@ -3,7 +3,7 @@
 import torch
 
 import latemax
-from benchmarks.host import prepare
+from benchmarks.suites.host import prepare
 from latemax.kernels import backward, forward
 
 null, _, _ = prepare()

@@ -21,8 +21,8 @@ class WrongDevice(str):
     """A reason that is the caller's mistake (ValueError), not the machine's (RuntimeError)."""
 
 
-# (a batch of the same form, whether argmax is wanted) → outputs; None where the launch does not apply
-PreparedLaunch = Callable[[Batch], Outputs | None]
+# a batch of the same form → (scores, argmax or None); None where the launch does not apply
+PreparedLaunch = Callable[[Batch], tuple[Tensor, Tensor | None] | None]
 
 
 class Backend(Protocol):

@@ -1,23 +1,25 @@
 """What the compiled kernels should take on an H100 or H200: a prediction from static counts, never a measurement.
 
-    python -m benchmarks.predict
+    python -m benchmarks.static.predict
 
-For each shape of the registry that has a build in results/aot.json. A document tile needs: tensor-core clocks, issue
-slots (length of the inner loop times warps, over four schedulers), shared-memory clocks (the tile written once,
-operands read by every warpgroup instruction) and L2 clocks (the tile once). Blocks that share a multiprocessor overlap:
-the largest of the four then counts ("overlapped"); a block alone adds issue to multiplication ("serial"). Device memory
-is a floor under both. Times are the kernel's alone, without launch and host.
+For each registered shape that has a build in results/aot.json. A document tile needs: tensor-core clocks, issue slots
+(length of the inner loop times warps, over four schedulers), shared-memory clocks (the tile written once, operands read
+by every warpgroup instruction) and L2 clocks (the tile once). Blocks that share a multiprocessor overlap: the largest
+of the four then counts ("overlapped"); a single block adds issue to multiplication ("serial"). Device memory is a floor
+under both. Times are the kernel's, without launch and host.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from typing import NamedTuple
 
-import torch
+from benchmarks import harness, internals, shapes
+from benchmarks.internals import tiles
+from benchmarks.tables import Table, markdown
 
-from benchmarks import report, shapes
-from latemax.ops import tiles
+ARCH = 90
 
 
 class Chip(NamedTuple):
@@ -45,26 +47,22 @@ class Prediction(NamedTuple):
     of_limit: float  # the shape's own limit (datasheet matmul rate or memory) over the overlapped time
 
 
-def build(shape: shapes.Shape, rows: list[dict]) -> tuple[dict, tiles.TileConfig, int] | None:
-    """(row of the AOT table, tile, packed queries) of the forward build that sm_90 would run, or None."""
-    itemsize = getattr(torch, shape.dtype).itemsize
-    padded = 1 << (shape.l_q - 1).bit_length()
-    in_tile = padded if shape.own else padded * (1 << (shape.n_q - 1).bit_length())
-    tile, _ = tiles.pick("half", shape.dim, in_tile, itemsize, 90, shape.argmax)
-    pack = 1 if shape.own or shape.n_q == 1 else max(1, tile.block_q // padded)
-    flags = "d_masked=True" * shape.masked + "argmax=True" * shape.argmax
-    if shape.normalize:
-        flags += "norm=1" if -(-shape.l_q // tile.block_q) == 1 and -(-shape.n_q // pack) == 1 else "norm=2"
+def build(shape: shapes.Shape, rows: list[dict]) -> tuple[dict, tiles.Launch] | None:
+    """(row of the AOT table, launch) of the forward build that sm_90 would run, or None."""
+    launch = internals.triton_launch(shape, ARCH)
+    flags = {flag for flag, given in (("d_masked=True", shape.masked), ("argmax=True", shape.argmax)) if given}
+    flags |= {f"norm={launch.norm}"} if shape.normalize else set()
     for row in rows:
-        same = row["arch"] == 90 and row["kernel"] == "forward_kernel" and row["case"].startswith("half")
-        # the flags come last in the case, and without any there is no "=" in it
-        named = row["case"].endswith(flags) and ("=" in row["case"]) == bool(flags)
-        if same and named and row["tile"] == [*tile] and row["dim"] == shape.dim:
-            return row, tile, pack
+        if row["arch"] != ARCH or row["kernel"] != "forward_kernel" or not row["case"].startswith("half"):
+            continue
+        named = {word for word in row["case"].split() if "=" in word}
+        if named == flags and row["tile"] == [*launch.tile] and row["dim"] == shape.dim:
+            return row, launch
     return None
 
 
-def predict(shape: shapes.Shape, row: dict, tile: tiles.TileConfig, pack: int, chip: Chip) -> Prediction:
+def predict(shape: shapes.Shape, row: dict, launch: tiles.Launch, chip: Chip) -> Prediction:
+    tile = launch.tile
     dim = tiles.padded_dim(shape.dim)
     steps = -(-shape.dim // tile.block_k)
     columns = tile.block_k * steps if shape.dim > tile.block_k else dim
@@ -78,14 +76,14 @@ def predict(shape: shapes.Shape, row: dict, tile: tiles.TileConfig, pack: int, c
     read = 2 * columns * (tile.block_d + tile.block_q * tile.block_d / 64)
     shared = (written + read) / chip.shared_bytes_a_clock
     l2_a_clock = chip.l2_tbs * 1e3 / chip.multiprocessors / chip.clock_ghz
-    # the mean of lengths U[l_d / 32, l_d]
-    part = 33 / 64 if shape.masked else 1
+    # the mean of the random lengths
+    part = (1 + 1 / shapes.SHORTEST) / 2 if shape.masked else 1
     tokens = shape.l_d * part
     n_tiles = math.ceil(tokens / tile.block_d)
     l2 = (2 * shape.dim * tokens / n_tiles) / l2_a_clock
-    programs = -(-shape.n_q // pack) * -(-shape.l_q // tile.block_q) * shape.n_d
+    programs = -(-shape.n_q // launch.pack) * -(-shape.l_q // tile.block_q) * shape.n_d
     clocks = {"wgmma": multiply, "issue": issue, "shared memory": shared, "L2": l2}
-    binding = max(clocks, key=clocks.get)
+    binding = max(clocks, key=clocks.__getitem__)
 
     def microseconds(a_tile: float, around: float) -> float:
         each = n_tiles * a_tile + around
@@ -93,7 +91,7 @@ def predict(shape: shapes.Shape, row: dict, tile: tiles.TileConfig, pack: int, c
         return waves * each / chip.clock_ghz / 1e3
 
     memory = shape.bytes * part / chip.memory_tbs / 1e6
-    if shape.normalize and "norm=2" in row["case"]:
+    if launch.norm == tiles.NORM_BEFORE:
         memory *= 2
     overlapped = microseconds(max(clocks.values()), AROUND / resident)
     serial = microseconds(max(multiply + issue, shared, l2), AROUND)
@@ -103,26 +101,34 @@ def predict(shape: shapes.Shape, row: dict, tile: tiles.TileConfig, pack: int, c
     return Prediction(overlapped, max(serial, memory), binding, limit / overlapped)
 
 
-def table() -> str:
-    found = report.result("aot")
+def table(rows: list[dict]) -> str:
+    """From the rows of static.aot."""
     lines = []
     for shape in dict.fromkeys(shapes.CORE + shapes.VARIANTS):
-        known = build(shape, found) if shape.dtype == "bfloat16" else None
+        known = build(shape, rows) if shape.dtype == "bfloat16" else None
         if known is None:
             continue
-        row, tile, pack = known
-        fast, slow = predict(shape, row, tile, pack, H200), predict(shape, row, tile, pack, H100)
+        row, launch = known
+        fast, slow = predict(shape, row, launch, H200), predict(shape, row, launch, H100)
+        tile = f"{launch.tile.block_q}×{launch.tile.block_d}"
         lines.append(
             [
-                shape.name.strip(), f"{tile.block_q}×{tile.block_d}" + (f", {pack} queries" if pack > 1 else ""),
+                shape.name, tile + (f", {launch.pack} queries" if launch.pack > 1 else ""),
                 fast.binding, f"{fast.overlapped_us:.0f} – {fast.serial_us:.0f}", f"{fast.of_limit:.0%}",
                 f"{slow.overlapped_us:.0f} – {slow.serial_us:.0f}", f"{slow.of_limit:.0%}",
             ]
         )  # fmt: skip
     head = ["(n_q,n_d,l_q,l_d) dim", "tile", "binds on H200", "H200 µs, overlapped – serial", "of its limit at best",
             "H100 µs", "of its limit at best"]  # fmt: skip
-    return report.markdown(head, lines)
+    return markdown(head, lines)
+
+
+TABLES = {"predicted": Table("aot", table)}
+
+
+def main() -> None:
+    print(table(json.loads((harness.RESULTS / "aot.json").read_text())), end="")
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    main()
