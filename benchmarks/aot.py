@@ -152,9 +152,9 @@ def compile_one(job) -> dict:
                 "q_mask_ptr": "i1",
                 "d_mask_ptr": "i1",
                 # where none is given, argmax stands in
-                "cu_q_ptr": "i64" if constants.get("Q_RAGGED", True) else "i32",
+                "q_offsets_ptr": "i64" if constants.get("Q_RAGGED", True) else "i32",
                 "owner_ptr": "i64" if constants.get("Q_RAGGED") else "i32",
-                "cu_d_ptr": "i64" if constants.get("D_RAGGED") else "i32",
+                "d_offsets_ptr": "i64" if constants.get("D_RAGGED") else "i32",
                 "candidates_ptr": "i64" if constants.get("CANDIDATES") else "i32",
             }
             grads = {"out_ptr": half if kernel_name in ("grad_d_kernel", "through_norm_kernel") else acc}
