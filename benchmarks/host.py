@@ -37,12 +37,13 @@ def prepare():
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("unset TRITON_INTERPRET: the interpreter has no launch to time")
     from benchmarks.null_driver import NullDriver
-    from latemax.ops import select
+    from latemax.ops.backends import triton
+    from latemax.ops.backends.base import Status
 
     null = NullDriver()
     # CPU tensors stand in for CUDA ones
-    select.triton_status = lambda: (True, "null driver")
-    select.interpreted = lambda: True
+    triton.status = lambda: Status(True, "null driver")
+    triton.interpreted = lambda: True
     torch.set_num_threads(1)
     q, d = torch.zeros(1, 32, 128, dtype=torch.bfloat16), torch.zeros(4, 16, 128, dtype=torch.bfloat16)
     return null, q, d
@@ -72,42 +73,43 @@ def first_calls(q, d) -> dict[str, float]:
 
 def steps() -> list[dict]:
     import latemax
-    from latemax import _check
-    from latemax.ops import launch, schema, triton_backend
+    from latemax.arguments.batch import batch_of
+    from latemax.arguments.check import check_options
+    from latemax.ops import dispatch, operator
+    from latemax.ops.backends import triton_launch
+    from latemax.ops.problem import allocate, problem_of
 
     null, q, d = prepare()
     first = first_calls(q, d)
-    args = _check.arguments(q, d)
-    choice = launch.choose(args, "triton", normalize=False, argmax=False, train=False)
-    scores, argmax = launch.allocate(q, d, False)
+    batch, _ = batch_of(q, d, None, None)
+    plan = dispatch.plan_for(problem_of(batch, argmax=False), "triton")
+    out = allocate(batch, False)
     inf = float("-inf")
     keep = torch.ones(4, 16, dtype=torch.bool)
     q_grad, small = q.clone().requires_grad_(), torch.zeros(8)
 
     def forgotten():
-        launch._again.clear()
+        dispatch._prepared.clear()
         latemax.maxsim(q, d, backend="triton")
 
     rows = {
         "torch.add of 8 numbers, for comparison": lambda: torch.add(small, small),
         "whole call": lambda: latemax.maxsim(q, d, backend="triton"),
-        "  check the options": lambda: _check.options(
+        "  check the options": lambda: check_options(
             normalize=False, empty_score=inf, return_argmax=False, backend="triton"
         ),
-        "  check the arguments": lambda: _check.arguments(q, d),
-        "  rule out transforms": lambda: (schema._refuse_transforms(q, d), schema._plain(q, d, None, None)),
-        "  look up, allocate, launch": lambda: launch.forward(q, d, None, None, False, inf, False, "triton"),
+        "  check the arguments": lambda: batch_of(q, d, None, None),
+        "  rule out transforms": lambda: (operator._refuse_transforms(q, d), operator._plain(q, d, None, None)),
+        "  look up, allocate, launch": lambda: dispatch.forward(batch, False, "triton"),
         "whole call, with a document mask": lambda: latemax.maxsim(q, d, None, keep, backend="triton"),
         "whole call, normalize and winners": lambda: latemax.maxsim(
             q, d, normalize=True, return_argmax=True, backend="triton"
         ),
         "whole call that records for backward": lambda: latemax.maxsim(q_grad, d, backend="triton"),
         "whole call of a form not met before": forgotten,
-        "  choose backend and tile": lambda: launch.choose(args, "triton", normalize=False, argmax=False, train=False),
-        "  allocate the outputs": lambda: launch.allocate(q, d, False),
-        "  prepare and launch": lambda: triton_backend.forward(
-            q, d, None, None, scores, argmax, normalize=False, empty_score=inf, tile=choice.tile
-        ),
+        "  choose backend and tile": lambda: dispatch.plan_for(problem_of(batch, argmax=False), "triton"),
+        "  allocate the outputs": lambda: allocate(batch, False),
+        "  prepare and launch": lambda: triton_launch.forward(batch, plan.launch, out),
     }
     launched = null.launches
     found = interleaved(rows)

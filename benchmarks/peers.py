@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from latemax.ops.backends.cuda import status as cuda_status
 
 import latemax
 from benchmarks.shapes import Shape
-from latemax.ops.select import cuda_status
 
 # shapes that torch.compile(mode="max-autotune") is timed at: tuning takes it up to a minute each
 COMPILED = {(1, 1000, 32, 300), (1, 1000, 1024, 1024), (32, 32, 32, 300), (128, 128, 32, 300)}

@@ -64,7 +64,7 @@ struct Pair {
 class Backward {
   public:
     Backward(const maxsim_args &args, const Gradients &out, const Level &level, int threads)
-        : args_(args), out_(out), level_(level), own_(out.own), q_tokens_(query_tokens(args)) {
+        : args_(args), out_(out), level_(level), own_(args.own != 0), q_tokens_(args.q.total) {
         const double sums = static_cast<double>(args.n_c * q_tokens_) * static_cast<double>(args.dim);
         threads_ = std::max(1, static_cast<int>(std::min<double>(threads, sums / THREAD_SUMS)));
     }
@@ -88,19 +88,19 @@ class Backward {
 
     float g(int64_t a, int64_t c) const { return out_.g[a * out_.g_stride_q + c * out_.g_stride_c]; }
     /* Rows of q count through all queries. */
-    int64_t query_begin(int64_t a) const { return args_.q_offsets ? args_.q_offsets[a] : a * args_.l_q; }
+    int64_t query_begin(int64_t a) const { return args_.q.offsets ? args_.q.offsets[a] : a * args_.q.l; }
     const char *q(int64_t row) const {
-        const int64_t a = args_.q_offsets ? 0 : row / args_.l_q, i = row - a * args_.l_q;
-        return at(args_.q, args_.q_dtype, a * args_.q_stride_n + i * args_.q_stride_l);
+        const int64_t a = args_.q.offsets ? 0 : row / args_.q.l, i = row - a * args_.q.l;
+        return at(args_.q.tokens, args_.q.dtype, a * args_.q.stride_n + i * args_.q.stride_l);
     }
     const char *d(int64_t a, int64_t c, int64_t j) const {
-        const int64_t first = args_.d_offsets ? args_.d_offsets[packed_document(args_, a, c)] * args_.d_stride_l
-                                              : a * args_.d_stride_q + c * args_.d_stride_n;
-        return at(args_.d, args_.d_dtype, first + j * args_.d_stride_l);
+        const int64_t first = args_.d.offsets ? args_.d.offsets[packed_document(args_, a, c)] * args_.d.stride_l
+                                              : a * args_.d.stride_q + c * args_.d.stride_n;
+        return at(args_.d.tokens, args_.d.dtype, first + j * args_.d.stride_l);
     }
     /* Documents and rows as they lie in grad_d. */
-    int64_t n_documents() const { return args_.d_offsets ? args_.n_documents : (own_ ? args_.n_q : 1) * args_.n_c; }
-    int64_t document_begin(int64_t n) const { return args_.d_offsets ? args_.d_offsets[n] : n * args_.l_d; }
+    int64_t n_documents() const { return args_.d.offsets ? args_.d.n : (own_ ? args_.n_q : 1) * args_.n_c; }
+    int64_t document_begin(int64_t n) const { return args_.d.offsets ? args_.d.offsets[n] : n * args_.d.l; }
 
     const maxsim_args &args_;
     const Gradients &out_;
@@ -130,7 +130,7 @@ void Backward::measure_queries() {
     q_norms_.resize(q_tokens_);
     each(q_tokens_, [&](int64_t first, int64_t past) {
         for (int64_t r = first; r < past; ++r)
-            q_norms_[r] = clamped_norm(level_.sum_of_squares(args_.q_dtype, q(r), args_.dim));
+            q_norms_[r] = clamped_norm(level_.sum_of_squares(args_.q.dtype, q(r), args_.dim));
     });
 }
 
@@ -157,8 +157,8 @@ void Backward::queries() {
         const int64_t rows = past - first;
         float *sum = sums.get(rows * dim), *wide = wide_memory.get(dim);
         std::fill_n(sum, rows * dim, 0.0f);
-        const int64_t *ends = args_.q_offsets ? args_.q_offsets + 1 : nullptr;
-        int64_t a = ends ? std::upper_bound(ends, ends + args_.n_q, first) - ends : first / args_.l_q;
+        const int64_t *ends = args_.q.offsets ? args_.q.offsets + 1 : nullptr;
+        int64_t a = ends ? std::upper_bound(ends, ends + args_.n_q, first) - ends : first / args_.q.l;
         /* documents outside: each is gathered from while its tokens are in cache */
         for (; a < args_.n_q && query_begin(a) < past; ++a)
             for (int64_t c = 0; c < args_.n_c; ++c) {
@@ -170,28 +170,28 @@ void Backward::queries() {
                     if (j < 0) continue;
                     const char *row = d(a, c, j);
                     float scale = weight;
-                    if (args_.normalize) scale /= clamped_norm(level_.sum_of_squares(args_.d_dtype, row, dim));
-                    level_.add_scaled(args_.d_dtype, scale, row, dim, sum + (r - first) * dim);
+                    if (args_.normalize) scale /= clamped_norm(level_.sum_of_squares(args_.d.dtype, row, dim));
+                    level_.add_scaled(args_.d.dtype, scale, row, dim, sum + (r - first) * dim);
                 }
             }
         for (int64_t r = first; r < past; ++r) {
             float *grad = sum + (r - first) * dim;
             if (args_.normalize) {
-                level_.widen(args_.q_dtype, q(r), dim, wide);
+                level_.widen(args_.q.dtype, q(r), dim, wide);
                 through_norm(wide, q_norms_[r], grad);
             }
-            store(args_.q_dtype, grad, dim, static_cast<char *>(out_.grad_q) + r * dim * item_size(args_.q_dtype));
+            store(args_.q.dtype, grad, dim, static_cast<char *>(out_.grad_q) + r * dim * item_size(args_.q.dtype));
         }
     });
 }
 
 /* A counting sort by document. */
 void Backward::sort_pairs() {
-    pairs_begin_.assign(args_.n_documents + 1, 0);
+    pairs_begin_.assign(args_.d.n + 1, 0);
     const int64_t n = args_.n_q * args_.n_c;
     for (int64_t p = 0; p < n; ++p)
         if (args_.candidates[p] >= 0) ++pairs_begin_[args_.candidates[p] + 1];
-    for (int64_t k = 0; k < args_.n_documents; ++k) pairs_begin_[k + 1] += pairs_begin_[k];
+    for (int64_t k = 0; k < args_.d.n; ++k) pairs_begin_[k + 1] += pairs_begin_[k];
     pairs_.resize(pairs_begin_.back());
     std::vector<int64_t> next(pairs_begin_.begin(), pairs_begin_.end() - 1);
     for (int64_t p = 0; p < n; ++p)
@@ -201,6 +201,7 @@ void Backward::sort_pairs() {
 /* body(a, c) for every query that met the document, in order. */
 template <class Body>
 void Backward::meeting(int64_t document, Body body) const {
+    if (!args_.n_c) return; /* candidates [n_q, 0] have no address */
     if (args_.candidates) {
         for (int64_t p = pairs_begin_[document]; p < pairs_begin_[document + 1]; ++p) body(pairs_[p].a, pairs_[p].c);
     } else if (own_) {
@@ -213,21 +214,21 @@ void Backward::meeting(int64_t document, Body body) const {
 /* Cut by rows, not by documents: as much work in each chunk whatever the lengths. A document belongs to the chunk that
  * its first row is in. */
 void Backward::documents() {
-    const int64_t dim = args_.dim, n = n_documents(), all = args_.d_offsets ? args_.l_d : n * args_.l_d;
-    const int64_t size = item_size(args_.d_dtype);
+    const int64_t dim = args_.dim, n = n_documents(), all = args_.d.total;
+    const int64_t size = item_size(args_.d.dtype);
     char *out = static_cast<char *>(out_.grad_d);
     auto starting_from = [&](int64_t row) {
-        if (!args_.d_offsets) return (row + args_.l_d - 1) / args_.l_d;
-        return static_cast<int64_t>(std::lower_bound(args_.d_offsets, args_.d_offsets + n, row) - args_.d_offsets);
+        if (!args_.d.offsets) return (row + args_.d.l - 1) / args_.d.l;
+        return static_cast<int64_t>(std::lower_bound(args_.d.offsets, args_.d.offsets + n, row) - args_.d.offsets);
     };
     each(all, [&](int64_t first, int64_t past) {
         static thread_local Buffer<float> sums, wide_memory;
         float *wide = wide_memory.get(dim);
-        const int64_t outside = std::max(first, args_.d_offsets ? args_.d_offsets[n] : all);
+        const int64_t outside = std::max(first, args_.d.offsets ? args_.d.offsets[n] : all);
         if (outside < past) std::memset(out + outside * dim * size, 0, (past - outside) * dim * size);
         for (int64_t u = starting_from(first); u < starting_from(past); ++u) {
             const int64_t begin = document_begin(u), length = document_begin(u + 1) - begin;
-            const bool direct = args_.d_dtype == MAXSIM_F32;
+            const bool direct = args_.d.dtype == MAXSIM_F32;
             char *rows = out + begin * dim * size;
             float *sum = direct ? reinterpret_cast<float *>(rows) : sums.get(length * dim);
             std::fill_n(sum, length * dim, 0.0f);
@@ -240,16 +241,16 @@ void Backward::documents() {
                     if (won[i] < 0) continue;
                     float scale = g(a, c);
                     if (args_.normalize) scale /= q_norms_[row + i];
-                    level_.add_scaled(args_.q_dtype, scale, q(row + i), dim, sum + won[i] * dim);
+                    level_.add_scaled(args_.q.dtype, scale, q(row + i), dim, sum + won[i] * dim);
                 }
             });
             for (int64_t j = 0; args_.normalize && j < length; ++j) {
                 float *grad = sum + j * dim;
                 if (std::all_of(grad, grad + dim, [](float v) { return v == 0; })) continue;
-                level_.widen(args_.d_dtype, at(x, args_.d_dtype, j * args_.d_stride_l), dim, wide);
+                level_.widen(args_.d.dtype, at(x, args_.d.dtype, j * args_.d.stride_l), dim, wide);
                 through_norm(wide, clamped_norm(level_.sum_of_squares(MAXSIM_F32, wide, dim)), grad);
             }
-            if (!direct) store(args_.d_dtype, sum, length * dim, rows);
+            if (!direct) store(args_.d.dtype, sum, length * dim, rows);
         }
     });
 }

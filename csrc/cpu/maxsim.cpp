@@ -78,7 +78,7 @@ class Forward {
 };
 
 bool products_in_bf16(const maxsim_args &args, const Level &level) {
-    return level.run_bf16 && args.q_dtype == MAXSIM_BF16 && args.d_dtype == MAXSIM_BF16 && args.d_stride_k == 1;
+    return level.run_bf16 && args.q.dtype == MAXSIM_BF16 && args.d.dtype == MAXSIM_BF16 && args.d.stride_k == 1;
 }
 
 Forward::Forward(const maxsim_args &args, const Level &level, int threads)
@@ -86,8 +86,9 @@ Forward::Forward(const maxsim_args &args, const Level &level, int threads)
       level_(level),
       threads_(threads),
       bf16_(products_in_bf16(args, level)),
-      widen_(args.d_stride_k != 1 || !(bf16_ || args.d_dtype == MAXSIM_F32)),
-      own_(args.n_q > 1 && (args.d_stride_q != 0 || args.d_mask_stride_q != 0 || args.candidates != nullptr)),
+      widen_(args.d.stride_k != 1 || !(bf16_ || args.d.dtype == MAXSIM_F32)),
+      /* candidates expanded over the queries are shared after all */
+      own_(args.n_q > 1 && (args.d.stride_q != 0 || args.d.mask_stride_q != 0 || args.candidates != nullptr)),
       batch_(std::clamp<int64_t>((widen_ ? WIDE_BATCH_BYTES : BATCH_BYTES) / (args.dim * (bf16_ ? 2 : 4)) / 24 * 24, 24,
                                  4096)),
       queries_(args, level, bf16_) {}
@@ -97,29 +98,29 @@ Document Forward::document(int64_t query, int64_t c) const {
     doc.length = length(query, c);
     if (!doc.length) return doc;
     int64_t token = 0, masked = 0;
-    if (args_.d_offsets) {
-        const int64_t first = args_.d_offsets[packed_document(args_, query, c)];
-        token = first * args_.d_stride_l;
-        masked = first * args_.d_mask_stride_l;
+    if (args_.d.offsets) {
+        const int64_t first = args_.d.offsets[packed_document(args_, query, c)];
+        token = first * args_.d.stride_l;
+        masked = first * args_.d.mask_stride_l;
     } else {
-        token = query * args_.d_stride_q + c * args_.d_stride_n;
-        masked = query * args_.d_mask_stride_q + c * args_.d_mask_stride_n;
+        token = query * args_.d.stride_q + c * args_.d.stride_n;
+        masked = query * args_.d.mask_stride_q + c * args_.d.mask_stride_n;
     }
-    doc.base = at(args_.d, args_.d_dtype, token);
-    if (args_.d_mask) doc.mask = args_.d_mask + masked;
+    doc.base = at(args_.d.tokens, args_.d.dtype, token);
+    if (args_.d.mask) doc.mask = args_.d.mask + masked;
     return doc;
 }
 
 int64_t Forward::length(int64_t query, int64_t c) const {
-    if (!args_.d_offsets) return args_.l_d;
+    if (!args_.d.offsets) return args_.d.l;
     const int64_t number = packed_document(args_, query, c);
-    return number < 0 ? 0 : args_.d_offsets[number + 1] - args_.d_offsets[number];
+    return number < 0 ? 0 : args_.d.offsets[number + 1] - args_.d.offsets[number];
 }
 
 /* Document tokens to be met, once where queries share them. */
 int64_t Forward::tokens() const {
-    if (!args_.d_offsets) return (own_ ? args_.n_q : 1) * args_.n_c * args_.l_d;
-    if (!args_.candidates) return args_.d_offsets[args_.n_documents];
+    if (!args_.d.offsets) return (own_ ? args_.n_q : 1) * args_.n_c * args_.d.l;
+    if (!args_.candidates) return args_.d.offsets[args_.d.n];
     int64_t total = 0;
     for (int64_t a = 0; a < args_.n_q; ++a)
         for (int64_t c = 0; c < args_.n_c; ++c) total += length(a, c);
@@ -149,7 +150,7 @@ std::vector<Unit> Forward::units(int64_t target) const {
         }
         out.push_back(next);
     }
-    if (args_.d_offsets)
+    if (args_.d.offsets)
         std::stable_partition(out.begin(), out.end(), [&](const Unit &u) { return u.tokens > target; });
     return out;
 }
@@ -162,8 +163,8 @@ void Forward::run() {
     const bool split = !own_ && wanted > 1 && args_.n_q < threads;
     queries_.cut(own_, split ? threads : wanted, split);
     queries_.pack(threads);
-    if (args_.argmax && queries_.rows() < query_tokens(args_))
-        std::fill_n(args_.argmax, args_.n_c * query_tokens(args_), -1);
+    if (args_.argmax && queries_.rows() < args_.q.total)
+        std::fill_n(args_.argmax, args_.n_c * args_.q.total, -1);
     if (split) {
         kept_.resize(args_.n_c * queries_.rows());
         empty_.resize(args_.n_c);
@@ -229,13 +230,13 @@ void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
 
 /* The next valid tokens from j on, at most `room`; moves j behind them. */
 Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const {
-    const int64_t stride = args_.d_stride_l * item_size(args_.d_dtype), first = j;
+    const int64_t stride = args_.d.stride_l * item_size(args_.d.dtype), first = j;
     Rows rows{doc.base, stride, nullptr, nullptr, nullptr, stride, nullptr, nullptr, first, 0, false, false};
     int32_t *number = s.number.get(batch_) + used;
     if (doc.mask) {
         for (; j < doc.length && rows.count < room; ++j) {
             number[rows.count] = static_cast<int32_t>(j);
-            rows.count += doc.mask[j * args_.d_mask_stride_l] != 0;
+            rows.count += doc.mask[j * args_.d.mask_stride_l] != 0;
         }
         /* a run of neighbours is read as one: ragged lists are such */
         if (rows.count && number[rows.count - 1] - number[0] + 1 == rows.count) {
@@ -248,15 +249,15 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
         j += rows.count;
     }
     if (!rows.gather) rows.base += rows.first * stride;
-    rows.dense = args_.d_stride_k == 1 && args_.d_stride_l == args_.dim;
+    rows.dense = args_.d.stride_k == 1 && args_.d.stride_l == args_.dim;
     if (bf16_) rows.room = reinterpret_cast<char *>(s.wide.get(0));
     if (args_.normalize) rows.scale = s.scale.get(batch_) + used;
     if (widen_) {
         float *wide = s.wide.get(batch_ * args_.dim) + used * args_.dim;
         const bool together = rows.dense && !rows.gather;
-        if (together) level_.widen(args_.d_dtype, rows.base, rows.count * args_.dim, wide);
+        if (together) level_.widen(args_.d.dtype, rows.base, rows.count * args_.dim, wide);
         for (int64_t i = 0; !together && i < rows.count; ++i)
-            widen_row(level_, args_.d_dtype, rows.base + (rows.gather ? rows.gather[i] : i) * stride, args_.d_stride_k,
+            widen_row(level_, args_.d.dtype, rows.base + (rows.gather ? rows.gather[i] : i) * stride, args_.d.stride_k,
                       args_.dim, wide + i * args_.dim);
         if (together) rows.later = rows.base + rows.count * stride;
         rows.base = reinterpret_cast<const char *>(wide);

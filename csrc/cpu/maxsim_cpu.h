@@ -15,7 +15,6 @@ void forward(const maxsim_args &args, const Level &level, int threads);
 struct Gradients {
     const float *g; /* [n_q, n_c] */
     int64_t g_stride_q, g_stride_c;
-    bool own; /* every query has its own documents, expanded ones included */
     void *grad_q; /* contiguous, of q's shape and dtype, or NULL */
     void *grad_d; /* contiguous, of d's shape and dtype, or NULL */
 };

@@ -25,15 +25,12 @@ inline const char *at(const void *base, maxsim_dtype dtype, int64_t element) {
 
 /* Query a's winners against its candidate c, one a token. */
 inline int32_t *winners(const maxsim_args &args, int64_t a, int64_t c) {
-    return args.argmax + (args.q_offsets ? c * args.l_q + args.q_offsets[a] : (a * args.n_c + c) * args.l_q);
+    return args.argmax + (args.q.offsets ? c * args.q.total + args.q.offsets[a] : (a * args.n_c + c) * args.q.l);
 }
 
 inline int64_t query_length(const maxsim_args &args, int64_t a) {
-    return args.q_offsets ? args.q_offsets[a + 1] - args.q_offsets[a] : args.l_q;
+    return args.q.offsets ? args.q.offsets[a + 1] - args.q.offsets[a] : args.q.l;
 }
-
-/* Tokens of all queries, those outside every query included. */
-inline int64_t query_tokens(const maxsim_args &args) { return args.q_offsets ? args.l_q : args.n_q * args.l_q; }
 
 /* Which of the packed documents candidate c of query a is, or -1. */
 inline int64_t packed_document(const maxsim_args &args, int64_t a, int64_t c) {

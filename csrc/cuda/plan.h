@@ -32,8 +32,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /* Columns, groups and query blocks for kernels whose groups have at most `most` columns. */
 inline Plan plan_queries(const maxsim_args &a, int most, int most_teams) {
     Plan p{};
-    const int64_t slot = ceil_div(a.l_q, 8) * 8;
-    p.chunks = static_cast<int>(ceil_div(a.l_q, most));
+    const int64_t slot = ceil_div(a.q.l, 8) * 8;
+    p.chunks = static_cast<int>(ceil_div(a.q.l, most));
     const int64_t wanted = a.own || slot >= most ? slot : slot * a.n_q;
     p.columns = 32;
     while (p.columns < most && p.columns < wanted) p.columns *= 2;

@@ -129,18 +129,18 @@ __device__ inline void finish(const Forward &f, const Group &group, int64_t c, i
         float sum = 0;
         for (int i = lane; i < f.plan.slot; i += 32) {
             const int token = group.chunk * f.plan.columns + i, column = p * f.plan.slot + i;
-            if (token >= a.l_q) break;
+            if (token >= a.q.l) break;
             const bool counts = first != NONE && token < tokens.length && query_keeps(a, query, tokens, token);
             float value = values[0][column];
             if constexpr (ARGMAX) {
                 int where = wheres[0][column];
                 for (int w = 1; w < warps; ++w) merge(value, where, values[w][column], wheres[w][column]);
                 if (where == NONE) where = first;
-                a.argmax[(query * a.n_c + c) * a.l_q + token] = counts ? where : -1;
+                if (token < tokens.length) argmax_of(a, query, tokens, c)[token] = counts ? where : -1;
             } else {
                 for (int w = 1; w < warps; ++w) value = ptx::max_nan(value, values[w][column]);
             }
-            if (counts) sum += a.normalize ? value * query_scale(a, query, tokens, token) : value;
+            if (counts) sum += a.normalize ? value * query_scale(f, query, tokens, token) : value;
         }
         for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
         if (first == NONE) {
@@ -151,7 +151,7 @@ __device__ inline void finish(const Forward &f, const Group &group, int64_t c, i
             if (broken_candidate(a, query, c)) sum = nanf("");
         }
         if (lane == 0) {
-            float *scores = f.plan.chunks > 1 ? a.partial + group.chunk * a.n_q * a.n_c : static_cast<float *>(a.scores);
+            float *scores = f.plan.chunks > 1 ? f.work.partial + group.chunk * a.n_q * a.n_c : a.scores;
             scores[query * a.n_c + c] = sum;
         }
     }

@@ -11,7 +11,7 @@ TensorMap map_of(const maxsim_args &a, const void *base, uint64_t tokens, int64_
                  uint64_t m, int64_t stride_m, int rows) {
     const bool one_n = n <= 1 || stride_n == 0, one_m = m <= 1 || stride_m == 0;
     const uint64_t row = tokens <= 1 ? 2 * a.dim : 2 * stride_l;
-    return tensor_map(a.q_dtype == MAXSIM_BF16, base,
+    return tensor_map(a.q.dtype == MAXSIM_BF16, base,
                       {static_cast<uint64_t>(a.dim), tokens ? tokens : 1, one_n ? 1 : n, one_m ? 1 : m},
                       {row, one_n ? row : 2 * stride_n, one_m ? row : 2 * stride_m}, rows);
 }
@@ -43,12 +43,12 @@ struct Run90 {
         }
         if (!fits()) --p.stages;
         plan_grid(p, a, device.multiprocessors);
-        const TensorMap q_map = a.q_offsets
-                                    ? map_of(a, a.q, a.q_tokens, a.q_stride_l, 1, 0, 1, 0, p.slot)
-                                    : map_of(a, a.q, a.l_q, a.q_stride_l, a.n_q, a.q_stride_n, 1, 0, p.slot);
+        const TensorMap q_map = a.q.offsets
+                                    ? map_of(a, a.q.tokens, a.q.total, a.q.stride_l, 1, 0, 1, 0, p.slot)
+                                    : map_of(a, a.q.tokens, a.q.l, a.q.stride_l, a.n_q, a.q.stride_n, 1, 0, p.slot);
         const TensorMap d_map =
-            a.d_offsets ? map_of(a, a.d, a.d_tokens, a.d_stride_l, 1, 0, 1, 0, sm90::ROWS)
-                        : map_of(a, a.d, a.l_d, a.d_stride_l, a.n_c, a.d_stride_n, a.own ? a.n_q : 1, a.d_stride_q, sm90::ROWS);
+            a.d.offsets ? map_of(a, a.d.tokens, a.d.total, a.d.stride_l, 1, 0, 1, 0, sm90::ROWS)
+                        : map_of(a, a.d.tokens, a.d.l, a.d.stride_l, a.n_c, a.d.stride_n, a.own ? a.n_q : 1, a.d.stride_q, sm90::ROWS);
         launch(sm90::forward<T, N, ARGMAX>, p.grid, sm90::THREADS, sm90::shared_bytes(p, tables), stream, f, q_map, d_map);
     }
 };

@@ -64,7 +64,7 @@ struct Shared {
 __device__ inline void produce(const Forward &f, const Shared &s, const TensorMap *q_map, const TensorMap *d_map) {
     const maxsim_args &a = f.a;
     const Plan &p = f.plan;
-    const int parts = (p.slabs + PART_SLABS - 1) / PART_SLABS, documents_of_query = a.own && a.d_stride_q != 0;
+    const int parts = (p.slabs + PART_SLABS - 1) / PART_SLABS, documents_of_query = a.own && a.d.stride_q != 0;
     Ring ring(p.stages), buffers(p.query_buffers);
     Walk walk(f, ptx::block_index(), ptx::grid_size());
     while (walk.next()) {
@@ -82,13 +82,13 @@ __device__ inline void produce(const Forward &f, const Shared &s, const TensorMa
                     const int row = static_cast<int>(query_of(a, query).start) + group.chunk * p.columns;
                     for (int slab = 0; slab < p.slabs; ++slab)
                         ptx::tensor_load(to + (slab * p.columns + i * p.slot) * 128, q_map, full, 64 * slab, row,
-                                         a.q_offsets || a.q_stride_n == 0 ? 0 : static_cast<int>(query), 0);
+                                         a.q.offsets || a.q.stride_n == 0 ? 0 : static_cast<int>(query), 0);
                 }
             }
             buffers.advance();
         }
-        const Document document = document_of(a, group_of(f, walk.block, 0).query, walk.document);
-        const int number = a.d_stride_n == 0 ? 0 : static_cast<int>(document.number);
+        const Document document = document_of(f, group_of(f, walk.block, 0).query, walk.document);
+        const int number = a.d.stride_n == 0 ? 0 : static_cast<int>(document.number);
         const int owner = documents_of_query ? static_cast<int>(document.owner) : 0;
         for (int row = 0; row < document.length; row += ROWS)
             for (int part = 0; part < parts; ++part) {
@@ -130,7 +130,7 @@ __device__ __forceinline__ void consume(const Forward &f, const Shared &s, Table
             ptx::mbarrier_wait(Shared::at(s.barriers->query_full[held]), buffers.phase);
             buffers.advance();
         }
-        const Document document = document_of(a, group_of(f, walk.block, 0).query, walk.document);
+        const Document document = document_of(f, group_of(f, walk.block, 0).query, walk.document);
         const int length = ptx::uniform(document.length);
         running.clear();
         for (int start = 0; start < length; start += ROWS) {
@@ -138,11 +138,11 @@ __device__ __forceinline__ void consume(const Forward &f, const Shared &s, Table
                 ring.advance(parts);
                 continue;
             }
-            const bool plain = start + ROWS <= document.length && !a.d_mask && !a.normalize;
+            const bool plain = start + ROWS <= document.length && !a.d.mask && !a.normalize;
             const int row = start + 16 * warp + lane / 4;
             // asked for before the tile is waited for
-            const float scale = plain ? 1.0f : row_scale(a, document, row);
-            const float scale8 = plain ? 1.0f : row_scale(a, document, row + 8);
+            const float scale = plain ? 1.0f : row_scale(f, document, row);
+            const float scale8 = plain ? 1.0f : row_scale(f, document, row + 8);
             float acc[N / 2];
             for (int part = 0; part < parts; ++part) {
                 ptx::mbarrier_wait(Shared::at(s.barriers->full[ring.index]), ring.phase);

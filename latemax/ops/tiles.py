@@ -18,6 +18,18 @@ class TileConfig(NamedTuple):
     num_stages: int
 
 
+# norms: of no token; inside the tile; by a kernel of their own first (latemax.kernels.forward)
+NO_NORM, NORM_IN_TILE, NORM_BEFORE = 0, 1, 2
+
+
+class Launch(NamedTuple):
+    """How a forward runs."""
+
+    tile: TileConfig
+    pack: int  # queries that share one tile
+    norm: int
+
+
 class Row(NamedTuple):
     capability: int  # from this compute capability on (80 for 8.0): 90 and later multiply by warpgroup or by block
     kind: str  # what the products are: "half" (fp16, bf16), "tf32", "ieee" (float32 at "highest"), "double"
