@@ -157,7 +157,7 @@ def violations(root: Path) -> list[str]:
             at, top = f"{path.relative_to(root)}:{line}", target.split(".")[0]
             if top == "kernels":
                 found.append(f"{at} imports {target}: it is called latemax.kernels")
-            elif source == "latemax.kernels" and top not in ("triton", "latemax", "__future__"):
+            elif source == "latemax.kernels" and top not in ("triton", "latemax", "typing", "__future__"):
                 found.append(f"{at} imports {target}: kernels import only triton and latemax.kernels")
             elif top in OPTIONAL and when == "file":
                 found.append(f"{at} imports {target} with the file: import it in the function that needs it")
