@@ -49,9 +49,6 @@ TOPS = {
     "latemax.viz": ("latemax.demo",),
     "latemax.compat": (),
     "latemax.demo": ("latemax.cli",),
-    "latemax._info": ("latemax.cli",),
-    "latemax._bench": ("latemax.cli",),
-    "latemax._corpus_cli": ("latemax.cli",),
     "latemax.cli": (),
 }
 LEVEL = {name: level for level, names in enumerate(STACK) for name in names}
@@ -214,7 +211,7 @@ GOOD = {
     "latemax/analysis/__init__.py": "from latemax import maxsim",
     "latemax/viz/__init__.py": "if TYPE_CHECKING:\n    import latemax.analysis\ndef plot():\n    import matplotlib",
     "latemax/demo/__init__.py": "import latemax.analysis\nfrom latemax import viz",
-    "latemax/cli.py": "def demo():\n    from latemax.demo import run",
+    "latemax/cli/__init__.py": "def demo():\n    from latemax.demo import run",
 }
 
 
