@@ -153,6 +153,16 @@ class PatchEncoder(nn.Module):
             return "custom"
         return self.adapter.norm_name if self._norm_auto else "none"
 
+    @property
+    def projection_kind(self) -> str | None:
+        """What ``projection`` was: None, "text" or "module"."""
+        return "text" if self._text else "module" if self.projection is not None else None
+
+    @property
+    def norm_kind(self) -> str | None:
+        """What ``final_norm`` was: "auto", None or "module"."""
+        return "module" if self.final_norm is not None else "auto" if self._norm_auto else None
+
     def forward(
         self, pixel_values: Tensor | Mapping[str, Any], *, return_prefix: bool = False, **inputs: Any
     ) -> PatchTokens:
