@@ -8,6 +8,12 @@ namespace {
 /* wgmma is Hopper's alone; later chips take the sm_80 kernel, from its PTX. */
 bool hopper(const Device &device, int capability) { return (capability ? capability : device.capability) == 90; }
 
+void prepare_all(int index, int capability) {
+    const Device &device = device_of(index);
+    if (hopper(device, capability)) once_per_device(index, [&] { prepare_sm90(device), prepare_shared(device); });
+    else once_per_device(index, [&] { prepare_sm80(device), prepare_shared(device); });
+}
+
 Plan plan(const maxsim_args &a, bool sm90) { return sm90 ? plan_queries(a, 128, 2) : plan_queries(a, 64, 1); }
 
 }  // namespace
@@ -18,9 +24,17 @@ int parts(int64_t l_q, int device, int capability) {
     return plan(a, hopper(device_of(device), capability)).chunks;
 }
 
+void load(int device, int capability) {
+    use(device);
+    prepare_all(device, capability);
+}
+
+Versions versions() { return {driver_version(), runtime_version()}; }
+
 void forward(const maxsim_args &a, int index, void *stream, int capability) {
     use(index);
-    const Device device = device_of(index);
+    prepare_all(index, capability);
+    const Device &device = device_of(index);
     const bool sm90 = hopper(device, capability);
     Forward f{a, plan(a, sm90)};
     // coordinates and tokens are 32-bit in the kernels, addresses 64-bit

@@ -6,6 +6,11 @@
 
 namespace latemax {
 
+/* Load every kernel of the file on the current device, see prepare of runtime.h. */
+void prepare_sm80(const Device &device);
+void prepare_sm90(const Device &device);
+void prepare_shared(const Device &device);
+
 /* Fill in f.plan but for plan_queries, and launch. */
 void launch_sm80(Forward &f, const Device &device, Stream stream);
 void launch_sm90(Forward &f, const Device &device, Stream stream);
@@ -17,7 +22,17 @@ void launch_lengths(const maxsim_args &a, Stream stream);
 /* scores = the sum of the partial ones, in order. */
 void launch_sum(const Forward &f, Stream stream);
 
-/* Calls `run` with the dtype, the columns and whether winners are wanted, as types. */
+/* Calls `run` with each combination of dtype, columns and argmax. */
+template <int N, int... MORE, class Run>
+void each_instance(const Run &run) {
+    run.template operator()<F16, N, false>();
+    run.template operator()<F16, N, true>();
+    run.template operator()<BF16, N, false>();
+    run.template operator()<BF16, N, true>();
+    if constexpr (sizeof...(MORE)) each_instance<MORE...>(run);
+}
+
+/* Calls `run` with the call's dtype and argmax as types. */
 template <int N, class Run>
 void with_argmax(const maxsim_args &a, const Run &run) {
     const auto flag = [&](auto type) {

@@ -75,6 +75,13 @@ void norms(const maxsim_args &a, const void *x, float *out, int64_t m, int64_t n
 
 }  // namespace
 
+void prepare_shared(const Device &device) {
+    prepare(inverse_norms<BF16>, device.shared_block);
+    prepare(inverse_norms<F16>, device.shared_block);
+    prepare(lengths, device.shared_block);
+    prepare(sum_parts, device.shared_block);
+}
+
 void launch_norms(const maxsim_args &a, Stream stream) {
     if (a.q_offsets) norms(a, a.q, a.q_inverse_norms, 1, 1, a.q_tokens, 0, 0, a.q_stride_l, stream);
     else norms(a, a.q, a.q_inverse_norms, 1, a.n_q, a.l_q, 0, a.q_stride_n, a.q_stride_l, stream);

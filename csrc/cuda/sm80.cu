@@ -6,6 +6,15 @@ namespace latemax {
 
 namespace {
 
+struct Prepare80 {
+    const Device &device;
+
+    template <class T, int N, bool ARGMAX>
+    void operator()() const {
+        prepare(sm80::forward<T, N, ARGMAX>, device.shared_block);
+    }
+};
+
 struct Run80 {
     Forward &f;
     const Device &device;
@@ -24,6 +33,8 @@ struct Run80 {
 };
 
 }  // namespace
+
+void prepare_sm80(const Device &device) { each_instance<32, 64>(Prepare80{device}); }
 
 void launch_sm80(Forward &f, const Device &device, Stream stream) {
     const Run80 run{f, device, stream};

@@ -11,10 +11,20 @@ TensorMap map_of(const maxsim_args &a, const void *base, uint64_t tokens, int64_
                  uint64_t m, int64_t stride_m, int rows) {
     const bool one_n = n <= 1 || stride_n == 0, one_m = m <= 1 || stride_m == 0;
     const uint64_t row = tokens <= 1 ? 2 * a.dim : 2 * stride_l;
-    return tensor_map(a.q_dtype == MAXSIM_BF16, base,
+    // torch gives a tensor without elements the null address, which the encoder refuses; nothing is loaded from the other
+    return tensor_map(a.q_dtype == MAXSIM_BF16, base ? base : a.scores,
                       {static_cast<uint64_t>(a.dim), tokens ? tokens : 1, one_n ? 1 : n, one_m ? 1 : m},
                       {row, one_n ? row : 2 * stride_n, one_m ? row : 2 * stride_m}, rows);
 }
+
+struct Prepare90 {
+    const Device &device;
+
+    template <class T, int N, bool ARGMAX>
+    void operator()() const {
+        prepare(sm90::forward<T, N, ARGMAX>, device.shared_block);
+    }
+};
 
 struct Run90 {
     Forward &f;
@@ -54,6 +64,8 @@ struct Run90 {
 };
 
 }  // namespace
+
+void prepare_sm90(const Device &device) { each_instance<32, 64, 128>(Prepare90{device}); }
 
 void launch_sm90(Forward &f, const Device &device, Stream stream) {
     const Run90 run{f, device, stream};

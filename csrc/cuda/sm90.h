@@ -38,14 +38,14 @@ inline int shared_bytes(const Plan &p, int tables) {
     return p.stages * stage_bytes(p) + p.query_buffers * query_bytes(p) + tables;
 }
 
-/* A place in a ring of barriers. */
+/* A position in a ring of barriers; lap counts the turns and names the phase that is waited for. */
 struct Ring {
     int size, index = 0;
-    uint32_t phase = 0;
+    uint32_t lap = 0;
 
     __device__ explicit Ring(int size) : size(size) {}
-    __device__ void advance(int n = 1) {
-        for (index += n; index >= size; index -= size) phase ^= 1;
+    __device__ void advance() {
+        if (++index == size) index = 0, ++lap;
     }
 };
 
@@ -70,7 +70,7 @@ __device__ inline void produce(const Forward &f, const Shared &s, const TensorMa
     while (walk.next()) {
         if (walk.moved) {
             const uint32_t full = Shared::at(s.barriers->query_full[buffers.index]);
-            ptx::mbarrier_wait(Shared::at(s.barriers->query_empty[buffers.index]), buffers.phase ^ 1);
+            ptx::mbarrier_wait(Shared::at(s.barriers->query_empty[buffers.index]), buffers.lap - 1);
             int queries = 0;
             for (int team = 0; team < p.teams; ++team) queries += group_of(f, walk.block, team).count;
             ptx::mbarrier_arrive_expect(full, queries * p.slabs * p.slot * 128);
@@ -94,7 +94,7 @@ __device__ inline void produce(const Forward &f, const Shared &s, const TensorMa
             for (int part = 0; part < parts; ++part) {
                 const uint32_t full = Shared::at(s.barriers->full[ring.index]);
                 const int from = part * PART_SLABS, slabs = p.slabs - from < PART_SLABS ? p.slabs - from : PART_SLABS;
-                ptx::mbarrier_wait(Shared::at(s.barriers->empty[ring.index]), ring.phase ^ 1);
+                ptx::mbarrier_wait(Shared::at(s.barriers->empty[ring.index]), ring.lap - 1);
                 ptx::mbarrier_arrive_expect(full, slabs * SLAB_BYTES);
                 for (int i = 0; i < slabs; ++i)
                     ptx::tensor_load(s.ring + ring.index * stage_bytes(p) + i * SLAB_BYTES, d_map, full, 64 * (from + i),
@@ -127,7 +127,7 @@ __device__ __forceinline__ void consume(const Forward &f, const Shared &s, Table
             group = group_of(f, walk.block, team);
             held = buffers.index;
             queries = s.queries + held * query_bytes(p) + team * p.slabs * (N * 128);
-            ptx::mbarrier_wait(Shared::at(s.barriers->query_full[held]), buffers.phase);
+            ptx::mbarrier_wait(Shared::at(s.barriers->query_full[held]), buffers.lap);
             buffers.advance();
         }
         const Document document = document_of(a, group_of(f, walk.block, 0).query, walk.document);
@@ -135,7 +135,14 @@ __device__ __forceinline__ void consume(const Forward &f, const Shared &s, Table
         running.clear();
         for (int start = 0; start < length; start += ROWS) {
             if (p.teams == 1 && (turn++ & 1) != warpgroup) {
-                ring.advance(parts);
+                // the other warpgroup's tile: a wait sees only whether the phase's parity moved, so every phase is waited
+                // for, skipped or not
+                for (int part = 0; part < parts; ++part) {
+                    ptx::mbarrier_wait(Shared::at(s.barriers->full[ring.index]), ring.lap);
+                    ptx::warp_barrier();
+                    if (lane == 0) ptx::mbarrier_arrive(Shared::at(s.barriers->empty[ring.index]));
+                    ring.advance();
+                }
                 continue;
             }
             const bool plain = start + ROWS <= document.length && !a.d_mask && !a.normalize;
@@ -145,7 +152,7 @@ __device__ __forceinline__ void consume(const Forward &f, const Shared &s, Table
             const float scale8 = plain ? 1.0f : row_scale(a, document, row + 8);
             float acc[N / 2];
             for (int part = 0; part < parts; ++part) {
-                ptx::mbarrier_wait(Shared::at(s.barriers->full[ring.index]), ring.phase);
+                ptx::mbarrier_wait(Shared::at(s.barriers->full[ring.index]), ring.lap);
                 if (group.count) {
                     const int from = part * PART_SLABS, to = p.slabs < from + PART_SLABS ? p.slabs : from + PART_SLABS;
                     uint64_t d = descriptor(s.ring + ring.index * stage_bytes(p));
@@ -191,10 +198,10 @@ __global__ void __launch_bounds__(THREADS, 1)
     s.barriers = reinterpret_cast<Barriers *>(after);
     auto &tables = *reinterpret_cast<Tables<N, ARGMAX, WARPS> *>(after + sizeof(Barriers));
     if (thread == 0) {
-        // the producer's arrival and its bytes fill; a lane of each warp that reads it empties
+        // the producer's arrival and its bytes fill; a lane of each consumer warp empties
         for (int i = 0; i < p.stages; ++i) {
             ptx::mbarrier_init(Shared::at(s.barriers->full[i]), 1);
-            ptx::mbarrier_init(Shared::at(s.barriers->empty[i]), 4 * p.teams);
+            ptx::mbarrier_init(Shared::at(s.barriers->empty[i]), WARPS);
         }
         for (int i = 0; i < p.query_buffers; ++i) {
             ptx::mbarrier_init(Shared::at(s.barriers->query_full[i]), 1);

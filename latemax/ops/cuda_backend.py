@@ -28,7 +28,20 @@ def status() -> tuple[bool, str]:
         return False, f"the CUDA extension cannot be loaded: {_why_not}"
     if not torch.cuda.is_available():
         return False, f"built for {ARCHITECTURES}, but torch sees no CUDA device"
+    driver, runtime = _cuda.versions()
+    if driver // 1000 < runtime // 1000:
+        return False, f"built with CUDA {_version(runtime)}, which the driver (CUDA {_version(driver)}) is too old for"
     return True, f"built for {ARCHITECTURES}; forward alone, backward is Triton's; not yet timed on a GPU"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def load(device: torch.device, capability: int = 0) -> None:
+    """Loads the kernels on ``device``, so that a later first call may be inside a graph capture."""
+    with binding.on(device):
+        _cuda.load(device.index or 0, capability)
 
 
 def most_dims(capability: int) -> int:
@@ -58,15 +71,16 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _rows(x: torch.Tensor, expanded_tokens: bool) -> torch.Tensor:
-    """x as the copy engines take it: dims side by side, every token at a multiple of 16 bytes. A dense tensor of such
-    dims is that already and is not copied."""
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as the copy engines take it: contiguous dims, every token at a multiple of 16 bytes, no two tokens that
+    overlap. Copies where that does not hold."""
     x = x.resolve_neg() if x.is_neg() else x
     strides = x.stride()
     taken = strides[-1] == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides[:-1])
-    # an axis of size 1 has whatever stride; one of more tokens at one address is no row of a tensor map
-    taken = taken and (expanded_tokens or strides[-2] != 0 or x.shape[-2] == 1)
-    return x if taken else x.contiguous()
+    # an axis of size 1 may have any stride; expanded and sliding views overlap, which a tensor map cannot express
+    taken = taken and (strides[-2] >= x.shape[-1] or x.shape[-2] <= 1)
+    # not contiguous(), which returns a contiguous x itself, however it is aligned
+    return x if taken else x.clone(memory_format=torch.contiguous_format)
 
 
 def _run(
@@ -87,7 +101,7 @@ def _run(
     if not scores.numel():
         return
     device = q.device.index or 0
-    q, d = _rows(q, False), _rows(d, False)
+    q, d = _rows(q), _rows(d)
     n_q, n_c = scores.shape
     flat_q, flat_d = q_offsets is not None, d_offsets is not None
     l_q = l_q if flat_q else q.shape[1]

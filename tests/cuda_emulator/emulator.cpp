@@ -22,6 +22,8 @@ constexpr int STACK = 128 << 10, CANARY = 4096, MOST_THREADS = 1024;
 struct {
     unsigned seed = 0;
     Device device{90, 3, 232448, 233472};
+    int changes = 1;
+    std::map<void *, int> prepared;
 } config;
 
 struct Group {  // cp.async
@@ -299,12 +301,14 @@ void mbarrier_arrive(uint32_t barrier, uint32_t bytes) {
         wake(b.waiting);
     }
 }
-void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+void mbarrier_wait(uint32_t barrier, uint32_t lap) {
     may_yield();
-    while ((mbarriers.at(barrier).phase & 1) == parity) {
+    while ((mbarriers.at(barrier).phase & 1) == (lap & 1)) {
         mbarriers.at(barrier).waiting.push_back(current);
         sleep();
     }
+    // the instruction returns on parity only; a right protocol never lets another generation answer
+    if (mbarriers.at(barrier).phase != lap + 1) fail("a wait ended in another generation of its barrier");
 }
 void tensor_load(uint32_t to, const TensorMap &map, uint32_t barrier, const int (&x)[4]) {
     // groups of 8 rows are 1,024 bytes; the swizzle goes by the address
@@ -402,6 +406,17 @@ void ldmatrix(uint32_t (&r)[4], uint32_t from) {
     });
 }
 
+int configured() { return config.changes; }
+void prepare(void *kernel, int shared) {
+    if (shared > config.device.shared_block) throw std::runtime_error("more shared memory than the device has");
+    if (!config.prepared.insert({kernel, shared}).second) throw std::runtime_error("a kernel's attributes were set twice");
+}
+void may_launch(void *kernel, int shared) {
+    const auto found = config.prepared.find(kernel);
+    if (found == config.prepared.end()) throw std::runtime_error("a kernel was not loaded before its launch");
+    if (shared > found->second) throw std::runtime_error("more shared memory than the kernel opted in to");
+}
+
 void run(const std::function<void()> &kernel, int blocks, int threads, int shared) {
     if (shared > config.device.shared_block) throw std::runtime_error("more shared memory than the device has");
     if (threads > MOST_THREADS) throw std::runtime_error("more threads than a block has");
@@ -424,4 +439,6 @@ extern "C" __attribute__((visibility("default"))) void latemax_emulator(unsigned
                                                                         int shared) {
     latemax::config.seed = seed;
     latemax::config.device = {capability, multiprocessors, shared, shared + 1024};
+    ++latemax::config.changes;
+    latemax::config.prepared.clear();
 }

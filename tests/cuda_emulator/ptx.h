@@ -44,7 +44,7 @@ void cp_async_commit();
 void cp_async_wait(int pending);
 void mbarrier_init(uint32_t barrier, int arrivals);
 void mbarrier_arrive(uint32_t barrier, uint32_t bytes);
-void mbarrier_wait(uint32_t barrier, uint32_t parity);
+void mbarrier_wait(uint32_t barrier, uint32_t lap);
 void tensor_load(uint32_t to, const TensorMap &map, uint32_t barrier, const int (&at)[4]);
 void wgmma(float *d, uint64_t a, uint64_t b, int accumulate, int n, bool bf16);
 void wgmma_fence();
@@ -124,7 +124,7 @@ inline void mbarrier_init(uint32_t barrier, int arrivals) { emulator::mbarrier_i
 inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(uint32_t barrier) { emulator::mbarrier_arrive(barrier, 0); }
 inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) { emulator::mbarrier_arrive(barrier, bytes); }
-inline void mbarrier_wait(uint32_t barrier, uint32_t parity) { emulator::mbarrier_wait(barrier, parity); }
+inline void mbarrier_wait(uint32_t barrier, uint32_t lap) { emulator::mbarrier_wait(barrier, lap); }
 inline void tensor_load(uint32_t to, const TensorMap *map, uint32_t barrier, int column, int row, int n, int m) {
     emulator::tensor_load(to, *map, barrier, {column, row, n, m});
 }

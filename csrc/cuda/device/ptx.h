@@ -9,6 +9,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
+#ifdef LATEMAX_WATCHDOG
+#include <stdio.h>
+#endif
 
 namespace latemax {
 
@@ -103,9 +106,25 @@ __device__ inline void mbarrier_arrive(uint32_t barrier) {
 __device__ inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-/* Until the phase of this parity has ended; at once for parity 1 of a new barrier. */
-__device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-    // the loop is in the assembly: as a loop of C++ it looks divergent, and wgmma behind it would be serialised
+/* Waits until phase `lap` of the barrier (0, 1, ...) has ended; lap -1 of a new barrier has. The instruction sees only
+ * the parity, so a thread must wait for every phase in turn, or phase lap - 2 answers for lap. */
+__device__ inline void mbarrier_wait(uint32_t barrier, uint32_t lap) {
+#ifdef LATEMAX_WATCHDOG
+    // a protocol error traps and names its barrier instead of spinning until the process is killed
+    for (uint32_t tries = 0, ended = 0; !ended; ++tries) {
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+            : "=r"(ended)
+            : "r"(barrier), "r"(lap & 1)
+            : "memory");
+        if (tries == 1u << 24) {
+            printf("barrier %u never ended phase %d (parity %u): block %d, thread %d\n", barrier, lap, lap & 1, blockIdx.x,
+                   threadIdx.x);
+            __trap();
+        }
+    }
+#else
+    // the loop is in the assembly: as a loop of C++ it looks divergent, and ptxas would serialise the wgmma after it
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
@@ -115,8 +134,9 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         "bra again;\n"
         "done:\n"
         "}" ::"r"(barrier),
-        "r"(parity)
+        "r"(lap & 1)
         : "memory");
+#endif
 }
 
 /* A box of the tensor from (column, row, n, m) to shared memory; its bytes count towards the barrier's phase. Elements
