@@ -14,14 +14,10 @@ void prepare_all(int index, int capability) {
     else once_per_device(index, [&] { prepare_sm80(device), prepare_shared(device); });
 }
 
-Plan plan(const maxsim_args &a, bool sm90) { return sm90 ? plan_queries(a, 128, 2) : plan_queries(a, 64, 1); }
-
 }  // namespace
 
 int parts(int64_t l_q, int device, int capability) {
-    maxsim_args a{};
-    a.l_q = l_q, a.n_q = 1;
-    return plan(a, hopper(device_of(device), capability)).chunks;
+    return chunks_of(l_q, hopper(device_of(device), capability) ? LONGEST_SM90 : LONGEST_SM80);
 }
 
 void load(int device, int capability) {
@@ -36,13 +32,13 @@ void forward(const maxsim_args &a, int index, void *stream, int capability) {
     prepare_all(index, capability);
     const Device &device = device_of(index);
     const bool sm90 = hopper(device, capability);
-    Forward f{a, plan(a, sm90)};
+    Forward f{a, {}};
     // coordinates and tokens are 32-bit in the kernels, addresses 64-bit
     constexpr int64_t MOST = 0x7fffff00;
     if (a.n_c > MOST || a.n_q > MOST || a.l_d > MOST || a.q_tokens > MOST || a.d_tokens > MOST)
         throw std::runtime_error("more than 2^31 tokens, queries or documents on one axis");
     const Stream on = static_cast<Stream>(stream);
-    if (a.normalize) launch_norms(a, on);
+    if (a.normalize) launch_norms(a, !sm90, on);
     if (a.d_mask) launch_lengths(a, on);
     (sm90 ? launch_sm90 : launch_sm80)(f, device, on);
     if (f.plan.chunks > 1) launch_sum(f, on);

@@ -82,9 +82,10 @@ void prepare_shared(const Device &device) {
     prepare(sum_parts, device.shared_block);
 }
 
-void launch_norms(const maxsim_args &a, Stream stream) {
+void launch_norms(const maxsim_args &a, bool documents, Stream stream) {
     if (a.q_offsets) norms(a, a.q, a.q_inverse_norms, 1, 1, a.q_tokens, 0, 0, a.q_stride_l, stream);
     else norms(a, a.q, a.q_inverse_norms, 1, a.n_q, a.l_q, 0, a.q_stride_n, a.q_stride_l, stream);
+    if (!documents) return;
     if (a.d_offsets) norms(a, a.d, a.d_inverse_norms, 1, 1, a.d_tokens, 0, 0, a.d_stride_l, stream);
     else norms(a, a.d, a.d_inverse_norms, a.own ? a.n_q : 1, a.n_c, a.l_d, a.d_stride_q, a.d_stride_n, a.d_stride_l, stream);
 }

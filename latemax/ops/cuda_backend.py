@@ -47,8 +47,8 @@ def load(device: torch.device, capability: int = 0) -> None:
 def most_dims(capability: int) -> int:
     """Up to which dim a tile of queries stays in shared memory beside the ring of document tiles."""
     shared = SHARED_MEMORY.get(capability, SMALLEST_SHARED_MEMORY)
-    # sm_90: two stages of 16 KB, 17 KB of tables and barriers, 128 query tokens; else three, 4.2 KB, 64
-    left = (shared - 32768 - 17000) // 256 if capability == 90 else (shared - 49152 - 4200) // 128
+    # sm_90: 128 query tokens, two stages of 16 KB, 10 KB of tables and barriers; else 64, three of 16 KB, 4.2 KB
+    left = (shared - 32768 - 10240) // 256 if capability == 90 else (shared - 49152 - 4200) // 128
     return left // 64 * 64
 
 

@@ -58,6 +58,12 @@ __device__ inline float max_nan(float x, float y) {
 __device__ inline float to_float(F16, uint16_t x) { return __half2float(__ushort_as_half(x)); }
 __device__ inline float to_float(BF16, uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
 
+/* Eight elements of a row in shared memory, by one access. */
+struct __align__(16) Eight {
+    uint16_t values[8];
+};
+__device__ inline Eight load_eight(const char *from) { return *reinterpret_cast<const Eight *>(from); }
+
 /* 16 bytes from global to shared memory; with bytes = 0 nothing is read and zeros are written. */
 __device__ inline void cp_async_16(uint32_t to, const void *from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -139,6 +145,10 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t lap) {
 #endif
 }
 
+/* Fetches a tensor map before its first use. */
+__device__ inline void prefetch_map(const TensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 /* A box of the tensor from (column, row, n, m) to shared memory; its bytes count towards the barrier's phase. Elements
  * outside of the tensor arrive as 0 and are counted too. */
 __device__ inline void tensor_load(uint32_t to, const TensorMap *map, uint32_t barrier, int column, int row, int n, int m) {
@@ -161,10 +171,15 @@ __device__ inline void take_registers() {
 /* Accumulators may be written by wgmma from here on. */
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-/* Names the accumulators, so that the compiler moves no reading of them before the wait. */
-template <int COUNT>
+/* Until at most PENDING groups are unfinished. */
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+/* Names the accumulators that are read next, so that the compiler moves no reading of them before the wait. */
+template <int PENDING, int COUNT>
 __device__ __forceinline__ void wgmma_wait(float (&d)[COUNT]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    wgmma_wait<PENDING>();
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
