@@ -228,6 +228,8 @@ native = extensions()
 setup(
     packages=[*find_packages(include=["latemax", "latemax.*"]), "latemax.kernels"],
     package_dir={"latemax.kernels": "kernels"},
+    # the tile table
+    package_data={"": ["*.json"]},
     cmdclass={"build": Build, "build_ext": BuildExt},
     ext_modules=native,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if native else {},

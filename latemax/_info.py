@@ -30,7 +30,7 @@ def collect() -> dict[str, Any]:
     reason}}. Optional packages are looked up in the installed metadata, none is imported.
     """
     from latemax import __version__
-    from latemax.ops.select import backend_status
+    from latemax.ops.dispatch import backend_status
 
     return {
         "latemax": {"version": __version__, "location": str(Path(__file__).parent)},

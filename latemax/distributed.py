@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from latemax import _check
 from latemax.api import maxsim
+from latemax.arguments import check
+from latemax.arguments.batch import batch_of
+from latemax.ops.problem import score_dtype
 from latemax.search import TopK
 from latemax.search import corpus as corpora
 from latemax.search import topk as local_topk
@@ -109,8 +111,8 @@ def topk(q: Tensor, shard, k: int, q_mask=None, *, group=None, timeout: float = 
     ranks = _Group(group, timeout, "topk")
 
     def look() -> dict:
-        _check.tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
-        _check.positive("k", k)
+        check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
+        check.check_positive("k", k)
         found = corpora.of(shard, options.get("d_mask"))
         return {
             "shape of q": list(q.shape),
@@ -131,7 +133,7 @@ def topk(q: Tensor, shard, k: int, q_mask=None, *, group=None, timeout: float = 
 
     n_q = 1 if q.dim() == 2 else len(q)
     of_corpus = getattr(torch, facts[0]["dtype of the corpus"].removeprefix("torch."))
-    scores = torch.zeros(n_q, k, dtype=_check.score_dtype(q.dtype, of_corpus))
+    scores = torch.zeros(n_q, k, dtype=score_dtype(q.dtype, of_corpus))
     indices = torch.zeros(n_q, k, dtype=torch.int64)
     if mine is not None:
         scores[:, :kept] = mine.scores.view(n_q, kept)
@@ -181,10 +183,10 @@ def in_batch(
     ranks = _Group(group, timeout, "in_batch")
 
     def look() -> dict:
-        number = _check.options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
-        _check.tokens("q", q, (3,), "[n_q, l_q, dim]")
-        _check.tokens("d", d, (3,), "[n_d, l_d, dim]")
-        _check.arguments(q, d, q_mask, d_mask)
+        number = check.check_options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
+        check.check_tokens("q", q, (3,), "[n_q, l_q, dim]")
+        check.check_tokens("d", d, (3,), "[n_d, l_d, dim]")
+        batch_of(q, d, q_mask, d_mask)
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ValueError(f"chunk must be an int >= 1 or None, got {chunk!r}")
         grads = torch.is_grad_enabled()

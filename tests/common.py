@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from latemax import reference
-from latemax.ops import cuda_backend, native_cpu_backend
+from latemax.ops.backends import cuda, native
+from latemax.ops.problem import Batch, Needs, Outputs, Plan, Side
 
 GPU = torch.cuda.is_available()
 # the Triton kernels run on the GPU where there is one, else in the interpreter (see conftest.py)
@@ -19,7 +20,7 @@ BACKENDS = [
     pytest.param(
         ("cpu", "cpu"),
         id="cpu-native",
-        marks=pytest.mark.skipif(not native_cpu_backend.status()[0], reason=native_cpu_backend.status()[1]),
+        marks=pytest.mark.skipif(not native.status()[0], reason=native.status()[1]),
     ),
     pytest.param(("cpu", "cpu"), id="cpu-torch", marks=pytest.mark.torch_path),
     pytest.param(("triton", TRITON_DEVICE), id="triton"),
@@ -29,7 +30,7 @@ BACKENDS = [
         marks=[
             pytest.mark.gpu,
             pytest.mark.cuda_kernels,
-            pytest.mark.skipif(not cuda_backend.status()[0], reason=cuda_backend.status()[1]),
+            pytest.mark.skipif(not cuda.status()[0], reason=cuda.status()[1]),
         ],
     ),
 ]
@@ -53,6 +54,23 @@ def problem(shape, *, own=False, dtype=None, device="cpu", seed=0):
     q = torch.randn(n_q, l_q, dim, generator=generator)
     d = torch.randn(*((n_q,) if own else ()), n_d, l_d, dim, generator=generator)
     return q.to(device, dtype), d.to(device, dtype)
+
+
+def run_forward(backend, q, d, scores, argmax, *, q_mask=None, d_mask=None, launch=None, **options):
+    """Fills scores and argmax (of no element: not wanted) by one backend, whatever a choice would say."""
+    b = batch(q, d, q_mask, d_mask, **options)
+    backend.forward(b, Plan(backend.name, "", launch=launch), Outputs(scores, argmax if argmax.numel() else None))
+
+
+def run_backward(backend, g, q, d, argmax, *, needs_q, needs_d, launch=None, **options):
+    b = batch(q, d, None, None, **options)
+    return backend.backward(b, Plan(backend.name, "", launch=launch), argmax, g, Needs(needs_q, needs_d))
+
+
+def batch(
+    q, d, q_mask, d_mask, q_offsets=None, d_offsets=None, candidates=None, normalize=False, empty_score=-math.inf
+):
+    return Batch(Side(q, q_mask, q_offsets), Side(d, d_mask, d_offsets), candidates, normalize, empty_score)
 
 
 def masks(q, d, *, seed=0, keep=0.6):

@@ -15,7 +15,7 @@ STATUS = {"triton": (False, "no CUDA device"), "cpu": (True, "always"), "referen
 
 @pytest.fixture
 def status(monkeypatch):
-    monkeypatch.setattr("latemax.ops.select.backend_status", lambda: STATUS)
+    monkeypatch.setattr("latemax.ops.dispatch.backend_status", lambda: STATUS)
 
 
 @pytest.fixture

@@ -167,12 +167,12 @@ def test_the_operator_tells_when_it_lacks_the_winners():
 
 def test_eager_calls_bypass_the_dispatcher(monkeypatch):
     """Plain tensors go straight to the launcher; the operator is for tracing and subclasses."""
-    from latemax.ops import schema
+    from latemax.ops import operator
 
     def forbidden(*_):
         raise AssertionError("went through the dispatcher")
 
     q, d = problem((1, 2, 3, 5, 8))
-    monkeypatch.setattr(schema.torch.ops.latemax, "maxsim", forbidden)
+    monkeypatch.setattr(operator.torch.ops.latemax, "maxsim", forbidden)
     latemax.maxsim(q, d)
     latemax.maxsim(torch.nn.Parameter(q), d).sum().backward()

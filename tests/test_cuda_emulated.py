@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import assert_argmax, assert_exact, exact, masks, plain_torch, problem
+from common import assert_argmax, assert_exact, exact, masks, plain_torch, problem, run_forward
 
 import latemax
-from latemax.ops import cuda_backend, select, tiles
+from latemax.ops import dispatch, tiles
+from latemax.ops.backends import cuda, triton
+from latemax.ops.backends.base import Status
 
 HERE = Path(__file__).parent / "cuda_emulator"
 spec = importlib.util.spec_from_file_location("cuda_emulator_build", HERE / "build.py")
@@ -49,8 +51,8 @@ def built(tmp_path_factory):
 def device(built, monkeypatch, request):
     """Sets the emulated GPU; returns a function that sets the order of threads."""
     module, configure = built
-    monkeypatch.setattr(cuda_backend, "_cuda", module)
-    monkeypatch.setattr(cuda_backend, "_stream", lambda device: 0)
+    monkeypatch.setattr(cuda, "_cuda", module)
+    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
 
     def seed(number, multiprocessors=3, shared=tiles.SHARED_MEMORY[request.param]):
         configure(number, request.param, multiprocessors, shared)
@@ -60,11 +62,15 @@ def device(built, monkeypatch, request):
     return seed
 
 
+def forward(q, d, scores, argmax, *, longest=0, **options):
+    run_forward(cuda, q, d, scores, argmax, launch=cuda.Launch(longest_query=longest), **options)
+
+
 def run(q, d, q_mask=None, d_mask=None, *, argmax=False, normalize=False, empty_score=-math.inf):
     n_q, n_d = len(q), d.shape[-3]
     scores = torch.full((n_q, n_d), math.nan)
     winners = torch.full((n_q, n_d, q.shape[1]) if argmax else (0,), -99, dtype=torch.int32)
-    cuda_backend.forward(q, d, q_mask, d_mask, scores, winners, normalize=normalize, empty_score=empty_score)
+    forward(q, d, scores, winners, q_mask=q_mask, d_mask=d_mask, normalize=normalize, empty_score=empty_score)
     return (scores, winners) if argmax else scores
 
 
@@ -150,7 +156,7 @@ def test_every_ring_of_own_candidates(device, shape):
 
 
 def test_kernels_are_loaded_once_and_before_the_first_call(device):
-    cuda_backend.load(torch.device("cpu"), device.capability)
+    cuda.load(torch.device("cpu"), device.capability)
     for _ in range(2):
         assert_right(*problem((2, 2, 100, 70, 64), dtype=torch.bfloat16))
 
@@ -161,9 +167,9 @@ def test_a_driver_older_than_the_runtime_is_named(device, monkeypatch):
         def versions():
             return 12040, 13000
 
-    monkeypatch.setattr(cuda_backend, "_cuda", Old)
+    monkeypatch.setattr(cuda, "_cuda", Old)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    usable, why = cuda_backend.status.__wrapped__()
+    usable, why = cuda.status.__wrapped__()
     assert not usable and "built with CUDA 13.0, which the driver (CUDA 12.4) is too old for" in why
 
 
@@ -249,24 +255,24 @@ def test_documents_and_queries_end_to_end(device, normalize):
         for picked in (None, candidates):
             n_c = 3 if picked is not None else len(documents)
             scores = torch.full((4, n_c), math.nan)
-            argmax = torch.full((4, n_c, 150), -99, dtype=torch.int32)
-            cuda_backend.forward_packed(
-                flat, tokens, torch.cat(q_keep), torch.cat(keep), offsets, picked, scores, argmax,
-                normalize=normalize, empty_score=-7.0, q_offsets=q_offsets, l_q=150,
+            argmax = torch.full((n_c, len(flat)), -99, dtype=torch.int32)
+            forward(
+                flat, tokens, scores, argmax, q_mask=torch.cat(q_keep), d_mask=torch.cat(keep), q_offsets=q_offsets,
+                d_offsets=offsets, candidates=picked, normalize=normalize, empty_score=-7.0, longest=150,
             )  # fmt: skip
             for i, query in enumerate(queries):
+                best = argmax[:, q_offsets[i] : q_offsets[i + 1]]
                 for c in range(n_c):
                     n = c if picked is None else int(picked[i, c])
                     if n >= len(documents):
-                        assert scores[i, c].isnan() and (argmax[i, c] == -1).all()
+                        assert scores[i, c].isnan() and (best[c] == -1).all()
                         continue
                     if n < 0 or not keep[n].any():
-                        assert scores[i, c] == (-7.0 if q_keep[i].any() else 0) and (argmax[i, c] == -1).all()
+                        assert scores[i, c] == (-7.0 if q_keep[i].any() else 0) and (best[c] == -1).all()
                         continue
                     score, winners = truth(query, documents[n], q_keep[i], keep[n])
                     torch.testing.assert_close(scores[i, c].double(), score[0, 0], rtol=1e-5, atol=1e-4)
-                    assert torch.equal(argmax[i, c, : len(query)], winners[0, 0])
-                    assert (argmax[i, c, len(query) :] == -1).all()
+                    assert torch.equal(best[c], winners[0, 0])
 
 
 def test_offsets_that_lie_stay_inside_the_tokens(device):
@@ -275,9 +281,7 @@ def test_offsets_that_lie_stay_inside_the_tokens(device):
     lying = torch.tensor([0, 30, 20, 10**9])
     keep = torch.ones(40, dtype=torch.bool)
     for d_mask in (None, keep):
-        cuda_backend.forward_packed(
-            q, d, None, d_mask, lying, None, scores, argmax, normalize=True, empty_score=-1.0
-        )  # fmt: skip
+        forward(q, d, scores, argmax, d_mask=d_mask, d_offsets=lying, normalize=True, empty_score=-1.0)
         torch.testing.assert_close(scores, torch.tensor([[5.0, -1.0, 5.0]]))
 
 
@@ -297,7 +301,7 @@ def test_nothing_to_score(device):
 def test_the_widest_dim_that_python_lets_through_fits(device, shared, monkeypatch):
     device(1, shared=shared)
     monkeypatch.setitem(tiles.SHARED_MEMORY, device.capability, shared)
-    dim = cuda_backend.most_dims(device.capability)
+    dim = cuda.most_dims(device.capability)
     for n_q, l_q in ((1, 20), (4, 128)):
         assert_right(*problem((n_q, 1, l_q, 9, dim), dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="more shared memory than this GPU has"):
@@ -306,9 +310,11 @@ def test_the_widest_dim_that_python_lets_through_fits(device, shared, monkeypatc
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="backward is Triton's")
 def test_through_the_public_call_with_gradients(device, monkeypatch):
-    monkeypatch.setattr(select, "why_not_cuda", lambda p: cuda_backend.why_not(p, device.capability))
-    monkeypatch.setattr(select, "capability", lambda d: device.capability)
-    select.choose.cache_clear()
+    monkeypatch.setattr(cuda, "status", lambda: Status(True, "emulated"))
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "capability", lambda d: device.capability)
+    monkeypatch.setattr(triton, "capability", lambda d: device.capability)
+    dispatch.plan_for.cache_clear()
     try:
         for shape, normalize in (((2, 3, 7, 40, 16), False), ((3, 3, 20, 33, 24), True)):
             q, d = problem(shape, dtype=torch.bfloat16)
@@ -331,4 +337,4 @@ def test_through_the_public_call_with_gradients(device, monkeypatch):
         with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* dim must be a multiple of 8"):
             latemax.maxsim(q[..., :9], d[..., :9], backend="cuda")
     finally:
-        select.choose.cache_clear()
+        dispatch.plan_for.cache_clear()

@@ -111,12 +111,12 @@ def test_pairs_take_3d_alone(q, d):
 
 
 def test_errors_come_before_any_launch(monkeypatch):
-    from latemax.ops import launch
+    from latemax.ops import dispatch
 
     def forbidden(*_):
         raise AssertionError("launched")
 
-    monkeypatch.setattr(launch, "forward", forbidden)
+    monkeypatch.setattr(dispatch, "forward", forbidden)
     for case in CASES:
         changed, error, text = CASES[case]
         with pytest.raises(error, match=text):

@@ -5,7 +5,8 @@ import torch
 from common import GPU, assert_argmax, exact, masks, problem
 
 import latemax
-from latemax.ops import cuda_backend
+from latemax.ops.backends import cuda
+from latemax.ops.backends.base import capability
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
 
@@ -38,12 +39,12 @@ def assert_close_to_exact(q, d, q_mask=None, d_mask=None, *, backend, normalize=
 
 
 # every dim with a ring of its own, on both sides of each group of query tokens
-@pytest.mark.skipif(not cuda_backend.status()[0], reason=cuda_backend.status()[1])
+@pytest.mark.skipif(not cuda.status()[0], reason=cuda.status()[1])
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("l_q", [20, 40, 100, 200])
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256, 320, 512, 640, 704])
 def test_every_dim_of_the_cuda_kernels(dim, l_q, own):
-    if dim > cuda_backend.most_dims(torch.cuda.get_device_capability()[0] * 10):
+    if dim > cuda.most_dims(capability(torch.device("cuda"))):
         pytest.skip(f"dim {dim} does not fit this GPU's shared memory")
     q, d = problem((5, 40, l_q, 300, dim), own=own, dtype=torch.bfloat16, device="cuda")
     for masked in ((None, None), masks(q, d, keep=0.9)):

@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 PROGRAM = """
 import torch, latemax
-from benchmarks.host import prepare
-from latemax.ops import triton_backend
+from benchmarks.suites.host import prepare
+from latemax.ops.backends import triton_launch
 null, _, _ = prepare()
 
 def call(n_q, n_d, l_q, l_d, own=False, train=False, masked=False, normalize=False, offset=0):
@@ -45,31 +45,32 @@ cases = [
 ]
 for case in cases:
     slow = plain(call(**case))
-    built = len(triton_backend._built)
+    built = len(triton_launch._built)
     fast = plain(call(**case))
     assert slow == fast, (case, slow, fast)
-    assert len(triton_backend._built) == built
+    assert len(triton_launch._built) == built
 # other numbers of documents and tokens, 1 and multiples of 16 among them, run on the build there is
 call(n_q=1, n_d=5, l_q=32, l_d=100)
-built = len(triton_backend._built)
+built = len(triton_launch._built)
 for n_d, l_d in ((1, 1), (16, 16), (7, 1024), (1000, 3)):
     call(n_q=1, n_d=n_d, l_q=32, l_d=l_d)
-assert len(triton_backend._built) == built
+assert len(triton_launch._built) == built
 # strides beyond int32 take triton's own way, to a build with 64-bit strides, and are not remembered
 far = torch.zeros(1, 9, 64, dtype=torch.bfloat16).as_strided((1, 9, 64), (1 << 32, 64, 1))
 q = torch.zeros(1, 32, 64, dtype=torch.bfloat16)
 latemax.maxsim(q, far, backend="triton")
-assert null.last[2][14] == 1 << 32 and len(triton_backend._built) == built
+assert null.last[2][14] == 1 << 32 and len(triton_launch._built) == built
 latemax.maxsim(q, far.contiguous(), backend="triton")
-assert len(triton_backend._built) == built
+assert len(triton_launch._built) == built
 print("launches", null.launches)
 """
 
 
 FORMS = """
 import itertools, random, torch, latemax
-from benchmarks.host import prepare
-from latemax.ops import launch, triton_backend
+from benchmarks.suites.host import prepare
+from latemax.ops import dispatch
+from latemax.ops.backends import triton_launch
 null, _, _ = prepare()
 
 def call(dtype=torch.bfloat16, n_d=5, l_d=100, offset=0, q_strided=False, d_strided=False, own=False,
@@ -97,18 +98,18 @@ cases = [
 ]
 slow = []
 for case in cases:
-    launch._again.clear()
+    dispatch._prepared.clear()
     slow.append(call(**case))
 for case in cases:
     call(**case)
 # one form an entry, but for empty_score, which is no part of it, and for the negated view, copied on every call
-assert len(launch._again) == len(cases) - 2, len(launch._again)
-known = dict(launch._again)
+assert len(dispatch._prepared) == len(cases) - 2, len(dispatch._prepared)
+known = dict(dispatch._prepared)
 order = list(range(len(cases))) * 3
 random.Random(0).shuffle(order)
 for i in order:
     assert call(**cases[i]) == slow[i], (cases[i], call(**cases[i]), slow[i])
-assert launch._again == known
+assert dispatch._prepared == known
 
 # the stream current at the time; no hook, unless one is wanted
 null.stream = 77
@@ -124,14 +125,14 @@ call()
 assert null.given[0] == 77 and null.given[1]
 
 # another current device: the prepared launch stands back
-again = next(iter(launch._again.values()))
-again.index, torch.cuda.current_device = 1, lambda: 0
-assert again(None, None, None, None, 0.0) is None
-again.index = None
+prepared, _ = next(iter(dispatch._prepared.values()))
+prepared.index, torch.cuda.current_device = 1, lambda: 0
+assert prepared(None) is None
+prepared.index = None
 # what is remembered stays bounded
-launch._again.update({i: None for i in range(5000)})
+dispatch._prepared.update({i: None for i in range(5000)})
 call(n_d=9)
-assert len(launch._again) == 1
+assert len(dispatch._prepared) == 1
 print("same", len(order))
 """
 
@@ -151,7 +152,7 @@ def test_cached_launches_equal_triton_s_own():
 
 
 def test_the_host_path_is_timed_step_by_step():
-    rows = run("from benchmarks import host; [print(row) for row in host.steps()]").splitlines()
+    rows = run("from benchmarks.suites import host; [print(row) for row in host.steps()]").splitlines()
     assert len(rows) == 15 and "torch.add" in rows[0] and "whole call" in rows[1] and "first training" in rows[-1]
 
 
@@ -161,7 +162,7 @@ def test_a_remembered_form_is_launched_as_one_met_for_the_first_time():
 
 RAGGED = """
 import torch, latemax
-from benchmarks.host import prepare
+from benchmarks.suites.host import prepare
 from latemax.kernels import backward, forward
 null, _, _ = prepare()
 kernels = [forward.forward_kernel, forward.sum_slots_kernel, backward.grad_q_kernel, backward.grad_d_kernel]

@@ -5,9 +5,10 @@ import math
 import numpy
 import pytest
 import torch
+from common import run_backward, run_forward
 
 from latemax import reference
-from latemax.ops import native_cpu_backend as native
+from latemax.ops.backends import native
 
 pytestmark = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
 LEVELS = list(enumerate(native.levels()))
@@ -20,6 +21,18 @@ FORMS = [
     for d in ("dense", "own", "ragged", "candidates")
     if q == "ragged" or d in ("ragged", "candidates")
 ]
+
+
+def forward(q, d, q_mask, d_mask, q_offsets, d_offsets, candidates, scores, argmax, *, level=-1, **options):
+    where = dict(q_offsets=q_offsets, d_offsets=d_offsets, candidates=candidates)
+    run_forward(
+        native, q, d, scores, argmax, q_mask=q_mask, d_mask=d_mask, launch=level % len(LEVELS), **where, **options
+    )  # fmt: skip
+
+
+def backward(g, q, d, argmax, q_offsets, d_offsets, candidates, *, level=-1, **options):
+    where = dict(q_offsets=q_offsets, d_offsets=d_offsets, candidates=candidates)
+    return run_backward(native, g, q, d, argmax, launch=level % len(LEVELS), **where, **options)
 
 
 def cu(lengths):
@@ -94,14 +107,14 @@ class Case:
     def forward(self, argmax=NO_ARGMAX, **options):
         scores = torch.full(self.shape, math.nan)
         options = dict(dict(normalize=False, empty_score=-3.0), **options)
-        native.forward_packed(
+        forward(
             self.q, self.d, self.q_mask, self.d_mask, self.cu_q, self.cu_d, self.candidates, scores, argmax, **options
         )
         return scores
 
     def backward(self, g, argmax, **options):
         options = dict(dict(normalize=False, needs_q=True, needs_d=True), **options)
-        return native.backward_packed(g, self.q, self.d, argmax, self.cu_q, self.cu_d, self.candidates, **options)
+        return backward(g, self.q, self.d, argmax, self.cu_q, self.cu_d, self.candidates, **options)
 
     def oracle(self, g, normalize):
         """float64 scores and gradients by autograd, every pair by itself."""
@@ -182,13 +195,13 @@ def test_the_bits_of_dense_scores(normalize, dtype):
     d = torch.randn(9, 50, 64, generator=generator).to(dtype)
     scores, argmax = torch.empty(3, 9), torch.empty(3, 9, 20, dtype=torch.int32)
     options = dict(normalize=normalize, empty_score=0.0)
-    native.forward(q, d, None, None, scores, argmax, **options)
+    forward(q, d, None, None, None, None, None, scores, argmax, **options)
     cu_q, cu_d = cu([20] * 3), cu([50] * 9)
     candidates = torch.arange(9).expand(3, -1).contiguous()
     flat_q, flat_d = q.flatten(0, 1), d.flatten(0, 1)
     g = torch.randn(3, 9, generator=generator)
     sides = dict(normalize=normalize, needs_q=True, needs_d=True)
-    grads = native.backward(g, q, d, argmax, **sides)
+    grads = backward(g, q, d, argmax, None, None, None, **sides)
     for args in (
         (q, flat_d, None, cu_d, None), (flat_q, d, cu_q, None, None), (flat_q, flat_d, cu_q, cu_d, None),
         (q, flat_d, None, cu_d, candidates), (flat_q, flat_d, cu_q, cu_d, candidates),
@@ -196,10 +209,10 @@ def test_the_bits_of_dense_scores(normalize, dtype):
         a, b, *rest = args
         packed = torch.empty(3, 9)
         won = torch.empty((3, 9, 20) if a.dim() == 3 else (9, 60), dtype=torch.int32)
-        native.forward_packed(a, b, None, None, *rest, packed, won, **options)
+        forward(a, b, None, None, *rest, packed, won, **options)
         assert torch.equal(packed, scores)
         assert torch.equal(won if a.dim() == 3 else won.view(9, 3, 20).transpose(0, 1), argmax)
-        for x, y in zip(native.backward_packed(g, a, b, won, *rest, **sides), grads, strict=True):
+        for x, y in zip(backward(g, a, b, won, *rest, **sides), grads, strict=True):
             assert torch.equal(x.view_as(y), y)
 
 
@@ -215,8 +228,8 @@ def test_threads_change_no_bit():
             torch.set_num_threads(threads)
             scores, argmax = torch.empty(3, 30), torch.empty(30, 90, dtype=torch.int32)
             where = cu([50, 0, 40]), cu(lengths), candidates
-            native.forward_packed(q, d, None, None, *where, scores, argmax, normalize=False, empty_score=0.0)
-            grads = native.backward_packed(g, q, d, argmax, *where, normalize=True, needs_q=True, needs_d=True)
+            forward(q, d, None, None, *where, scores, argmax, normalize=False, empty_score=0.0)
+            grads = backward(g, q, d, argmax, *where, normalize=True, needs_q=True, needs_d=True)
             runs.append((scores, argmax, *grads))
     finally:
         torch.set_num_threads(before)
@@ -228,7 +241,7 @@ def test_threads_change_no_bit():
 def test_ties_go_to_the_lowest_number_within_the_document():
     d = torch.ones(12, 8)
     scores, argmax = torch.empty(1, 3), torch.full((3, 4), -99, dtype=torch.int32)
-    native.forward_packed(
+    forward(
         torch.ones(4, 8), d, None, None, cu([4]), cu([7, 0, 5]), None, scores, argmax, normalize=False, empty_score=-1.0
     )
     assert scores.tolist() == [[32, -1, 32]]
@@ -268,14 +281,10 @@ def test_what_leads_out_of_the_tokens_is_refused_before_anything_is_written(name
     scores, argmax = torch.full(case.shape, 7.0), torch.full((n_c, 39), -99, dtype=torch.int32)
     where = case.cu_q, case.cu_d, case.candidates
     with pytest.raises(ValueError, match=name):
-        native.forward_packed(
-            case.q, case.d, None, None, *where, scores, argmax, normalize=False, empty_score=-math.inf
-        )
+        forward(case.q, case.d, None, None, *where, scores, argmax, normalize=False, empty_score=-math.inf)
     assert (scores == 7).all() and (argmax == -99).all()
     with pytest.raises(ValueError, match=name):
-        native.backward_packed(
-            scores, case.q, case.d, argmax.fill_(-1), *where, normalize=False, needs_q=True, needs_d=True
-        )
+        backward(scores, case.q, case.d, argmax.fill_(-1), *where, normalize=False, needs_q=True, needs_d=True)
 
 
 @pytest.mark.parametrize(
@@ -293,16 +302,14 @@ def test_nothing_anywhere(q_lengths, d_lengths, k):
     scores = torch.full((len(q_lengths), n_c), math.nan)
     argmax = torch.full((n_c, len(q)), -99, dtype=torch.int32)
     where = cu(q_lengths), cu(d_lengths), candidates
-    native.forward_packed(q, d, None, None, *where, scores, argmax, normalize=True, empty_score=-3.0)
+    forward(q, d, None, None, *where, scores, argmax, normalize=True, empty_score=-3.0)
     for a, length in enumerate(q_lengths):
         if not length:
             assert (scores[a] == 0).all()
         elif not len(d):
             assert (scores[a] == -3).all() and (argmax == -1).all()
     options = dict(normalize=True, needs_q=True, needs_d=True)
-    for x, y in zip(
-        native.backward_packed(torch.ones_like(scores), q, d, argmax, *where, **options), (q, d), strict=True
-    ):
+    for x, y in zip(backward(torch.ones_like(scores), q, d, argmax, *where, **options), (q, d), strict=True):
         assert x.shape == y.shape and not x.isnan().any()
 
 
@@ -314,5 +321,5 @@ def test_a_corpus_mapped_from_a_file_that_may_only_be_read(tmp_path):
     q, scores, expected = torch.randn(2, 5, 16), torch.empty(2, 3), torch.empty(2, 3)
     where = None, cu([10, 20, 30]), None
     for d, out in ((mapped, scores), (documents, expected)):
-        native.forward_packed(q, d, None, None, *where, out, NO_ARGMAX, normalize=False, empty_score=0.0)
+        forward(q, d, None, None, *where, out, NO_ARGMAX, normalize=False, empty_score=0.0)
     assert torch.equal(scores, expected)

@@ -268,7 +268,7 @@ def test_the_whole_example(folder, tmp_path, capsys):
 
 
 def docs_tables(*arguments):
-    command = [sys.executable, "-m", "benchmarks.docs_tables", *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.report", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
@@ -293,4 +293,4 @@ class TestDocsTables:
         page.write_text("<!-- table:nothing -->\n<!-- /table -->\n")
         done = docs_tables("--file", page)
         assert done.returncode == 1
-        assert "page.md: no table is called nothing; trained, " in done.stderr
+        assert "page.md: no table is called nothing; aot, " in done.stderr

@@ -15,9 +15,10 @@ __device__ inline void merge(float &value, int &where, float other, int at) {
 }
 
 /* What a query token's maximum counts with: its inverse norm or 1; negative: masked, or no token. A NaN norm counts. */
-__device__ inline float query_weight(const maxsim_args &a, const Segment &segment, const Query &tokens, int token) {
+__device__ inline float query_weight(const Forward &f, const Segment &segment, const Query &tokens, int token) {
+    const maxsim_args &a = f.a;
     if (token >= tokens.length || !query_keeps(a, segment.query, tokens, token)) return -1.0f;
-    return a.normalize ? query_scale(a, segment.query, tokens, token) : 1.0f;
+    return a.normalize ? query_scale(f, segment.query, tokens, token) : 1.0f;
 }
 
 /* Scores and argmax of a query block against document c. Warp `worker` of `workers` takes every `workers`-th segment;
@@ -42,12 +43,12 @@ __device__ inline void finish(const Forward &f, int64_t block, int64_t c, int fi
 #pragma unroll
             for (int half = 0; half < CHUNK; half += 32) {
                 const int row = piece + half + lane, token = segment.chunk * CHUNK + row;
-                if (row >= p.slot || token >= a.l_q) continue;
+                if (row >= p.slot || token >= tokens.length) continue;
                 const float weight = maxima.weight(i * p.slot + row, segment, tokens, token);
                 const bool counts = first != NONE && !(weight < 0);
                 int where = NONE;
                 const float value = maxima.value(i * p.slot + row, where);
-                if constexpr (ARGMAX) a.argmax[(query * a.n_c + c) * a.l_q + token] = !counts ? -1 : where == NONE ? first : where;
+                if constexpr (ARGMAX) argmax_of(a, query, tokens, c)[token] = !counts ? -1 : where == NONE ? first : where;
                 if (counts) sum += a.normalize ? value * weight : value;
             }
             for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
@@ -62,7 +63,7 @@ __device__ inline void finish(const Forward &f, int64_t block, int64_t c, int fi
             if (broken_candidate(a, query, c)) total = nanf("");
         }
         if (lane == 0) {
-            float *scores = p.chunks > 1 ? a.partial + segment.chunk * a.n_q * a.n_c : static_cast<float *>(a.scores);
+            float *scores = p.chunks > 1 ? f.work.partial + segment.chunk * a.n_q * a.n_c : a.scores;
             scores[query * a.n_c + c] = total;
         }
     }

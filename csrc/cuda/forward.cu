@@ -27,19 +27,19 @@ void load(int device, int capability) {
 
 Versions versions() { return {driver_version(), runtime_version()}; }
 
-void forward(const maxsim_args &a, int index, void *stream, int capability) {
+void forward(const maxsim_args &a, const Workspace &work, int index, void *stream, int capability) {
     use(index);
     prepare_all(index, capability);
     const Device &device = device_of(index);
     const bool sm90 = hopper(device, capability);
-    Forward f{a, {}};
+    Forward f{a, work, {}};
     // coordinates and tokens are 32-bit in the kernels, addresses 64-bit
     constexpr int64_t MOST = 0x7fffff00;
-    if (a.n_c > MOST || a.n_q > MOST || a.l_d > MOST || a.q_tokens > MOST || a.d_tokens > MOST)
+    if (a.n_c > MOST || a.n_q > MOST || a.d.l > MOST || a.q.total > MOST || a.d.total > MOST)
         throw std::runtime_error("more than 2^31 tokens, queries or documents on one axis");
     const Stream on = static_cast<Stream>(stream);
-    if (a.normalize) launch_norms(a, !sm90, on);
-    if (a.d_mask) launch_lengths(a, on);
+    if (a.normalize) launch_norms(f, !sm90, on);
+    if (a.d.mask) launch_lengths(f, on);
     (sm90 ? launch_sm90 : launch_sm80)(f, device, on);
     if (f.plan.chunks > 1) launch_sum(f, on);
 }

@@ -16,9 +16,9 @@ void launch_sm80(Forward &f, const Device &device, Stream stream);
 void launch_sm90(Forward &f, const Device &device, Stream stream);
 
 /* 1 / max(norm, 1e-12) of every token of q, and of d where the kernel does not take them from its tiles. */
-void launch_norms(const maxsim_args &a, bool documents, Stream stream);
+void launch_norms(const Forward &f, bool documents, Stream stream);
 /* d_lengths of masked documents. */
-void launch_lengths(const maxsim_args &a, Stream stream);
+void launch_lengths(const Forward &f, Stream stream);
 /* scores = the sum of the partial ones, in order. */
 void launch_sum(const Forward &f, Stream stream);
 
@@ -36,7 +36,7 @@ void with_types(const maxsim_args &a, const Run &run) {
         if (a.argmax) run.template operator()<decltype(type), true>();
         else run.template operator()<decltype(type), false>();
     };
-    if (a.q_dtype == MAXSIM_BF16) flag(BF16{});
+    if (a.q.dtype == MAXSIM_BF16) flag(BF16{});
     else flag(F16{});
 }
 

@@ -42,8 +42,8 @@ inline void plan_rows(Plan &p, const maxsim_args &a, int rows) {
 /* Segments and query blocks for kernels of `least` to `most` rows. */
 inline Plan plan_queries(const maxsim_args &a, int least, int most, int longest) {
     Plan p{};
-    p.chunks = chunks_of(a.l_q, longest);
-    p.slot = p.chunks > 1 ? CHUNK : a.l_q > 8 ? static_cast<int>(ceil_div(a.l_q, 8) * 8) : 8;
+    p.chunks = chunks_of(a.q.l, longest);
+    p.slot = p.chunks > 1 ? CHUNK : a.q.l > 8 ? static_cast<int>(ceil_div(a.q.l, 8) * 8) : 8;
     p.slabs = static_cast<int>(ceil_div(a.dim, 64));
     const int64_t wanted = static_cast<int64_t>(p.slot) * p.chunks * (a.own ? 1 : a.n_q);
     int rows = least;

@@ -12,17 +12,17 @@ TensorMap map_of(const maxsim_args &a, const void *base, uint64_t tokens, int64_
     const bool one_n = n <= 1 || stride_n == 0, one_m = m <= 1 || stride_m == 0;
     const uint64_t row = tokens <= 1 ? 2 * a.dim : 2 * stride_l;
     // torch gives a tensor without elements the null address, which the encoder refuses; nothing is loaded from the other
-    return tensor_map(a.q_dtype == MAXSIM_BF16, base ? base : a.scores,
+    return tensor_map(a.q.dtype == MAXSIM_BF16, base ? base : a.scores,
                       {static_cast<uint64_t>(a.dim), tokens ? tokens : 1, one_n ? 1 : n, one_m ? 1 : m},
                       {row, one_n ? row : 2 * stride_n, one_m ? row : 2 * stride_m}, rows);
 }
 TensorMap map_of_queries(const maxsim_args &a, int rows) {
-    if (a.q_offsets) return map_of(a, a.q, a.q_tokens, a.q_stride_l, 1, 0, 1, 0, rows);
-    return map_of(a, a.q, a.l_q, a.q_stride_l, a.n_q, a.q_stride_n, 1, 0, rows);
+    if (a.q.offsets) return map_of(a, a.q.tokens, a.q.total, a.q.stride_l, 1, 0, 1, 0, rows);
+    return map_of(a, a.q.tokens, a.q.l, a.q.stride_l, a.n_q, a.q.stride_n, 1, 0, rows);
 }
 TensorMap map_of_documents(const maxsim_args &a, int rows) {
-    if (a.d_offsets) return map_of(a, a.d, a.d_tokens, a.d_stride_l, 1, 0, 1, 0, rows);
-    return map_of(a, a.d, a.l_d, a.d_stride_l, a.n_c, a.d_stride_n, a.own ? a.n_q : 1, a.d_stride_q, rows);
+    if (a.d.offsets) return map_of(a, a.d.tokens, a.d.total, a.d.stride_l, 1, 0, 1, 0, rows);
+    return map_of(a, a.d.tokens, a.d.l, a.d.stride_l, a.n_c, a.d.stride_n, a.own ? a.n_q : 1, a.d.stride_q, rows);
 }
 
 template <int BLOCKS, int STEPS>

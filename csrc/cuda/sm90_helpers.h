@@ -20,7 +20,7 @@ __device__ inline void load_queries(const Forward &f, const Shared &s, const Map
     for (int i = 0; i < segments; ++i) {
         const Segment segment = segment_of(f, block, i);
         const int row = static_cast<int>(query_of(a, segment.query).start) + segment.chunk * CHUNK;
-        const int query = a.q_offsets || a.q_stride_n == 0 ? 0 : static_cast<int>(segment.query);
+        const int query = a.q.offsets || a.q.stride_n == 0 ? 0 : static_cast<int>(segment.query);
         for (int slab = 0; slab < p.slabs; ++slab)
             ptx::tensor_load(to + (slab * p.rows + i * p.slot) * 128, &maps.queries, full, 64 * slab, row, query, 0);
     }
@@ -59,15 +59,15 @@ __device__ inline void produce(const Forward &f, const Shared &s, const Maps &ma
             if (lane == 0) load_queries(f, s, maps, walk.block, buffers.index);
             buffers.advance();
         }
-        const Document document = document_of(a, owner_of(f, walk.block), walk.document);
-        const int number = a.d_stride_n == 0 ? 0 : static_cast<int>(document.number);
-        const int owner = a.own && a.d_stride_q != 0 ? static_cast<int>(document.owner) : 0;
+        const Document document = document_of(f, owner_of(f, walk.block), walk.document);
+        const int number = a.d.stride_n == 0 ? 0 : static_cast<int>(document.number);
+        const int owner = a.own && a.d.stride_q != 0 ? static_cast<int>(document.owner) : 0;
         const int length = document.length;
         if (length == 0) post({DOCUMENT, 0, 0, 1, 0, NONE, 0, walk.block, walk.document});
-        int first = a.d_mask ? NONE : 0;
+        int first = a.d.mask ? NONE : 0;
         for (int start = 0; start < length; start += TOKENS) {
             const int tokens = length - start < TOKENS ? length - start : TOKENS;
-            const int scaled = a.normalize || a.d_mask || tokens < TOKENS;
+            const int scaled = a.normalize || a.d.mask || tokens < TOKENS;
             float kept[TOKENS / 32];
             if (scaled) {
 #pragma unroll
@@ -76,7 +76,7 @@ __device__ inline void produce(const Forward &f, const Shared &s, const Maps &ma
                     kept[i] = document_keeps(a, document, token) ? 1.0f : -1.0f;
                     if (kept[i] > 0 && token < first) first = token;
                 }
-                if (a.d_mask)
+                if (a.d.mask)
                     for (int mask = 16; mask > 0; mask /= 2) {
                         const int other = ptx::shuffle_xor(first, mask);
                         first = other < first ? other : first;
@@ -180,7 +180,7 @@ __device__ inline void finish_documents(const Forward &f, const Shared &s, int w
                 if (!segment.exists) break;
                 const Query tokens = query_of(f.a, segment.query);
                 for (int row = lane; row < p.slot; row += 32)
-                    s.meta->weights[i * p.slot + row] = query_weight(f.a, segment, tokens, segment.chunk * CHUNK + row);
+                    s.meta->weights[i * p.slot + row] = query_weight(f, segment, tokens, segment.chunk * CHUNK + row);
             }
             ptx::warp_barrier();
         }

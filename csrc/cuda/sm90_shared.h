@@ -42,6 +42,7 @@ struct Meta {
     Table tables[TABLES];
     float weights[MOST_ROWS];  // of query tokens, see query_weight
 };
+static_assert(sizeof(Meta) <= 12288, "most_dims of latemax/ops/backends/cuda.py leaves room for this");
 
 __host__ __device__ inline int stage_slabs(const Plan &p) { return p.slabs <= REGISTER_SLABS ? p.slabs : 1; }
 __host__ __device__ inline int parts_of(const Plan &p) { return p.slabs <= REGISTER_SLABS ? 1 : p.slabs; }

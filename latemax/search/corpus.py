@@ -7,7 +7,7 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from latemax import _check
+from latemax.arguments.check import as_mask, check_tokens
 from latemax.store import Packed, PatchStore
 from latemax.store.packed import check
 
@@ -126,8 +126,8 @@ def of(corpus, d_mask=None) -> Corpus:
     if isinstance(corpus, PatchStore):
         return Stored(corpus)
     if dense:
-        _check.tokens("corpus", corpus, (3,), "[n_d, l_d, dim], a list, (tokens, offsets) or a PatchStore")
-        return Dense(corpus, _check.mask("d_mask", d_mask, "corpus", corpus))
+        check_tokens("corpus", corpus, (3,), "[n_d, l_d, dim], a list, (tokens, offsets) or a PatchStore")
+        return Dense(corpus, as_mask("d_mask", d_mask, "corpus", corpus))
     if isinstance(corpus, Tensor):
         if corpus.layout != torch.jagged:
             raise TypeError(f"corpus must be a dense tensor or a jagged nested tensor, got layout {corpus.layout}")
@@ -135,7 +135,7 @@ def of(corpus, d_mask=None) -> Corpus:
     if _is_pair(corpus):
         tokens, offsets = corpus
         check(tokens, offsets)
-        _check.tokens("corpus[0]", tokens, (2,), "[t_d, dim]")
+        check_tokens("corpus[0]", tokens, (2,), "[t_d, dim]")
         return Flat(tokens, offsets.to("cpu", torch.int64))
     if isinstance(corpus, (list, tuple)):
         return _items(list(corpus))
@@ -154,7 +154,7 @@ def _items(items: list) -> Corpus:
     if not items:
         raise ValueError("corpus must hold at least one document, got an empty list")
     for i, item in enumerate(items):
-        _check.tokens(f"corpus[{i}]", item, (2,), "[l_i, dim]")
+        check_tokens(f"corpus[{i}]", item, (2,), "[l_i, dim]")
         for what, ours, first in (
             ("dtype", item.dtype, items[0].dtype),
             ("device", item.device, items[0].device),

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from latemax import _check, _ragged
 from latemax._progress import Bar
-from latemax.api import maxsim, score_packed
+from latemax.api import maxsim, score_corpus
+from latemax.arguments import check, ragged
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.merge import TopK, merge
@@ -62,9 +62,11 @@ def topk(
     Example:
         >>> scores, indices = latemax.topk(query_tokens, PatchStore("pages"), 10)
     """
-    empty_score = _check.options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
-    _check.positive("k", k)
-    _check.positive("memory", memory)
+    empty_score = check.check_options(
+        normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend
+    )
+    check.check_positive("k", k)
+    check.check_positive("memory", memory)
     found = corpora.of(corpus, d_mask)
     if k > len(found):
         raise ValueError(f"k must be at most the number of documents, {len(found)}; got {k}")
@@ -101,19 +103,19 @@ def topk(
 def _score(q, q_mask, found: corpora.Corpus, a: int, b: int, tokens: Tensor, options: dict) -> Tensor:
     keep = found.keep(a, b)
     if keep is None:
-        return score_packed(q, tokens, found.offsets[a : b + 1] - found.offsets[a], q_mask, **options)
+        return score_corpus(q, tokens, found.offsets[a : b + 1] - found.offsets[a], q_mask, **options)
     return maxsim(q, tokens.view(b - a, -1, found.dim), q_mask, keep.to(tokens.device), **options)
 
 
 def on_device(q, q_mask, device: torch.device | str | None):
     """q and its mask, checked, where the scoring is to run."""
-    if not _ragged.is_ragged(q):
-        _check.tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
+    if not ragged.is_ragged(q):
+        check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
     elif isinstance(q, (list, tuple)):
         if not len(q):
             raise ValueError("q must hold at least one query, got an empty list")
         for i, item in enumerate(q):
-            _check.tokens(f"q[{i}]", item, (2,), "[l_i, dim]")
+            check.check_tokens(f"q[{i}]", item, (2,), "[l_i, dim]")
     if device is None:
         return q, q_mask
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latemax import _check
 from latemax._progress import Bar
 from latemax.api import rerank
+from latemax.arguments import check
+from latemax.ops.problem import score_dtype
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.exact import topk
@@ -115,14 +116,16 @@ def two_stage(
     Raises:
         TypeError, ValueError: as `topk`; candidates of another shape, dtype or outside the corpus.
     """
-    empty_score = _check.options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
-    _check.tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
-    q_mask = _check.mask("q_mask", q_mask, "q", q)
+    empty_score = check.check_options(
+        normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend
+    )
+    check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
+    q_mask = check.as_mask("q_mask", q_mask, "q", q)
     found = corpora.of(corpus)
     if q.shape[-1] != found.dim:
         raise ValueError(f"q and corpus must have the same dim; got {q.shape[-1]} and {found.dim}")
-    _check.positive("k", k)
-    _check.positive("n_candidates", n_candidates)
+    check.check_positive("k", k)
+    check.check_positive("n_candidates", n_candidates)
     n = min(n_candidates, len(found))
     if k > n:
         raise ValueError(f"k must be at most n_candidates and the number of documents, {n}; got {k}")
@@ -133,7 +136,7 @@ def two_stage(
     q, q_mask = q.detach().to(found.device), None if q_mask is None else q_mask.to(found.device)
 
     # empty slots stay NaN, so that they rank last whatever empty_score is
-    scores = torch.full(candidates.shape, math.nan, device=found.device, dtype=_check.score_dtype(q.dtype, found.dtype))
+    scores = torch.full(candidates.shape, math.nan, device=found.device, dtype=score_dtype(q.dtype, found.dtype))
     for tokens, offsets, local in found.pieces(candidates):
         piece = rerank(
             q, tokens, offsets.to(tokens.device), local, q_mask, normalize=normalize, empty_score=empty_score,
@@ -186,10 +189,10 @@ def first_stage_recall(
     Raises:
         TypeError, ValueError: as `topk` and `two_stage`.
     """
-    _check.tokens("q", q, (3,), "[n_q, l_q, dim]")
+    check.check_tokens("q", q, (3,), "[n_q, l_q, dim]")
     exact = topk(q, corpus, k, q_mask, **options).indices.cpu()
     n_d = len(corpora.of(corpus))
-    mask = _check.mask("q_mask", q_mask, "q", q)
+    mask = check.as_mask("q_mask", q_mask, "q", q)
     candidates = _candidates(first(q, mask, min(n_candidates, n_d)), len(q), n_d).cpu()
     share = (exact.unsqueeze(-1) == candidates.unsqueeze(1)).any(-1).float().mean(-1)
     return Recall(float(share.mean()), share)
