@@ -135,6 +135,49 @@ def test_a_score_depends_neither_on_padding_nor_on_batch_mates(device):
         assert torch.equal(run(q[1:2], d[3:4]), scores[1:2, 3:4])
 
 
+# query columns on both sides of each group size, dims that leave few stages, and more tiles than stages
+RINGS = [
+    (5, 3, 40, 200, 576), (1, 2, 100, 200, 640), (1, 2, 100, 200, 704), (4, 2, 128, 200, 640), (1, 2, 100, 500, 320),
+    (1, 1, 100, 1500, 128), (3, 1, 20, 300, 192), (2, 1, 200, 300, 256), (1, 2, 20, 300, 512), (2, 1, 40, 200, 384),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", RINGS, ids=str)
+def test_every_ring_the_planner_makes(device, shape):
+    for seed in (1, 2):
+        device(seed)
+        assert_right(*problem(shape, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(12, 2, 60, 300, 576), (4, 2, 100, 500, 256)], ids=str)
+def test_every_ring_of_own_candidates(device, shape):
+    device(2)
+    assert_right(*problem(shape, own=True, dtype=torch.bfloat16))
+
+
+def test_kernels_are_loaded_once_and_before_the_first_call(device):
+    cuda.load(torch.device("cpu"), device.capability)
+    for _ in range(2):
+        assert_right(*problem((2, 2, 100, 70, 64), dtype=torch.bfloat16))
+
+
+def test_a_driver_older_than_the_runtime_is_named(device, monkeypatch):
+    class Old:
+        @staticmethod
+        def versions():
+            return 12040, 13000
+
+    monkeypatch.setattr(cuda, "_cuda", Old)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    usable, why = cuda.status.__wrapped__()
+    assert not usable and "built with CUDA 13.0, which the driver (CUDA 12.4) is too old for" in why
+
+
+def misaligned(x):
+    """A contiguous copy of x, two bytes after a multiple of 16."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
 def test_strides(device):
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(4, 5, 70, 96, generator=generator).bfloat16()
@@ -149,6 +192,8 @@ def test_strides(device):
         "expanded documents": (q, wide[0, :1].expand(3, -1, -1)),
         "expanded candidates": (q, wide[:1].expand(4, -1, -1, -1)),
         "expanded queries": (q[:1].expand(3, -1, -1), wide[0]),
+        "contiguous but misaligned": (misaligned(q), misaligned(wide[0])),
+        "sliding tokens": (q[..., :64], wide[0, 0].flatten().as_strided((3, 40, 64), (2000, 32, 1))),
         "expanded tokens": (q[:, :1].expand(-1, 9, -1), wide[0, :, :1].expand(-1, 7, -1)),
     }
     for name, (a, b) in cases.items():
@@ -245,6 +290,9 @@ def test_nothing_to_score(device):
     assert run(q, d[:0]).shape == (2, 0)
     scores, argmax = run(q, d[:, :0], argmax=True, empty_score=-2.0)
     assert (scores == -2).all() and (argmax == -1).all()
+    # what torch gives as the address of a tensor without elements, on any device
+    assert d[:, :0].clone().data_ptr() == 0
+    assert (run(q, d[:, :0].clone(), empty_score=-2.0) == -2).all()
     keep = torch.zeros(2, 20, dtype=torch.bool)
     assert (run(q, d[:, :0], keep, empty_score=-2.0) == 0).all()
 

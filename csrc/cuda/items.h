@@ -68,25 +68,26 @@ struct Walk {
     int64_t rest_, round_ = 0, step_ = 0, last_ = 0, from_ = 0, to_ = 0;
 };
 
-/* The queries of one group. */
-struct Group {
+/* One query, or one chunk of it, in a query block. */
+struct Segment {
     int64_t query;
-    int chunk, count;  // count = 0: there is no such group
+    int chunk;
+    bool exists;
 };
 
-__device__ inline Group group_of(const Forward &f, int64_t block, int team) {
+__device__ inline Segment segment_of(const Forward &f, int64_t block, int i) {
     const Plan &p = f.plan;
     if (f.a.own) {
-        const int64_t per = (p.groups + p.teams - 1) / p.teams;
-        const int chunk = static_cast<int>(block % per) * p.teams + team;
-        return {block / per, chunk, chunk < p.groups};
+        const int64_t per = (p.chunks + p.segments - 1) / p.segments;
+        const int chunk = static_cast<int>(block % per) * p.segments + i;
+        return {block / per, chunk, chunk < p.chunks};
     }
-    const int64_t group = block * p.teams + team;
-    if (group >= p.groups) return {0, 0, 0};
-    if (p.chunks > 1) return {group / p.chunks, static_cast<int>(group % p.chunks), 1};
-    const int64_t left = f.a.n_q - group * p.pack;
-    return {group * p.pack, 0, static_cast<int>(left < p.pack ? left : p.pack)};
+    const int64_t index = block * p.segments + i;
+    if (p.chunks == 1) return {index, 0, index < f.a.n_q};
+    return {index / p.chunks, static_cast<int>(index % p.chunks), index < f.a.n_q * p.chunks};
 }
+/* The query whose documents a block walks: its only one where queries have their own, else any. */
+__device__ inline int64_t owner_of(const Forward &f, int64_t block) { return f.a.own ? segment_of(f, block, 0).query : 0; }
 
 /* Where a query's tokens lie. */
 struct Query {
@@ -146,15 +147,17 @@ __device__ inline bool broken_candidate(const maxsim_args &a, int64_t query, int
     return id < -1 || id >= a.d.n;
 }
 
+__device__ inline bool document_keeps(const maxsim_args &a, const Document &d, int row) {
+    if (row >= d.length) return false;
+    if (!a.d.mask) return true;
+    const int64_t at = a.d.offsets ? (d.start + row) * a.d.mask_stride_l
+                                   : d.owner * a.d.mask_stride_q + d.number * a.d.mask_stride_n + row * a.d.mask_stride_l;
+    return a.d.mask[at] != 0;
+}
 /* What a similarity with this document token is multiplied with; negative: the token is masked or there is none. */
 __device__ inline float row_scale(const Forward &f, const Document &d, int row) {
     const maxsim_args &a = f.a;
-    if (row >= d.length) return -1.0f;
-    if (a.d.mask) {
-        const int64_t at = a.d.offsets ? (d.start + row) * a.d.mask_stride_l
-                                       : d.owner * a.d.mask_stride_q + d.number * a.d.mask_stride_n + row * a.d.mask_stride_l;
-        if (!a.d.mask[at]) return -1.0f;
-    }
+    if (!document_keeps(a, d, row)) return -1.0f;
     if (!a.normalize) return 1.0f;
     return f.work.d_inverse_norms[a.d.offsets ? d.start + row : (d.owner * a.n_c + d.number) * a.d.l + row];
 }

@@ -76,10 +76,18 @@ void norms(const maxsim_args &a, const void *x, float *out, int64_t m, int64_t n
 
 }  // namespace
 
-void launch_norms(const Forward &f, Stream stream) {
+void prepare_shared(const Device &device) {
+    prepare(inverse_norms<BF16>, device.shared_block);
+    prepare(inverse_norms<F16>, device.shared_block);
+    prepare(lengths, device.shared_block);
+    prepare(sum_parts, device.shared_block);
+}
+
+void launch_norms(const Forward &f, bool documents, Stream stream) {
     const maxsim_args &a = f.a;
     if (a.q.offsets) norms(a, a.q.tokens, f.work.q_inverse_norms, 1, 1, a.q.total, 0, 0, a.q.stride_l, stream);
     else norms(a, a.q.tokens, f.work.q_inverse_norms, 1, a.n_q, a.q.l, 0, a.q.stride_n, a.q.stride_l, stream);
+    if (!documents) return;
     if (a.d.offsets) norms(a, a.d.tokens, f.work.d_inverse_norms, 1, 1, a.d.total, 0, 0, a.d.stride_l, stream);
     else norms(a, a.d.tokens, f.work.d_inverse_norms, a.own ? a.n_q : 1, a.n_c, a.d.l, a.d.stride_q, a.d.stride_n, a.d.stride_l, stream);
 }
