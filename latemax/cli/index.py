@@ -18,7 +18,9 @@ from latemax.cli.terminal import printable, to_text
 from latemax.store import PatchStore, StoreError, StoreWriter
 
 if TYPE_CHECKING:
-    from latemax.encoders import PatchEncoder
+    from PIL.Image import Image
+
+    from latemax.encoders import PatchEncoder, PatchTokens
 
 # A kill loses at most this much work: 170 images at 256 patches of 384 float16 features.
 SHARD_BYTES = 1 << 25
@@ -94,7 +96,7 @@ def index(
             for start in range(0, len(todo), batch_size):
                 batch = todo[start : start + batch_size]
                 for image, result in encode_each(encoder, batch, size, device):
-                    reason = result if isinstance(result, str) else put(writer, image, known.get(image.real), *result)
+                    reason = result if isinstance(result, str) else put(writer, image, known.get(image.real), result)
                     if reason:
                         left_out[image.path] = reason
                         say_left_out(image.path, reason)
@@ -179,12 +181,13 @@ def check_device(device: str | None) -> None:
 
 
 def load_encoder(model: str, adapter: str | None) -> PatchEncoder:
-    """Loads a model and the LoRA file for it."""
+    """Loads a model, with the LoRA file for it and the projection that was trained with it."""
     from latemax.encoders import LoRA, PatchEncoder
 
-    encoder = PatchEncoder.from_pretrained(model)
-    if adapter is not None:
-        LoRA.from_file(adapter, encoder)
+    if adapter is None:
+        return PatchEncoder.from_pretrained(model)
+    encoder = PatchEncoder.from_pretrained(model, **LoRA.encoder_options(adapter))
+    LoRA.from_file(adapter, encoder)
     return encoder.eval()
 
 
@@ -194,59 +197,81 @@ def check_encoder(encoder: PatchEncoder, size: int | None, device: str | None, w
     Raises:
         ValueError: tokens of another width than the store's, or what the encoder raises.
     """
-    from PIL import Image
+    from PIL import Image as pillow
 
-    out = encoder.encode([Image.new("RGB", (224, 224), "gray")], size=size, device=device)
+    out = encoder.encode([pillow.new("RGB", (224, 224), "gray")], size=size, device=device)
     if writer.dim not in (None, out.tokens.shape[-1]):
         raise ValueError(f"{writer.path} holds tokens of {writer.dim} features, the model gives {out.tokens.shape[-1]}")
 
 
-Encoded = tuple[Tensor, tuple[int, int] | None]
+class Encoded(NamedTuple):
+    """The document of an image: tokens [l, dim], its grid, and the part of the image that the grid covers."""
+
+    tokens: Tensor
+    grid: tuple[int, int] | None
+    crop: list[float] | None
 
 
 def encode_each(
     encoder: PatchEncoder, files: list[ImageFile], size: int | None, device: str | None
 ) -> Iterator[tuple[ImageFile, Encoded | str]]:
-    """Encodes images in one batch, or one by one if an image spoils the batch.
+    """Encodes images in one batch, without those that the model's preprocessing refuses.
 
     Yields:
-        (file, (tokens [l, dim], grid or None)), or (file, why it cannot be encoded).
+        (file, its document), or (file, why it cannot be encoded).
     """
     from latemax.encoders.images import load_image
 
-    loaded: list[tuple[ImageFile, Any]] = []
+    loaded: list[tuple[ImageFile, Image]] = []
     for file in files:
         try:
             loaded.append((file, load_image(file.path)))
         # a damaged file can raise anything: struct.error, KeyError, OverflowError, MemoryError, …
         except Exception as error:
             yield file, reason_of(error).removeprefix(f"image ({file.path}): ")
-    groups = [loaded] if loaded else []
-    while groups:
-        group = groups.pop(0)
-        images = [image for _, image in group]
-        try:
-            out = encoder.encode(images, batch_size=len(images), device=device, size=size, output_device="cpu")
-        except (TypeError, ValueError) as error:
-            if len(group) == 1:
-                yield group[0][0], reason_of(error)
-            else:
-                groups = [[one] for one in group]
-            continue
-        grids = out.grid if isinstance(out.grid, list) else [out.grid] * len(group)
-        for (file, _), tokens, mask, (rows, cols) in zip(group, out.tokens, out.mask, grids, strict=True):
-            kept = tokens[mask]
-            yield file, (kept, (rows, cols) if rows * cols == len(kept) else None)
+
+    def encode() -> PatchTokens:
+        images = [image for _, image in loaded]
+        return encoder.encode(images, batch_size=len(images), device=device, size=size, output_device="cpu")
+
+    if not loaded:
+        return
+    try:
+        out = encode()
+    except Exception:
+        bad = [why_not_prepared(encoder, image, size) for _, image in loaded]
+        # not the fault of an image
+        if not any(bad):
+            raise
+        yield from ((file, reason) for (file, _), reason in zip(loaded, bad, strict=True) if reason)
+        loaded = [one for one, reason in zip(loaded, bad, strict=True) if not reason]
+        if not loaded:
+            return
+        out = encode()
+    grids = out.grid if isinstance(out.grid, list) else [out.grid] * len(loaded)
+    crops = [None] * len(loaded) if out.crop is None else [[round(x, 6) for x in box] for box in out.crop.tolist()]
+    for (file, _), tokens, mask, grid, crop in zip(loaded, out.tokens, out.mask, grids, crops, strict=True):
+        yield file, Encoded(tokens[mask], grid, crop)
 
 
-def put(writer: StoreWriter, image: ImageFile, document: Known | None, tokens: Tensor, grid: Any) -> str:
+def why_not_prepared(encoder: PatchEncoder, image: Image, size: int | None) -> str:
+    """Returns why an image cannot be made the model's pixel values, or ""."""
+    try:
+        encoder.preprocess([image], size=size)
+    except Exception as error:
+        return reason_of(error)
+    return ""
+
+
+def put(writer: StoreWriter, image: ImageFile, document: Known | None, encoded: Encoded) -> str:
     """Adds a document, or replaces the image's earlier one; returns why it cannot be added, or ""."""
-    tokens = tokens.to(writer.dtype)
+    tokens = encoded.tokens.to(writer.dtype)
+    meta = {**image.meta(), "crop": encoded.crop}
     try:
         if document is None:
-            writer.add(tokens, to_text(image.path), grid, image.meta())
+            writer.add(tokens, to_text(image.path), encoded.grid, meta)
         else:
-            writer.replace(tokens, document.id, grid, {**document.meta, **image.meta()})
+            writer.replace(tokens, document.id, encoded.grid, {**document.meta, **meta})
     except StoreError:
         raise
     except ValueError as error:
