@@ -35,7 +35,10 @@ def build(folder):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "store"
-    return folder, build(folder)
+    expected = build(folder)
+    assert use(folder, expected) is None
+    PatchStore(folder).verify()
+    return folder, expected
 
 
 def use(folder, expected):

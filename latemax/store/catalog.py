@@ -65,7 +65,7 @@ class ShardRow(NamedTuple):
     dtype: str
     dim: int
     tokens: int
-    bytes: int
+    size: int
     sha256: bytes
 
 
