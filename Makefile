@@ -1,35 +1,41 @@
-# make demo | make test | make bench | make lint | make clean
-# Everything is installed into .venv; only python3 and a network to the package index are needed.
+# make demo | make test | make bench | make lint | make wheel | make clean
+# Everything is installed into .venv; only python3 and access to a package index are needed.
 
 PYTHON ?= python3
-# Installed before anything else and then held, so that no dependency brings another.
-# With a GPU any torch >= 2.10 will do: make demo TORCH="torch==2.12.0"
+# Installed first and then pinned, so that no dependency replaces it.
+# With a GPU any torch >= 2.10 works: make demo TORCH="torch==2.12.0"
 TORCH ?= torch==2.13.0
-# Where `make demo` writes its pictures, and further options for it: make demo DEMO_ARGS="--model facebook/dinov2-base"
+# Output folder of `make demo`, and more options for it: make demo DEMO_ARGS="--model facebook/dinov2-base"
 OUT ?= demo_out
 DEMO_ARGS ?=
-# For example BENCH_ARGS="--rows benchmarks/results/bench-cpu.json"
+# For example BENCH_ARGS="--json benchmarks/results/bench-cpu.json"
 BENCH_ARGS ?=
+# Worker processes of `make test`: make test JOBS=4
+JOBS ?= auto
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench lint wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
-# Errors alone are shown.
+# Only errors are shown.
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 VISION_LIBS := .vision-libs
 VISION_TESTS := tests/test_encoders*.py tests/test_lora*.py tests/test_preprocess*.py
 
-# Stamps are named after the content they were made from, so that a changed requirement installs anew and a mere
-# checkout does not.
+# Stamps are named after the content they were made from: a changed requirement installs again, a fresh checkout does
+# not.
 KEY := $(shell { echo '$(TORCH) $(CURDIR)'; cat pyproject.toml setup.py; } | cksum | cut -d' ' -f1)
 VISION_KEY := $(shell cksum < requirements/vision.txt | cut -d' ' -f1)
 DEMO_STAMP := $(VENV)/.demo-$(KEY)
 DEV_STAMP := $(VENV)/.dev-$(KEY)
+RELEASE_STAMP := $(VENV)/.release-$(KEY)
 VISION_STAMP := $(VISION_LIBS)/.stamp-$(VISION_KEY)
+# A whole file goes to one worker, so that its fixtures are built once; files start in alphabetical order, which puts the
+# long test_aot.py first and not last.
+PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -38,8 +44,8 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 $(DEMO_STAMP): | $(PY)
-	@rm -f $(VENV)/.demo-* $(VENV)/.dev-*
-	@echo "installing $(TORCH), latemax and what its demo needs into $(VENV) (minutes, once)"
+	@rm -f $(VENV)/.demo-* $(VENV)/.dev-* $(VENV)/.release-*
+	@echo "installing $(TORCH), latemax and the requirements of its demo into $(VENV) (minutes, once)"
 	@$(PIP) install '$(TORCH)'
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	@$(PIP) install -c $(VENV)/constraints.txt -e '.[demo]'
@@ -59,19 +65,38 @@ $(VISION_STAMP): | $(DEV_STAMP)
 demo: $(DEMO_STAMP)
 	$(VENV)/bin/latemax demo --out '$(OUT)' $(DEMO_ARGS)
 
-# Twice: all tests where torchvision, timm and open_clip are absent, then the tests that concern them where they are not.
-test: $(DEV_STAMP) $(VISION_STAMP)
-	$(PY) -m pytest
-	PYTHONPATH=$(VISION_LIBS) $(PY) -m pytest $(VISION_TESTS)
+# Two runs: all tests without torchvision, timm and open_clip, then the tests of encoders with them. Encoders of
+# transformers use none of the three and are tested in the first run only.
+test: lint $(DEV_STAMP) $(VISION_STAMP)
+	$(PYTEST)
+	PYTHONPATH=$(VISION_LIBS) $(PYTEST) $(VISION_TESTS) -k 'not transformers-'
 
-# Any machine: CPU rows on a CPU, CUDA rows and peers (where installed) on a GPU.
+# Any machine: CPU rows on a CPU, CUDA rows and peers (if installed) on a GPU.
 bench: $(DEV_STAMP)
-	$(PY) -m pytest benchmarks -q -s $(BENCH_ARGS)
+	$(PY) -m benchmarks.suites.maxsim $(BENCH_ARGS)
 
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+$(RELEASE_STAMP): $(DEV_STAMP)
+	@echo "installing the release tools into $(VENV)"
+	@$(PIP) install -c $(VENV)/constraints.txt -e '.[demo,dev,release]'
+	@touch $@
+
+# `build` makes the wheel from the sdist, unpacked in an empty folder. The wheel is then imported in a folder that is
+# not the checkout. auditwheel reads the platform tag, which a wheel without native kernels does not have.
+wheel: $(RELEASE_STAMP)
+	rm -rf dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+	case "$$(ls dist/*.whl)" in *-any.whl) ;; *) $(PY) -m auditwheel show dist/*.whl;; esac
+	site=$$(mktemp -d); trap 'rm -rf "$$site"' EXIT; \
+	$(PIP) install --no-deps --no-index --target "$$site" dist/*.whl; \
+	python=$$PWD/$(PY) program=$$PWD/tests/programs/installed.py; cd "$$site"; PYTHONPATH="$$site" "$$python" "$$program"
 
 clean:
-	rm -rf $(VENV) $(VISION_LIBS) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks demo_out
+	rm -rf $(VENV) $(VISION_LIBS) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks \
+		demo_out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

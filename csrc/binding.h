@@ -1,10 +1,13 @@
-/* Arguments of a function of an abi3 module (limited API of Python 3.10), taken one after the other. */
+/* Reads the positional arguments of an abi3 module's function (limited API of Python 3.10), and the arguments of a MaxSim
+ * call, which both bindings share. The Python side is latemax/ops/backends/pointers.py. */
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <stdint.h>
+
+#include "maxsim.h"
 
 namespace latemax {
 
@@ -28,7 +31,7 @@ class Arguments {
     T *address() {
         return reinterpret_cast<T *>(static_cast<uintptr_t>(integer()));
     }
-    /* A shape or strides of at most n axes, 0s in front of it; returns how many it has: 0 for None. */
+    /* A shape or strides of at most n axes, right-aligned in `out` after zeros; returns the number of axes, 0 for None. */
     Py_ssize_t tuple(int64_t *out, Py_ssize_t n) {
         PyObject *x = take();
         for (Py_ssize_t i = 0; i < n; ++i) out[i] = 0;
@@ -65,5 +68,41 @@ class Arguments {
     PyObject *const *next_, *const *end_;
     bool failed_ = false;
 };
+
+/* dtype, address, shape, strides, offsets, number of items they describe, mask, strides of the mask. A side of two axes
+ * without offsets is one item. */
+inline void read_side(Arguments &in, maxsim_side &side, int64_t *dim) {
+    int64_t x[4];
+    side.dtype = static_cast<maxsim_dtype>(in.integer());
+    side.tokens = in.address<const void>();
+    const Py_ssize_t axes = in.tuple(x, 4);
+    const int64_t queries = axes == 4 ? x[0] : 1, items = axes > 2 ? x[1] : 1;
+    side.l = x[2], *dim = x[3];
+    side.total = queries * items * x[2];
+    in.tuple(x, 4);
+    side.stride_q = x[0], side.stride_n = x[1], side.stride_l = x[2], side.stride_k = x[3];
+    side.offsets = in.address<const int64_t>();
+    const int64_t ragged_items = in.integer();
+    side.n = side.offsets ? ragged_items : items;
+    side.mask = in.address<const uint8_t>();
+    in.tuple(x, 3);
+    side.mask_stride_q = x[0], side.mask_stride_n = x[1], side.mask_stride_l = x[2];
+}
+
+/* The sides q and d, candidates, own, the shape of the scores, scores, argmax, normalize, empty_score. */
+inline maxsim_args read_call(Arguments &in) {
+    maxsim_args a{};
+    read_side(in, a.q, &a.dim);
+    read_side(in, a.d, &a.dim);
+    a.candidates = in.address<const int64_t>();
+    a.own = static_cast<int32_t>(in.integer());
+    int64_t shape[2];
+    in.tuple(shape, 2), a.n_q = shape[0], a.n_c = shape[1];
+    a.scores = in.address<float>();
+    a.argmax = in.address<int32_t>();
+    a.normalize = static_cast<int32_t>(in.integer());
+    a.empty_score = in.real();
+    return a;
+}
 
 }  // namespace latemax

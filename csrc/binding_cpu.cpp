@@ -1,6 +1,7 @@
-/* latemax.ops._cpu: the native CPU kernels for Python, by the limited API of Python 3.10: one library for all later ones.
+/* latemax.ops._cpu: the native CPU kernels for Python, built on the limited API of Python 3.10, so that one library serves
+ * every later version.
  *
- * Tensors come as addresses, shapes and strides: their owner has checked them and keeps them alive.
+ * Tensors are passed as addresses, shapes and strides: the caller has checked them and keeps them alive.
  */
 #include "binding.h"
 
@@ -16,43 +17,21 @@ using latemax::Level;
 const Level *available[8];
 int n_available = 0;
 
-struct Call {
-    maxsim_args args{};
+/* The instruction-set level and the number of threads that a call asks for. */
+struct Target {
     const Level *level = nullptr;
     int threads = 1;
-    bool own = false; /* d has an axis of queries, an expanded one included */
 };
 
-/* level, threads; dtype, address, shape and strides of q and of d; q offsets, d offsets, how many documents these have,
- * candidates, the shape [n_q, n_c] of the scores. Flat tokens have two axes. */
-Call common(Arguments &in) {
-    Call call;
-    maxsim_args &a = call.args;
+Target target(Arguments &in) {
+    Target t;
     const int64_t level = in.integer();
-    call.threads = static_cast<int>(in.integer());
-    int64_t shape[4], strides[4];
-    a.q_dtype = static_cast<maxsim_dtype>(in.integer());
-    a.q = in.address<const void>();
-    in.tuple(shape, 3), in.tuple(strides, 3);
-    a.l_q = shape[1], a.dim = shape[2];
-    a.q_stride_n = strides[0], a.q_stride_l = strides[1], a.q_stride_k = strides[2];
-    a.d_dtype = static_cast<maxsim_dtype>(in.integer());
-    a.d = in.address<const void>();
-    call.own = in.tuple(shape, 4) == 4;
-    in.tuple(strides, 4);
-    a.l_d = shape[2];
-    a.d_stride_q = strides[0], a.d_stride_n = strides[1], a.d_stride_l = strides[2], a.d_stride_k = strides[3];
-    a.q_offsets = in.address<const int64_t>();
-    a.d_offsets = in.address<const int64_t>();
-    a.n_documents = in.integer();
-    a.candidates = in.address<const int64_t>();
-    in.tuple(shape, 2);
-    a.n_q = shape[0], a.n_c = shape[1];
+    t.threads = static_cast<int>(in.integer());
     if (level >= 0 && level < n_available)
-        call.level = available[level];
+        t.level = available[level];
     else if (!PyErr_Occurred())
         PyErr_Format(PyExc_ValueError, "level must be below %d; got %lld", n_available, (long long)level);
-    return call;
+    return t;
 }
 
 /* The first offset, or candidate, that would lead out of the tokens. */
@@ -74,11 +53,11 @@ bool offsets_fail(const char *name, const int64_t *offsets, int64_t n, int64_t t
 }
 
 bool values_fail(const maxsim_args &a, Fault &fault) {
-    if (offsets_fail("cu_seqlens_q", a.q_offsets, a.n_q, a.l_q, fault)) return true;
-    if (offsets_fail("cu_seqlens_d", a.d_offsets, a.n_documents, a.l_d, fault)) return true;
+    if (offsets_fail("cu_seqlens_q", a.q.offsets, a.q.n, a.q.total, fault)) return true;
+    if (offsets_fail("cu_seqlens_d", a.d.offsets, a.d.n, a.d.total, fault)) return true;
     for (int64_t i = 0; a.candidates && i < a.n_q * a.n_c; ++i) {
-        if (a.candidates[i] >= -1 && a.candidates[i] < a.n_documents) continue;
-        fault = {"candidates", false, i, a.n_documents, 0, a.candidates[i]};
+        if (a.candidates[i] >= -1 && a.candidates[i] < a.d.n) continue;
+        fault = {"candidates", false, i, a.d.n, 0, a.candidates[i]};
         return true;
     }
     return false;
@@ -95,7 +74,7 @@ PyObject *raise(const maxsim_args &a, const Fault &f) {
                         (long long)f.limit, (long long)f.value, (long long)f.before, (long long)f.position);
 }
 
-/* Values are looked at before anything is written. */
+/* Offsets and candidates are checked before anything is written. */
 template <class Work>
 PyObject *unlocked(const maxsim_args &a, Work work) {
     bool no_memory = false;
@@ -112,41 +91,29 @@ PyObject *unlocked(const maxsim_args &a, Work work) {
     Py_RETURN_NONE;
 }
 
+/* level, threads, the call */
 PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
-    Call call = common(in);
-    maxsim_args &a = call.args;
-    int64_t strides[3];
-    a.q_mask = in.address<const uint8_t>();
-    in.tuple(strides, 2);
-    a.q_mask_stride_n = strides[0], a.q_mask_stride_l = strides[1];
-    a.d_mask = in.address<const uint8_t>();
-    in.tuple(strides, 3);
-    a.d_mask_stride_q = strides[0], a.d_mask_stride_n = strides[1], a.d_mask_stride_l = strides[2];
-    a.scores = in.address<void>();
-    a.argmax = in.address<int32_t>();
-    a.normalize = static_cast<int32_t>(in.integer());
-    a.empty_score = in.real();
-    if (!call.level || !in.ok()) return nullptr;
-    return unlocked(a, [&] { latemax::forward(a, *call.level, call.threads); });
+    const Target t = target(in);
+    const maxsim_args a = latemax::read_call(in);
+    if (!t.level || !in.ok()) return nullptr;
+    return unlocked(a, [&] { latemax::forward(a, *t.level, t.threads); });
 }
 
+/* level, threads, the call (its argmax is read), g and its strides, grad_q, grad_d */
 PyObject *backward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
-    Call call = common(in);
-    maxsim_args &a = call.args;
+    const Target t = target(in);
+    const maxsim_args a = latemax::read_call(in);
     latemax::Gradients out{};
-    a.argmax = in.address<int32_t>();
     out.g = in.address<const float>();
     int64_t strides[2];
     in.tuple(strides, 2);
     out.g_stride_q = strides[0], out.g_stride_c = strides[1];
-    out.own = call.own;
     out.grad_q = in.address<void>();
     out.grad_d = in.address<void>();
-    a.normalize = static_cast<int32_t>(in.integer());
-    if (!call.level || !in.ok()) return nullptr;
-    return unlocked(a, [&] { latemax::backward(a, out, *call.level, call.threads); });
+    if (!t.level || !in.ok()) return nullptr;
+    return unlocked(a, [&] { latemax::backward(a, out, *t.level, t.threads); });
 }
 
 PyObject *levels(PyObject *, PyObject *) {

@@ -11,7 +11,7 @@ import importlib
 from latemax import reference
 from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, warmup
 from latemax.module import MaxSim
-from latemax.ops.select import Choice
+from latemax.ops.dispatch import Choice
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,28 +1,39 @@
-"""The public functions: arguments, shapes and errors. The work is done behind ``latemax.ops``."""
+"""The public functions: arguments, shapes and errors. ``latemax.ops`` does the work."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from latemax import _check, _ragged
-from latemax.ops import launch, schema, select
+from latemax.arguments.batch import batch_of, corpus_batch, rerank_batch, varlen_batch
+from latemax.arguments.check import check_options
+from latemax.ops import dispatch, operator
+from latemax.ops.dispatch import Choice
 
 __all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "warmup"]
 
+# a dense or jagged tensor, or a list of [l_i, dim]
+Tokens = Tensor | Sequence[Tensor]
+Masks = Tensor | Sequence[Tensor | None] | None
+# a tensor; with return_argmax (scores, argmax). Not the union of both, which every caller would have to narrow
+Scores = Any
+
 
 def maxsim(
-    q,
-    d,
-    q_mask=None,
-    d_mask=None,
+    q: Tokens,
+    d: Tokens,
+    q_mask: Masks = None,
+    d_mask: Masks = None,
     *,
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
     backend: str = "auto",
-):
+) -> Scores:
     """Late interaction: ``score = Σ_{i valid} max_{j valid} <q_i, d_j>``.
 
     The formula is ColBERT's (Khattab and Zaharia, SIGIR 2020, eq. 3). The [l_q, l_d] similarities are never written to
@@ -57,28 +68,30 @@ def maxsim(
         >>> scores = maxsim(query_tokens, page_tokens, d_mask=page_mask)  # [n_q, n_d]
         >>> best = scores.topk(5).indices
     """
-    empty_score = _check.options(
+    empty_score = check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
     if q_mask is None and d_mask is None and not return_argmax:
-        scores = schema.at_once(q, d, normalize, empty_score, backend)
+        scores = operator.fast_path(q, d, normalize, empty_score, backend)
         if scores is not None:
             return scores
-    args = _arguments(q, d, q_mask, d_mask)
-    return _score(args, q, normalize, empty_score, return_argmax, backend)
+    batch, finish = batch_of(
+        q, d, q_mask, d_mask, normalize=normalize, empty_score=empty_score, return_argmax=return_argmax
+    )
+    return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
 
 
 def maxsim_pairs(
-    q,
-    d,
-    q_mask=None,
-    d_mask=None,
+    q: Tokens,
+    d: Tokens,
+    q_mask: Masks = None,
+    d_mask: Masks = None,
     *,
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
     backend: str = "auto",
-):
+) -> Scores:
     """Row b of q against row b of d alone: the diagonal of ``maxsim``, without the b × b product.
 
     Args:
@@ -89,26 +102,28 @@ def maxsim_pairs(
     Returns:
         scores [b]; with return_argmax also int32 [b, l_q]. Dtypes and errors as ``maxsim``.
     """
-    empty_score = _check.options(
+    empty_score = check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
-    args = _arguments(q, d, q_mask, d_mask, pairs=True)
-    return _score(args, q, normalize, empty_score, return_argmax, backend)
+    batch, finish = batch_of(
+        q, d, q_mask, d_mask, pairs=True, normalize=normalize, empty_score=empty_score, return_argmax=return_argmax
+    )
+    return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
 
 
 def maxsim_varlen(
-    q,
-    d,
-    cu_seqlens_q,
-    cu_seqlens_d,
-    q_mask=None,
-    d_mask=None,
+    q: Tensor,
+    d: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_d: Tensor,
+    q_mask: Tensor | None = None,
+    d_mask: Tensor | None = None,
     *,
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
     backend: str = "auto",
-):
+) -> Scores:
     """``maxsim`` of queries and documents whose tokens lie end to end, in FlashAttention's convention.
 
     Nothing is padded: the cost follows the real tokens. Differentiable once in q and d.
@@ -135,26 +150,26 @@ def maxsim_varlen(
     Example:
         >>> scores = maxsim_varlen(q, d, torch.tensor([0, 12, 40]), torch.tensor([0, 196, 452, 1476]))  # [2, 3]
     """
-    empty_score = _check.options(
+    empty_score = check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
-    args = _check.varlen(q, d, cu_seqlens_q, cu_seqlens_d, q_mask, d_mask)
-    scores, argmax = schema.maxsim(args, normalize, empty_score, return_argmax, backend)
-    return (scores, argmax.T) if return_argmax else scores
+    batch = varlen_batch(q, d, cu_seqlens_q, cu_seqlens_d, q_mask, d_mask, normalize=normalize, empty_score=empty_score)
+    scores, argmax = operator.maxsim(batch, return_argmax, backend)
+    return (scores, argmax.T) if return_argmax and argmax is not None else scores
 
 
 def rerank(
-    q,
-    tokens,
-    offsets,
-    candidates,
-    q_mask=None,
+    q: Tokens,
+    tokens: Tensor,
+    offsets: Tensor,
+    candidates: Tensor,
+    q_mask: Masks = None,
     *,
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
     backend: str = "auto",
-):
+) -> Scores:
     """Score every query against its own candidates, where they lie in a packed corpus: no gathered copy.
 
     Args:
@@ -180,26 +195,26 @@ def rerank(
         >>> first = (corpus_means @ q.mean(0)).topk(1000).indices
         >>> scores = rerank(q, tokens, offsets, first)  # [1000]
     """
-    empty_score = _check.options(
+    empty_score = check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
-    flat, cu_q = q, None
-    if _ragged.is_ragged(q):
-        flat, q_mask, cu_q = _ragged.flatten("q", q, q_mask, tokens)
-    args = _check.rerank(flat, tokens, offsets, candidates, q_mask, cu_q=cu_q)
-    return _score(args, q, normalize, empty_score, return_argmax, backend)
+    batch, finish = rerank_batch(
+        q, tokens, offsets, candidates, q_mask, normalize=normalize, empty_score=empty_score,
+        return_argmax=return_argmax,
+    )  # fmt: skip
+    return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
 
 
 def explain(
-    q,
-    d,
-    q_mask=None,
-    d_mask=None,
+    q: Tokens,
+    d: Tokens,
+    q_mask: Masks = None,
+    d_mask: Masks = None,
     *,
     normalize: bool = False,
     return_argmax: bool = False,
     backend: str = "auto",
-) -> select.Choice:
+) -> Choice:
     """Which backend and tile ``maxsim`` would run for these arguments, and why. Runs nothing.
 
     Returns:
@@ -209,10 +224,10 @@ def explain(
     Raises:
         As ``maxsim``.
     """
-    _check.options(normalize=normalize, empty_score=0.0, return_argmax=return_argmax, backend=backend)
-    args = _arguments(q, d, q_mask, d_mask)
-    train = torch.is_grad_enabled() and (args.q.requires_grad or args.d.requires_grad)
-    return launch.choose(args, backend, normalize=normalize, argmax=return_argmax or train, train=train)
+    check_options(normalize=normalize, empty_score=0.0, return_argmax=return_argmax, backend=backend)
+    batch, _ = batch_of(q, d, q_mask, d_mask, normalize=normalize)
+    train = torch.is_grad_enabled() and (batch.q.tokens.requires_grad or batch.d.tokens.requires_grad)
+    return dispatch.explain(batch, backend, argmax=return_argmax or train)
 
 
 def warmup(
@@ -221,7 +236,7 @@ def warmup(
     l_q: int = 32,
     n_q: int = 1,
     dtype: torch.dtype = torch.bfloat16,
-    device="cuda",
+    device: torch.device | str = "cuda",
     q_masked: bool = False,
     d_masked: bool = False,
     own: bool = False,
@@ -230,7 +245,7 @@ def warmup(
     return_argmax: bool = False,
     train: bool = False,
     backend: str = "auto",
-) -> select.Choice:
+) -> Choice:
     """Compile ahead what ``maxsim`` will launch for these shapes, so that the first real call, inside a CUDA-graph
     capture too, compiles nothing. The number and length of documents do not matter to it.
 
@@ -258,56 +273,29 @@ def warmup(
         d = d.detach()[0].requires_grad_(train)
     if layout == "varlen":
         q = q.detach().flatten(0, 1).requires_grad_(train)
-    cu_q, cu_d = torch.arange(n_q + 1, device=device) * l_q, torch.arange(2, device=device) * 16
+    q_offsets, d_offsets = torch.arange(n_q + 1, device=device) * l_q, torch.arange(2, device=device) * 16
     slots = torch.zeros(n_q, 1, dtype=torch.int64, device=device)
-    masks = dict(
-        q_mask=q.new_ones(q.shape[:-1], dtype=torch.bool) if q_masked else None,
-        d_mask=d.new_ones(d.shape[:-1], dtype=torch.bool) if d_masked else None,
-    )
-    flags = dict(normalize=normalize, return_argmax=return_argmax, backend=backend)
+    q_mask = q.new_ones(q.shape[:-1], dtype=torch.bool) if q_masked else None
+    d_mask = d.new_ones(d.shape[:-1], dtype=torch.bool) if d_masked else None
     with torch.set_grad_enabled(train):
         if layout == "dense":
-            out, args = maxsim(q, d, **masks, **flags), _arguments(q, d, **masks)
+            batch, _ = batch_of(q, d, q_mask, d_mask, normalize=normalize)
         elif layout == "varlen":
-            out, args = maxsim_varlen(q, d, cu_q, cu_d, **masks, **flags), _check.varlen(q, d, cu_q, cu_d, **masks)
+            batch = varlen_batch(q, d, q_offsets, d_offsets, q_mask, d_mask, normalize=normalize)
         else:
-            args = _check.rerank(q, d, cu_d, slots, masks["q_mask"])
-            out = rerank(q, d, cu_d, slots, masks["q_mask"], **flags)
+            batch, _ = rerank_batch(q, d, d_offsets, slots, q_mask, normalize=normalize)
+        scores, _ = operator.maxsim(batch, return_argmax, backend)
         if train:
-            (out[0] if return_argmax else out).sum().backward()
-        choice = launch.choose(args, backend, normalize=normalize, argmax=return_argmax or train, train=train)
+            scores.sum().backward()
     if q.is_cuda:
         torch.cuda.synchronize(q.device)
-    return choice
+    return dispatch.explain(batch, backend, argmax=return_argmax or train)
 
 
-def score_packed(
-    q, tokens, offsets, q_mask=None, *, normalize: bool = False, empty_score: float = -math.inf, backend: str = "auto"
-):
-    """``maxsim`` of q, in any of its forms, against documents end to end; their offsets, int64 [n_d + 1], are good."""
-    flat, cu_q = q, None
-    if _ragged.is_ragged(q):
-        flat, q_mask, cu_q = _ragged.flatten("q", q, q_mask, tokens)
-    args = _check.arguments(flat, tokens, q_mask, cu_q=cu_q, cu_d=offsets.to(tokens.device))
-    return _score(args, q, normalize, empty_score, False, backend)
-
-
-def _arguments(q, d, q_mask, d_mask, *, pairs: bool = False) -> _check.Arguments:
-    cu_q = cu_d = None
-    if _ragged.is_ragged(q):
-        q, q_mask, cu_q = _ragged.flatten("q", q, q_mask, d)
-    if _ragged.is_ragged(d):
-        d, d_mask, cu_d = _ragged.flatten("d", d, d_mask, q)
-    return _check.arguments(q, d, q_mask, d_mask, cu_q=cu_q, cu_d=cu_d, pairs=pairs)
-
-
-def _score(args: _check.Arguments, q, normalize: bool, empty_score: float, return_argmax: bool, backend: str):
-    """``q`` as the caller gave it: winners of a list are padded to its longest item."""
-    scores, argmax = schema.maxsim(args, normalize, empty_score, return_argmax, backend)
-    if return_argmax and _ragged.is_ragged(q):
-        argmax = _ragged.pad_argmax(argmax, args.packing.cu_q, _ragged.longest(q))
-    if args.one_document:
-        scores, argmax = scores.squeeze(1), argmax.squeeze(1) if return_argmax else argmax
-    if args.one_query:
-        scores, argmax = scores.squeeze(0), argmax.squeeze(0) if return_argmax else argmax
-    return (scores, argmax) if return_argmax else scores
+def score_corpus(
+    q: Tokens, tokens: Tensor, offsets: Tensor, q_mask: Masks = None, *, normalize: bool = False,
+    empty_score: float = -math.inf, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """``maxsim`` of q, in any form, against ragged documents. Their offsets, int64 [n_d + 1], are known to be right."""
+    batch, finish = corpus_batch(q, tokens, offsets, q_mask, normalize=normalize, empty_score=empty_score)
+    return finish(operator.maxsim(batch, False, backend), False)

@@ -1,4 +1,4 @@
-"""Switches that must be set before the libraries concerned are imported."""
+"""Settings made before the libraries they concern are imported, and the two marks of backends."""
 
 import os
 
@@ -10,16 +10,16 @@ torchvision_shim.install()
 # without a GPU the Triton kernels run in triton's interpreter
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "torch_path: runs as where the native CPU kernel was not built")
-    config.addinivalue_line("markers", "cuda_kernels: runs over backend='cuda' and skips what that refuses")
+# pytest-xdist's workers share the cores: this process and the programs that tests start take only their part
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """The operator's tests over the CUDA kernels: what these cannot take is told, not failed."""
+    """Skips a test of the CUDA kernels with their reason if they reject its problem."""
     try:
         return (yield)
     except RuntimeError as error:
@@ -30,13 +30,15 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(autouse=True)
 def torch_path(request, monkeypatch):
+    """Removes the native CPU kernel for tests marked torch_path."""
     if request.node.get_closest_marker("torch_path") is None:
         yield
         return
-    from latemax.ops import native_cpu_backend, select
+    from latemax.ops import dispatch
+    from latemax.ops.backends import native
 
-    monkeypatch.setattr(native_cpu_backend, "_cpu", None)
-    monkeypatch.setattr(native_cpu_backend, "_why_not", "taken away by a test")
-    select.choose.cache_clear()
+    monkeypatch.setattr(native, "_cpu", None)
+    monkeypatch.setattr(native, "_why_not", "removed by a test")
+    dispatch.plan_for.cache_clear()
     yield
-    select.choose.cache_clear()
+    dispatch.plan_for.cache_clear()

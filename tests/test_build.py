@@ -1,4 +1,4 @@
-"""The wheel and the source distribution, made from a clean copy and used away from the checkout."""
+"""The wheel and the source distribution, made from a clean copy and used outside the checkout."""
 
 import email
 import json
@@ -14,24 +14,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Without PYTHONPATH, which may name the checkout or other libraries.
-# Nor a toolkit or switches of whoever runs the tests.
+PROGRAMS = ROOT / "tests" / "programs"
+# Without PYTHONPATH, which may name the checkout or other libraries, and without the caller's toolkit and switches.
 CLEAN_ENV = {
     name: value
     for name, value in os.environ.items()
     if not name.startswith(("PYTHON", "LATEMAX_")) and name not in ("CUDA_HOME", "CUDA_PATH")
 }
-
-USE = """
-import importlib, json, pathlib, latemax, latemax.kernels, torch
-(folder,) = latemax.kernels.__path__
-for path in pathlib.Path(folder).glob("*.py"):
-    importlib.import_module(f"latemax.kernels.{path.stem}")
-q = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-d = torch.tensor([[3.0, 1.0], [1.0, 4.0]])
-score = latemax.maxsim(q, d).item()
-print(json.dumps({"file": latemax.__file__, "kernels": folder, "version": latemax.__version__, "score": score}))
-"""
 
 
 def run(*command, env=None, timeout=120, **options):
@@ -52,8 +41,7 @@ def build_wheel(source, out):
     """`pip wheel` with an empty PATH (no compiler, no nvcc) and no network; returns the wheel and what pip printed."""
     out.mkdir()
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--verbose", "--wheel-dir", out]
-    code = "import os, sys, runpy; os.environ['PATH'] = ''; runpy.run_module('pip', run_name='__main__')"
-    printed = run(sys.executable, "-c", code, "wheel", *options, source)
+    printed = run(sys.executable, "-m", "pip", "wheel", *options, source, env={"PATH": ""})
     (wheel,) = out.iterdir()
     return wheel, printed
 
@@ -65,9 +53,9 @@ def members(wheel):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """What a commit of the working tree would hold: tracked files and new ones that git does not ignore."""
+    """A copy of what a commit of the working tree would hold: tracked files and new ones that git does not ignore."""
     if not (ROOT / ".git").exists():
-        pytest.skip("needs a git checkout to tell the project's files")
+        pytest.skip("needs a git checkout to list the project's files")
     copy = tmp_path_factory.mktemp("source") / "latemax"
     names = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", cwd=ROOT).split("\0")
     for name in filter(None, names):
@@ -102,15 +90,15 @@ def built(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """A fresh virtual environment with the wheel in it, which finds torch in the running one; returns its python."""
+    """The python of a fresh virtual environment with the wheel, which finds torch in the running environment."""
     home = tmp_path_factory.mktemp("installed") / "venv"
     venv.create(home, with_pip=False)
     scripts, site = (
         Path(sysconfig.get_path(key, "venv", {"base": str(home), "platbase": str(home)}))
         for key in ("scripts", "purelib")
     )
-    # A path named in a .pth file is searched last, and the .pth files inside it are not read: whatever makes the
-    # checkout importable in the running environment stays out.
+    # A path named in a .pth file is searched last, and its own .pth files are not read: what makes the checkout
+    # importable in the running environment has no effect here.
     here = dict.fromkeys(sysconfig.get_path(key) for key in ("purelib", "platlib"))
     (site / "running.pth").write_text("".join(f"{path}\n" for path in here))
     python = scripts / "python"
@@ -124,13 +112,13 @@ def test_wheel_is_pure(built):
     assert not {name for name in members(wheel) if name.endswith((".so", ".pyd"))}
 
 
-def test_wheel_says_in_one_line_why_it_is_pure(built):
+def test_one_line_says_why_the_wheel_is_pure(built):
     _, printed = built
     (line,) = (line for line in printed.splitlines() if line.strip().startswith("latemax: "))
     assert "pure Python wheel" in line
 
 
-def test_wheel_holds_the_package_and_nothing_beside_it(built, source, kernels):
+def test_wheel_contains_only_the_package(built, source, kernels):
     names = members(built[0])
     version = built[0].name.split("-")[1]
     assert {name.split("/")[0] for name in names} == {"latemax", f"latemax-{version}.dist-info"}
@@ -148,10 +136,10 @@ def test_wheel_metadata(built):
     base = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(line.split(">")[0] for line in base) == ["numpy", "torch", "triton"]
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert {"encoders", "viz", "demo", "store", "bench", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"encoders", "viz", "demo", "store", "bench", "dev", "release"} <= set(metadata.get_all("Provides-Extra"))
 
 
-def test_building_asks_for_no_torch():
+def test_building_requires_no_torch():
     table = (ROOT / "pyproject.toml").read_text().split("[project]")[0]
     (requires,) = (line for line in table.splitlines() if line.startswith("requires"))
     assert "setuptools" in requires
@@ -159,14 +147,14 @@ def test_building_asks_for_no_torch():
 
 
 def test_wheel_works_in_a_fresh_environment(installed, built, kernels, tmp_path):
-    told = json.loads(run(installed, "-I", "-c", USE, cwd=tmp_path))
+    found = json.loads(run(installed, "-I", PROGRAMS / "installed.py", cwd=tmp_path))
     home = installed.parents[1]
-    assert Path(told["file"]).is_relative_to(home)
-    assert Path(told["kernels"]).is_relative_to(home)
-    assert {path.name for path in Path(told["kernels"]).glob("*.py")} == kernels
-    assert told["version"] == built[0].name.split("-")[1]
-    # 1·3 for the first query token, 2·4 for the second.
-    assert told["score"] == 11.0
+    assert Path(found["file"]).is_relative_to(home)
+    assert Path(found["kernels"]).is_relative_to(home)
+    assert {path.name for path in Path(found["kernels"]).glob("*.py")} == kernels
+    assert found["version"] == built[0].name.split("-")[1]
+    # 1·3 for the first query token, 2·4 for the second
+    assert found["score"] == 11.0
 
 
 def test_command_works_in_a_fresh_environment(installed, tmp_path):

@@ -1,6 +1,6 @@
-"""The CUDA extension as nvcc makes it, on a machine that needs no GPU: the wheel, what its library needs to load, and
-what its kernels compiled to. What they compute is checked by tests/test_cuda_emulated.py and, on a GPU, by the
-operator's tests.
+"""The CUDA extension as nvcc compiles it, on a machine that needs no GPU: the wheel, the libraries it loads and the
+machine code of its kernels. Their results are checked by tests/test_cuda_emulated.py and, on a GPU, by the operator's
+tests.
 """
 
 import importlib.util
@@ -13,29 +13,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_build import CLEAN_ENV, ROOT, members, run, source  # noqa: F401
+from test_build import CLEAN_ENV, PROGRAMS, ROOT, members, run, source  # noqa: F401
 
 NVCC = shutil.which("nvcc") or os.environ.get("CUDA_HOME")
 needs_nvcc = pytest.mark.skipif(not NVCC, reason="there is no CUDA toolkit (nvcc on PATH, or CUDA_HOME)")
 needs_tools = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton carries cuobjdump")
 
-LOAD = """
-import importlib.machinery, importlib.util, json, sys, torch
-loader = importlib.machinery.ExtensionFileLoader("_cuda", sys.argv[1])
-module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
-loader.exec_module(module)
-try:
-    told = f"{module.parts(1030, 0, 0)} parts"
-except RuntimeError as error:
-    told = str(error)
-print(json.dumps([told, torch.cuda.is_available()]))
-"""
-
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("cuda") / "out"
-    # the native CPU kernels are another test's, and would double the time
+    # without the native CPU kernels, which would double the time
     env = {"LATEMAX_BUILD_CUDA": "1", "LATEMAX_BUILD_CPU": "0"} | (
         {"CUDA_HOME": os.environ["CUDA_HOME"]} if "CUDA_HOME" in os.environ else {}
     )
@@ -47,14 +35,14 @@ def wheel(source, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def library(wheel, tmp_path_factory):
-    from benchmarks import cuda_aot
+    from benchmarks.static import cuda_aot
 
     return cuda_aot.unpacked(wheel[0], tmp_path_factory.mktemp("library"))
 
 
 @pytest.fixture(scope="module")
 def kernels(library):
-    from benchmarks import cuda_aot
+    from benchmarks.static import cuda_aot
 
     return cuda_aot.kernels(library)
 
@@ -71,9 +59,9 @@ def test_one_wheel_for_every_python_and_every_torch(wheel):
 
 
 @needs_nvcc
-def test_the_library_loads_without_a_driver_and_says_what_is_missing(library):
-    told, gpu = json.loads(run(sys.executable, "-c", LOAD, library))
-    assert (told == "9 parts" or told == "17 parts") if gpu else "CUDA driver" in told or "device" in told
+def test_the_library_loads_without_a_driver_and_names_what_is_missing(library):
+    answer, gpu = json.loads(run(sys.executable, PROGRAMS / "load_cuda.py", library))
+    assert answer in ("9 parts", "17 parts") if gpu else "CUDA driver" in answer or "device" in answer
 
 
 @needs_nvcc
@@ -102,7 +90,7 @@ def test_no_spills_and_the_right_instructions(kernels):
         hopper = row["arch"] == "sm_90a"
         assert (row["hgmma"] > 0, row["hmma"] == 0) == (hopper, hopper), row
         assert (row["bulk_copies"] > 0, row["async_copies"] == 0) == (hopper, hopper), row
-        # 128 threads, two blocks a multiprocessor; or 384, one block
+        # sm_80: 128 threads, two blocks per multiprocessor; sm_90a: 384 threads, one block
         assert row["registers"] <= (168 if hopper else 255), row
     assert {row["arch"] for row in kernels if row["kernel"] == "inverse_norms"} == {"sm_80", "sm_90"}
 
@@ -110,14 +98,14 @@ def test_no_spills_and_the_right_instructions(kernels):
 @needs_nvcc
 @needs_tools
 def test_later_chips_find_ptx(library):
-    from benchmarks import cuda_aot
+    from benchmarks import sass
 
-    assert cuda_aot.tool("cuobjdump", "--list-ptx", library).count("sm_80.ptx") >= 2
+    assert sass.tool("cuobjdump", "--list-ptx", library).count("sm_80.ptx") >= 2
 
 
 @needs_nvcc
 @needs_tools
-def test_the_table_in_the_docs_is_of_these_kernels(kernels):
+def test_the_table_in_the_docs_lists_these_kernels(kernels):
     stored = json.loads((ROOT / "benchmarks" / "results" / "cuda-aot.json").read_text())
     keys = ("arch", "kernel", "dtype", "columns", "argmax")
     assert [[row[key] for key in keys] for row in stored["rows"]] == [[row[key] for key in keys] for row in kernels]
@@ -135,13 +123,9 @@ def test_the_table_in_the_docs_is_of_these_kernels(kernels):
 )
 def test_the_switch(switch, path, said, tmp_path):
     env = CLEAN_ENV | {"LATEMAX_BUILD_CPU": "0", "LATEMAX_BUILD_CUDA": switch}
-    code = "import runpy, sys; sys.argv[0] = 'setup.py'; runpy.run_path('setup.py', run_name='__main__')"
-    if path is not None:
-        code = f"import os; os.environ['PATH'] = {path!r}; {code}"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "-q", "build", "--build-base", tmp_path],
-        capture_output=True, text=True, env=env, cwd=ROOT, timeout=120,
-    )  # fmt: skip
+    env |= {} if path is None else {"PATH": path}
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
     text = done.stdout + done.stderr
     assert said in text and (done.returncode == 0) == (switch in ("0", "")), text
     if done.returncode == 0:

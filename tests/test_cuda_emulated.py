@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import assert_argmax, assert_exact, exact, masks, plain_torch, problem
+from common import assert_argmax, assert_exact, exact, masks, plain_torch, problem, run_forward
 
 import latemax
-from latemax.ops import cuda_backend, select, tiles
+from latemax.ops import dispatch, tiles
+from latemax.ops.backends import cuda, triton
+from latemax.ops.backends.base import Status
 
 HERE = Path(__file__).parent / "cuda_emulator"
 spec = importlib.util.spec_from_file_location("cuda_emulator_build", HERE / "build.py")
@@ -49,8 +51,8 @@ def built(tmp_path_factory):
 def device(built, monkeypatch, request):
     """Sets the emulated GPU; returns a function that sets the order of threads."""
     module, configure = built
-    monkeypatch.setattr(cuda_backend, "_cuda", module)
-    monkeypatch.setattr(cuda_backend, "_stream", lambda device: 0)
+    monkeypatch.setattr(cuda, "_cuda", module)
+    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
 
     def seed(number, multiprocessors=3, shared=tiles.SHARED_MEMORY[request.param]):
         configure(number, request.param, multiprocessors, shared)
@@ -60,11 +62,15 @@ def device(built, monkeypatch, request):
     return seed
 
 
+def forward(q, d, scores, argmax, *, longest=0, **options):
+    run_forward(cuda, q, d, scores, argmax, launch=cuda.Launch(longest_query=longest), **options)
+
+
 def run(q, d, q_mask=None, d_mask=None, *, argmax=False, normalize=False, empty_score=-math.inf):
     n_q, n_d = len(q), d.shape[-3]
     scores = torch.full((n_q, n_d), math.nan)
     winners = torch.full((n_q, n_d, q.shape[1]) if argmax else (0,), -99, dtype=torch.int32)
-    cuda_backend.forward(q, d, q_mask, d_mask, scores, winners, normalize=normalize, empty_score=empty_score)
+    forward(q, d, scores, winners, q_mask=q_mask, d_mask=d_mask, normalize=normalize, empty_score=empty_score)
     return (scores, winners) if argmax else scores
 
 
@@ -129,6 +135,49 @@ def test_a_score_depends_neither_on_padding_nor_on_batch_mates(device):
         assert torch.equal(run(q[1:2], d[3:4]), scores[1:2, 3:4])
 
 
+# query columns on both sides of each group size, dims that leave few stages, and more tiles than stages
+RINGS = [
+    (5, 3, 40, 200, 576), (1, 2, 100, 200, 640), (1, 2, 100, 200, 704), (4, 2, 128, 200, 640), (1, 2, 100, 500, 320),
+    (1, 1, 100, 1500, 128), (3, 1, 20, 300, 192), (2, 1, 200, 300, 256), (1, 2, 20, 300, 512), (2, 1, 40, 200, 384),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", RINGS, ids=str)
+def test_every_ring_the_planner_makes(device, shape):
+    for seed in (1, 2):
+        device(seed)
+        assert_right(*problem(shape, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(12, 2, 60, 300, 576), (4, 2, 100, 500, 256)], ids=str)
+def test_every_ring_of_own_candidates(device, shape):
+    device(2)
+    assert_right(*problem(shape, own=True, dtype=torch.bfloat16))
+
+
+def test_kernels_are_loaded_once_and_before_the_first_call(device):
+    cuda.load(torch.device("cpu"), device.capability)
+    for _ in range(2):
+        assert_right(*problem((2, 2, 100, 70, 64), dtype=torch.bfloat16))
+
+
+def test_a_driver_older_than_the_runtime_is_named(device, monkeypatch):
+    class Old:
+        @staticmethod
+        def versions():
+            return 12040, 13000
+
+    monkeypatch.setattr(cuda, "_cuda", Old)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    usable, why = cuda.status.__wrapped__()
+    assert not usable and "built with CUDA 13.0, which the driver (CUDA 12.4) is too old for" in why
+
+
+def misaligned(x):
+    """A contiguous copy of x, two bytes after a multiple of 16."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
 def test_strides(device):
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(4, 5, 70, 96, generator=generator).bfloat16()
@@ -143,6 +192,8 @@ def test_strides(device):
         "expanded documents": (q, wide[0, :1].expand(3, -1, -1)),
         "expanded candidates": (q, wide[:1].expand(4, -1, -1, -1)),
         "expanded queries": (q[:1].expand(3, -1, -1), wide[0]),
+        "contiguous but misaligned": (misaligned(q), misaligned(wide[0])),
+        "sliding tokens": (q[..., :64], wide[0, 0].flatten().as_strided((3, 40, 64), (2000, 32, 1))),
         "expanded tokens": (q[:, :1].expand(-1, 9, -1), wide[0, :, :1].expand(-1, 7, -1)),
     }
     for name, (a, b) in cases.items():
@@ -204,24 +255,24 @@ def test_documents_and_queries_end_to_end(device, normalize):
         for picked in (None, candidates):
             n_c = 3 if picked is not None else len(documents)
             scores = torch.full((4, n_c), math.nan)
-            argmax = torch.full((4, n_c, 150), -99, dtype=torch.int32)
-            cuda_backend.forward_packed(
-                flat, tokens, torch.cat(q_keep), torch.cat(keep), offsets, picked, scores, argmax,
-                normalize=normalize, empty_score=-7.0, q_offsets=q_offsets, l_q=150,
+            argmax = torch.full((n_c, len(flat)), -99, dtype=torch.int32)
+            forward(
+                flat, tokens, scores, argmax, q_mask=torch.cat(q_keep), d_mask=torch.cat(keep), q_offsets=q_offsets,
+                d_offsets=offsets, candidates=picked, normalize=normalize, empty_score=-7.0, longest=150,
             )  # fmt: skip
             for i, query in enumerate(queries):
+                best = argmax[:, q_offsets[i] : q_offsets[i + 1]]
                 for c in range(n_c):
                     n = c if picked is None else int(picked[i, c])
                     if n >= len(documents):
-                        assert scores[i, c].isnan() and (argmax[i, c] == -1).all()
+                        assert scores[i, c].isnan() and (best[c] == -1).all()
                         continue
                     if n < 0 or not keep[n].any():
-                        assert scores[i, c] == (-7.0 if q_keep[i].any() else 0) and (argmax[i, c] == -1).all()
+                        assert scores[i, c] == (-7.0 if q_keep[i].any() else 0) and (best[c] == -1).all()
                         continue
                     score, winners = truth(query, documents[n], q_keep[i], keep[n])
                     torch.testing.assert_close(scores[i, c].double(), score[0, 0], rtol=1e-5, atol=1e-4)
-                    assert torch.equal(argmax[i, c, : len(query)], winners[0, 0])
-                    assert (argmax[i, c, len(query) :] == -1).all()
+                    assert torch.equal(best[c], winners[0, 0])
 
 
 def test_offsets_that_lie_stay_inside_the_tokens(device):
@@ -230,9 +281,7 @@ def test_offsets_that_lie_stay_inside_the_tokens(device):
     lying = torch.tensor([0, 30, 20, 10**9])
     keep = torch.ones(40, dtype=torch.bool)
     for d_mask in (None, keep):
-        cuda_backend.forward_packed(
-            q, d, None, d_mask, lying, None, scores, argmax, normalize=True, empty_score=-1.0
-        )  # fmt: skip
+        forward(q, d, scores, argmax, d_mask=d_mask, d_offsets=lying, normalize=True, empty_score=-1.0)
         torch.testing.assert_close(scores, torch.tensor([[5.0, -1.0, 5.0]]))
 
 
@@ -241,6 +290,9 @@ def test_nothing_to_score(device):
     assert run(q, d[:0]).shape == (2, 0)
     scores, argmax = run(q, d[:, :0], argmax=True, empty_score=-2.0)
     assert (scores == -2).all() and (argmax == -1).all()
+    # what torch gives as the address of a tensor without elements, on any device
+    assert d[:, :0].clone().data_ptr() == 0
+    assert (run(q, d[:, :0].clone(), empty_score=-2.0) == -2).all()
     keep = torch.zeros(2, 20, dtype=torch.bool)
     assert (run(q, d[:, :0], keep, empty_score=-2.0) == 0).all()
 
@@ -249,7 +301,7 @@ def test_nothing_to_score(device):
 def test_the_widest_dim_that_python_lets_through_fits(device, shared, monkeypatch):
     device(1, shared=shared)
     monkeypatch.setitem(tiles.SHARED_MEMORY, device.capability, shared)
-    dim = cuda_backend.most_dims(device.capability)
+    dim = cuda.most_dims(device.capability)
     for n_q, l_q in ((1, 20), (4, 128)):
         assert_right(*problem((n_q, 1, l_q, 9, dim), dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="more shared memory than this GPU has"):
@@ -258,9 +310,11 @@ def test_the_widest_dim_that_python_lets_through_fits(device, shared, monkeypatc
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="backward is Triton's")
 def test_through_the_public_call_with_gradients(device, monkeypatch):
-    monkeypatch.setattr(select, "why_not_cuda", lambda p: cuda_backend.why_not(p, device.capability))
-    monkeypatch.setattr(select, "capability", lambda d: device.capability)
-    select.choose.cache_clear()
+    monkeypatch.setattr(cuda, "status", lambda: Status(True, "emulated"))
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "capability", lambda d: device.capability)
+    monkeypatch.setattr(triton, "capability", lambda d: device.capability)
+    dispatch.plan_for.cache_clear()
     try:
         for shape, normalize in (((2, 3, 7, 40, 16), False), ((3, 3, 20, 33, 24), True)):
             q, d = problem(shape, dtype=torch.bfloat16)
@@ -283,4 +337,4 @@ def test_through_the_public_call_with_gradients(device, monkeypatch):
         with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* dim must be a multiple of 8"):
             latemax.maxsim(q[..., :9], d[..., :9], backend="cuda")
     finally:
-        select.choose.cache_clear()
+        dispatch.plan_for.cache_clear()

@@ -77,13 +77,14 @@ def test_query_lengths_around_tile_boundaries(where, n_q, l_q):
 def test_outputs_are_written_whole(where, monkeypatch):
     """Outputs allocated full of NaN and -99: an element that no program writes would show."""
     backend, device = where
-    from latemax.ops import launch
+    from latemax.ops import dispatch
 
-    def poisoned(*args, allocate=launch.allocate):
-        scores, argmax = allocate(*args)
-        return scores.fill_(math.nan), argmax.fill_(-99)
+    def poisoned(*args, allocate=dispatch.allocate):
+        out = allocate(*args)
+        out.scores.fill_(math.nan), out.argmax.fill_(-99)
+        return out
 
-    monkeypatch.setattr(launch, "allocate", poisoned)
+    monkeypatch.setattr(dispatch, "allocate", poisoned)
     q, d = problem((5, 3, 33, 70, 16), device=device)
     scores, argmax = latemax.maxsim(q, d, return_argmax=True, backend=backend)
     assert scores.isfinite().all() and ((argmax >= 0) & (argmax < 70)).all()

@@ -1,21 +1,22 @@
 """The native CPU kernel: every instruction set that runs here, threads, and how it is chosen.
 
-The operator's own tests run over it too (id "cpu-native"), and over the torch path beside it (id "cpu-torch").
+The operator's tests run on it too (id "cpu-native") and on the torch path (id "cpu-torch").
 """
 
 import math
 
 import pytest
 import torch
-from common import assert_argmax, exact, masks, problem
+from common import assert_argmax, exact, masks, problem, run_backward, run_forward
 
 import latemax
 from latemax import reference
-from latemax.ops import cpu_backend, native_cpu_backend, schema, select
+from latemax.ops import dispatch, operator
+from latemax.ops.backends import blocks, native
 
-USABLE, WHY = native_cpu_backend.status()
+USABLE, WHY = native.status()
 needs_native = pytest.mark.skipif(not USABLE, reason=WHY)
-LEVELS = list(enumerate(native_cpu_backend.levels()))
+LEVELS = list(enumerate(native.levels()))
 
 
 def outputs(q, d):
@@ -38,28 +39,28 @@ def test_every_instruction_set(shape, own, dtype, level):
     for normalize in (False, True):
         scores, argmax = outputs(q, d)
         options = dict(normalize=normalize, empty_score=-3.0)
-        native_cpu_backend.forward(q, d, q_mask, d_mask, scores, argmax, level=level[0], **options)
+        run_forward(native, q, d, scores, argmax, q_mask=q_mask, d_mask=d_mask, launch=level[0], **options)
         truth = exact(q, d, q_mask, d_mask, **options)
         torch.testing.assert_close(scores.double(), truth, rtol=1e-5, atol=1e-4)
         assert_argmax(argmax, q.nan_to_num(0), d.nan_to_num(0), q_mask, d_mask, normalize)
         g = torch.randn(scores.shape, generator=torch.Generator().manual_seed(2))
         sides = dict(normalize=normalize, needs_q=True, needs_d=True)
-        ours = native_cpu_backend.backward(g, q, d, argmax, level=level[0], **sides)
-        theirs = cpu_backend.backward(g, q, d, argmax, **sides)
+        ours = run_backward(native, g, q, d, argmax, launch=level[0], **sides)
+        theirs = run_backward(blocks, g, q, d, argmax, **sides)
         for x, y in zip(ours, theirs, strict=True):
             assert x.dtype == y.dtype
             torch.testing.assert_close(x, y, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
 
 
 @needs_native
-def test_the_short_way_is_the_long_way():
-    """Plain calls skip what checks and arranges the others: the same bits, and nothing it must not take."""
+def test_the_fast_path_equals_the_full_path():
+    """The fast path skips validation: the same bits, and None for every call that it must not take."""
     q, d = problem((3, 5, 33, 40, 64))
     whole = latemax.maxsim(q, d, return_argmax=True)[0]
     for x, y, at in ((q, d, ...), (q[1], d, 1), (q, d[2], (..., 2)), (q[1], d[2], (1, 2))):
         short = latemax.maxsim(x, y)
         assert short.shape == whole[at].shape and torch.equal(short, whole[at])
-        assert torch.equal(short, schema.at_once(x, y, False, -math.inf, "auto"))
+        assert torch.equal(short, operator.fast_path(x, y, False, -math.inf, "auto"))
     refused = [
         (q.double(), d), (q, d.clone().requires_grad_()), (torch.nn.Parameter(q), d), ([*q], d), (q, d[None]),
         (q[..., :3], d), (q, d.to_sparse()), (q[:, :0], d), (q[..., :0], d[..., :0]), (q[0, 0], d),
@@ -68,10 +69,10 @@ def test_the_short_way_is_the_long_way():
         (torch.view_as_complex(q.reshape(3, 33, 32, 2)).conj().imag, d[..., :32]),
     ]  # fmt: skip
     for x, y in refused:
-        assert schema.at_once(x, y, False, -math.inf, "auto") is None
-    assert schema.at_once(q, d, False, -math.inf, "reference") is None
+        assert operator.fast_path(x, y, False, -math.inf, "auto") is None
+    assert operator.fast_path(q, d, False, -math.inf, "reference") is None
     with torch.no_grad():
-        assert schema.at_once(q.clone().requires_grad_(), d, False, -math.inf, "cpu") is not None
+        assert operator.fast_path(q.clone().requires_grad_(), d, False, -math.inf, "cpu") is not None
 
 
 @needs_native
@@ -102,7 +103,7 @@ def test_threads_change_no_bit():
 
 
 @needs_native
-def test_a_score_depends_neither_on_padding_nor_on_batch_mates():
+def test_a_score_depends_neither_on_padding_nor_on_other_documents():
     q, d = problem((2, 5, 12, 70, 64))
     scores = latemax.maxsim(q, d)
     padded = torch.full((5, 200, 64), torch.nan)
@@ -113,7 +114,7 @@ def test_a_score_depends_neither_on_padding_nor_on_batch_mates():
 
 
 @needs_native
-def test_explain_names_the_kernel_and_float64_stays_with_torch():
+def test_explain_names_the_kernel_and_torch_takes_float64():
     q, d = problem((1, 2, 3, 5, 8))
     choice = latemax.explain(q, d)
     assert choice.backend == "cpu" and choice.native and LEVELS[-1][1] in choice.why
@@ -126,6 +127,6 @@ def test_without_the_build_explain_says_why():
     q, d = problem((1, 2, 3, 5, 8))
     choice = latemax.explain(q, d)
     assert choice.backend == "cpu" and not choice.native
-    assert choice.notes == ("the native kernel cannot be loaded: taken away by a test",)
-    assert "taken away by a test" in select.backend_status()["cpu"][1]
+    assert choice.notes == ("the native kernel cannot be loaded: removed by a test",)
+    assert "removed by a test" in dispatch.backend_status()["cpu"][1]
     torch.testing.assert_close(latemax.maxsim(q, d), reference.maxsim(q, d))

@@ -1,13 +1,14 @@
-"""The native CPU kernel over tokens that lie end to end, in every combination with dense ones, against lists."""
+"""The native CPU kernel on ragged sides, in every combination with dense ones, against lists."""
 
 import math
 
 import numpy
 import pytest
 import torch
+from common import run_backward, run_forward
 
 from latemax import reference
-from latemax.ops import native_cpu_backend as native
+from latemax.ops.backends import native
 
 pytestmark = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
 LEVELS = list(enumerate(native.levels()))
@@ -20,6 +21,18 @@ FORMS = [
     for d in ("dense", "own", "ragged", "candidates")
     if q == "ragged" or d in ("ragged", "candidates")
 ]
+
+
+def forward(q, d, q_mask, d_mask, q_offsets, d_offsets, candidates, scores, argmax, *, level=-1, **options):
+    where = dict(q_offsets=q_offsets, d_offsets=d_offsets, candidates=candidates)
+    run_forward(
+        native, q, d, scores, argmax, q_mask=q_mask, d_mask=d_mask, launch=level % len(LEVELS), **where, **options
+    )  # fmt: skip
+
+
+def backward(g, q, d, argmax, q_offsets, d_offsets, candidates, *, level=-1, **options):
+    where = dict(q_offsets=q_offsets, d_offsets=d_offsets, candidates=candidates)
+    return run_backward(native, g, q, d, argmax, launch=level % len(LEVELS), **where, **options)
 
 
 def cu(lengths):
@@ -38,7 +51,7 @@ class Case:
             queries = list(zip(self.q, self.masks(self.q, self.q_mask), strict=True))
         else:
             self.cu_q = cu(Q_LENGTHS)
-            # two tokens behind the last query, which belong to none
+            # two tokens after the last query, which belong to none
             self.q, self.q_mask = self.tokens((sum(Q_LENGTHS) + 2,), masked)
             self.q[-2:] = math.nan
             queries = self.cut(self.q, self.q_mask, self.cu_q)
@@ -81,7 +94,7 @@ class Case:
         bounds = list(zip(offsets.tolist(), offsets.tolist()[1:], strict=False))
         return [(x[a:b], self.masks(x, mask)[a:b]) for a, b in bounds]
 
-    def winners(self, argmax, a, c):
+    def argmax_of(self, argmax, a, c):
         if self.cu_q is None:
             return argmax[a, c]
         return argmax[c, self.cu_q[a] : self.cu_q[a + 1]]
@@ -94,14 +107,14 @@ class Case:
     def forward(self, argmax=NO_ARGMAX, **options):
         scores = torch.full(self.shape, math.nan)
         options = dict(dict(normalize=False, empty_score=-3.0), **options)
-        native.forward_packed(
+        forward(
             self.q, self.d, self.q_mask, self.d_mask, self.cu_q, self.cu_d, self.candidates, scores, argmax, **options
         )
         return scores
 
     def backward(self, g, argmax, **options):
         options = dict(dict(normalize=False, needs_q=True, needs_d=True), **options)
-        return native.backward_packed(g, self.q, self.d, argmax, self.cu_q, self.cu_d, self.candidates, **options)
+        return backward(g, self.q, self.d, argmax, self.cu_q, self.cu_d, self.candidates, **options)
 
     def oracle(self, g, normalize):
         """float64 scores and gradients by autograd, every pair by itself."""
@@ -144,7 +157,7 @@ def test_every_combination(form, normalize, masked, dtype, level):
     torch.testing.assert_close(scores.double(), truth, rtol=1e-5, atol=1e-4)
     for a, row in enumerate(case.pairs):
         for c, ((_, x_mask), (_, y_mask)) in enumerate(row):
-            won = case.winners(argmax, a, c).long()
+            won = case.argmax_of(argmax, a, c).long()
             assert torch.equal(won < 0, ~x_mask | ~y_mask.any())
             assert y_mask[won[won >= 0]].all()
     if case.cu_q is not None:
@@ -157,7 +170,7 @@ def test_every_combination(form, normalize, masked, dtype, level):
 
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
-def test_strided_gradients_and_one_side_alone(form):
+def test_strided_gradients_and_gradients_of_one_side(form):
     case = Case(*form, masked=True)
     argmax = case.argmax()
     case.forward(argmax)
@@ -182,13 +195,13 @@ def test_the_bits_of_dense_scores(normalize, dtype):
     d = torch.randn(9, 50, 64, generator=generator).to(dtype)
     scores, argmax = torch.empty(3, 9), torch.empty(3, 9, 20, dtype=torch.int32)
     options = dict(normalize=normalize, empty_score=0.0)
-    native.forward(q, d, None, None, scores, argmax, **options)
+    forward(q, d, None, None, None, None, None, scores, argmax, **options)
     cu_q, cu_d = cu([20] * 3), cu([50] * 9)
     candidates = torch.arange(9).expand(3, -1).contiguous()
     flat_q, flat_d = q.flatten(0, 1), d.flatten(0, 1)
     g = torch.randn(3, 9, generator=generator)
     sides = dict(normalize=normalize, needs_q=True, needs_d=True)
-    grads = native.backward(g, q, d, argmax, **sides)
+    grads = backward(g, q, d, argmax, None, None, None, **sides)
     for args in (
         (q, flat_d, None, cu_d, None), (flat_q, d, cu_q, None, None), (flat_q, flat_d, cu_q, cu_d, None),
         (q, flat_d, None, cu_d, candidates), (flat_q, flat_d, cu_q, cu_d, candidates),
@@ -196,10 +209,10 @@ def test_the_bits_of_dense_scores(normalize, dtype):
         a, b, *rest = args
         packed = torch.empty(3, 9)
         won = torch.empty((3, 9, 20) if a.dim() == 3 else (9, 60), dtype=torch.int32)
-        native.forward_packed(a, b, None, None, *rest, packed, won, **options)
+        forward(a, b, None, None, *rest, packed, won, **options)
         assert torch.equal(packed, scores)
         assert torch.equal(won if a.dim() == 3 else won.view(9, 3, 20).transpose(0, 1), argmax)
-        for x, y in zip(native.backward_packed(g, a, b, won, *rest, **sides), grads, strict=True):
+        for x, y in zip(backward(g, a, b, won, *rest, **sides), grads, strict=True):
             assert torch.equal(x.view_as(y), y)
 
 
@@ -215,8 +228,8 @@ def test_threads_change_no_bit():
             torch.set_num_threads(threads)
             scores, argmax = torch.empty(3, 30), torch.empty(30, 90, dtype=torch.int32)
             where = cu([50, 0, 40]), cu(lengths), candidates
-            native.forward_packed(q, d, None, None, *where, scores, argmax, normalize=False, empty_score=0.0)
-            grads = native.backward_packed(g, q, d, argmax, *where, normalize=True, needs_q=True, needs_d=True)
+            forward(q, d, None, None, *where, scores, argmax, normalize=False, empty_score=0.0)
+            grads = backward(g, q, d, argmax, *where, normalize=True, needs_q=True, needs_d=True)
             runs.append((scores, argmax, *grads))
     finally:
         torch.set_num_threads(before)
@@ -228,14 +241,14 @@ def test_threads_change_no_bit():
 def test_ties_go_to_the_lowest_number_within_the_document():
     d = torch.ones(12, 8)
     scores, argmax = torch.empty(1, 3), torch.full((3, 4), -99, dtype=torch.int32)
-    native.forward_packed(
+    forward(
         torch.ones(4, 8), d, None, None, cu([4]), cu([7, 0, 5]), None, scores, argmax, normalize=False, empty_score=-1.0
     )
     assert scores.tolist() == [[32, -1, 32]]
     assert argmax.tolist() == [[0] * 4, [-1] * 4, [0] * 4]
 
 
-def test_nan_spoils_its_own_pair_alone():
+def test_nan_affects_only_its_pair():
     case = Case("ragged", "ragged")
     clean = case.forward()
     case.d[7, 3] = math.nan
@@ -259,7 +272,7 @@ def test_nan_spoils_its_own_pair_alone():
         (r"candidates must be -1 or below 5 documents; got -2 at \[3, 0\]", dict(candidates=[[0], [4], [0], [-2]])),
     ],
 )  # fmt: skip
-def test_what_leads_out_of_the_tokens_is_refused_before_anything_is_written(name, values):
+def test_offsets_and_candidates_out_of_range_are_refused_before_anything_is_written(name, values):
     case = Case("ragged", "candidates")
     for attribute, value in values.items():
         setattr(case, attribute, torch.tensor(value))
@@ -268,14 +281,10 @@ def test_what_leads_out_of_the_tokens_is_refused_before_anything_is_written(name
     scores, argmax = torch.full(case.shape, 7.0), torch.full((n_c, 39), -99, dtype=torch.int32)
     where = case.cu_q, case.cu_d, case.candidates
     with pytest.raises(ValueError, match=name):
-        native.forward_packed(
-            case.q, case.d, None, None, *where, scores, argmax, normalize=False, empty_score=-math.inf
-        )
+        forward(case.q, case.d, None, None, *where, scores, argmax, normalize=False, empty_score=-math.inf)
     assert (scores == 7).all() and (argmax == -99).all()
     with pytest.raises(ValueError, match=name):
-        native.backward_packed(
-            scores, case.q, case.d, argmax.fill_(-1), *where, normalize=False, needs_q=True, needs_d=True
-        )
+        backward(scores, case.q, case.d, argmax.fill_(-1), *where, normalize=False, needs_q=True, needs_d=True)
 
 
 @pytest.mark.parametrize(
@@ -286,33 +295,31 @@ def test_what_leads_out_of_the_tokens_is_refused_before_anything_is_written(name
     ],
     ids=str,
 )  # fmt: skip
-def test_nothing_anywhere(q_lengths, d_lengths, k):
+def test_empty_sides(q_lengths, d_lengths, k):
     q, d = torch.randn(sum(q_lengths), 8), torch.randn(sum(d_lengths), 8)
     n_c = len(d_lengths) if k is None else k
     candidates = None if k is None else torch.full((len(q_lengths), k), -1)
     scores = torch.full((len(q_lengths), n_c), math.nan)
     argmax = torch.full((n_c, len(q)), -99, dtype=torch.int32)
     where = cu(q_lengths), cu(d_lengths), candidates
-    native.forward_packed(q, d, None, None, *where, scores, argmax, normalize=True, empty_score=-3.0)
+    forward(q, d, None, None, *where, scores, argmax, normalize=True, empty_score=-3.0)
     for a, length in enumerate(q_lengths):
         if not length:
             assert (scores[a] == 0).all()
         elif not len(d):
             assert (scores[a] == -3).all() and (argmax == -1).all()
     options = dict(normalize=True, needs_q=True, needs_d=True)
-    for x, y in zip(
-        native.backward_packed(torch.ones_like(scores), q, d, argmax, *where, **options), (q, d), strict=True
-    ):
+    for x, y in zip(backward(torch.ones_like(scores), q, d, argmax, *where, **options), (q, d), strict=True):
         assert x.shape == y.shape and not x.isnan().any()
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-def test_a_corpus_mapped_from_a_file_that_may_only_be_read(tmp_path):
+def test_a_corpus_mapped_from_a_read_only_file(tmp_path):
     documents = torch.randn(60, 16)
     documents.numpy().tofile(tmp_path / "tokens")
     mapped = torch.from_numpy(numpy.memmap(tmp_path / "tokens", numpy.float32, "r", shape=(60, 16)))
     q, scores, expected = torch.randn(2, 5, 16), torch.empty(2, 3), torch.empty(2, 3)
     where = None, cu([10, 20, 30]), None
     for d, out in ((mapped, scores), (documents, expected)):
-        native.forward_packed(q, d, None, None, *where, out, NO_ARGMAX, normalize=False, empty_score=0.0)
+        forward(q, d, None, None, *where, out, NO_ARGMAX, normalize=False, empty_score=0.0)
     assert torch.equal(scores, expected)

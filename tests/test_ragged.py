@@ -81,16 +81,16 @@ def test_jagged_nested_tensors():
 
 def test_lists_are_not_padded(monkeypatch):
     """What reaches the operator is the real tokens; a nested tensor's are where they were."""
-    from latemax.ops import schema
+    from latemax.ops import operator
 
     q, d = items([3, 6]), items([5, 9, 2], seed=1)
     nested = torch.nested.nested_tensor(d, layout=torch.jagged)
     seen = []
-    real = schema.maxsim
-    monkeypatch.setattr(schema, "maxsim", lambda args, *rest: seen.append(args) or real(args, *rest))
+    real = operator.maxsim
+    monkeypatch.setattr(operator, "maxsim", lambda args, *rest: seen.append(args) or real(args, *rest))
     latemax.maxsim(q, nested)
-    assert seen[0].q.shape == (9, 16) and seen[0].d.shape == (16, 16)
-    assert seen[0].d.data_ptr() == nested.values().data_ptr()
+    assert seen[0].q.tokens.shape == (9, 16) and seen[0].d.tokens.shape == (16, 16)
+    assert seen[0].d.tokens.data_ptr() == nested.values().data_ptr()
     assert latemax.explain(q, d).backend == "cpu"
 
 

@@ -4,16 +4,18 @@ import types
 
 import pytest
 import torch
-from common import GPU, TRITON_DEVICE, problem
+from common import GPU, TRITON_DEVICE, batch, problem
 
 import latemax
-from latemax._check import Problem
-from latemax.ops import select, tiles
+from latemax.arguments.check import BACKENDS
+from latemax.ops import dispatch, tiles
+from latemax.ops.backends import cuda, native, triton
+from latemax.ops.backends.base import Status
+from latemax.ops.problem import Problem
 
 SMALL = Problem(
-    own=False, n_q=1, n_d=10, l_q=32, l_d=196, dim=128, q_dtype=torch.bfloat16, d_dtype=torch.bfloat16,
-    device=torch.device("cpu"), q_masked=False, d_masked=False, normalize=False, argmax=False, train=False,
-    matmul_precision="highest",
+    device=torch.device("cpu"), q_dtype=torch.bfloat16, d_dtype=torch.bfloat16, matmul_precision="highest", dim=128,
+    n_q=1, l_q=32, q_ragged=False, own=False, candidates=False, normalize=False, argmax=False,
 )  # fmt: skip
 
 
@@ -32,10 +34,8 @@ def test_explain_names_the_tile_and_where_it_was_found():
     assert "tile: " in choice.why
 
 
-@pytest.mark.parametrize("backend", latemax._check.BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_explain_says_is_what_runs(backend, monkeypatch):
-    from latemax.ops import cpu_backend, native_cpu_backend
-
     q, d = problem((2, 3, 4, 9, 16), device=TRITON_DEVICE if backend == "triton" else "cpu")
     try:
         choice = latemax.explain(q, d, backend=backend)
@@ -45,34 +45,55 @@ def test_what_explain_says_is_what_runs(backend, monkeypatch):
             latemax.maxsim(q, d, backend=backend)
         return
     ran = []
-    monkeypatch.setattr(cpu_backend, "forward", lambda *_, **__: ran.append("cpu"))
-    if native_cpu_backend._cpu is not None:
-        native = types.SimpleNamespace(forward=lambda *_: ran.append("native"), levels=native_cpu_backend._cpu.levels)
-        monkeypatch.setattr(native_cpu_backend, "_cpu", native)
-    monkeypatch.setattr(latemax.ops.launch.reference, "maxsim", lambda *_, **__: ran.append("reference") or (q, q))
-    from latemax.ops import triton_backend
-
-    monkeypatch.setattr(triton_backend, "forward", lambda *_, **__: ran.append("triton"))
-    # with a mask too: plain calls go to the native kernel by a shorter way
+    for name, module in dispatch.MODULES.items():
+        monkeypatch.setattr(module, "forward", lambda *_, name=name: ran.append(name))
+    if native._cpu is not None:
+        kernel = types.SimpleNamespace(forward=lambda *_: ran.append("native"), levels=native._cpu.levels)
+        monkeypatch.setattr(native, "_cpu", kernel)
+    # with a mask too: calls without one take the fast path to the native kernel
     for mask in (None, torch.ones(d.shape[:-1], dtype=torch.bool, device=d.device)):
         ran.clear()
         latemax.maxsim(q, d, d_mask=mask, backend=backend)
-        assert ran == ["native" if choice.native else choice.backend]
+        expected = choice.backend if choice.backend != "cpu" else "native" if choice.native else "blocks"
+        assert ran == [expected]
+
+
+def test_explain_gives_the_reason_of_every_other_backend():
+    q, d = problem((2, 3, 4, 9, 16), dtype=torch.float64)
+    choice = latemax.explain(q, d)
+    assert choice.backend == "cpu" and not choice.native
+    assert choice.notes == (native.why_not(dispatch.problem_of(batch(q, d, None, None), argmax=False)),)
+    half = latemax.explain(*problem((2, 3, 4, 9, 16), dtype=torch.float16))
+    assert not half.native or half.notes == ("blocks can run this too; native comes first",)
+
+
+def test_an_unknown_length_meets_a_known_problem(fresh_plan):
+    """Neither the number nor the length of documents is part of a problem: a new one is no new choice."""
+    for n_d, l_d in ((3, 9), (4, 9), (3, 90)):
+        latemax.explain(*problem((2, n_d, 4, l_d, 16)))
+    assert dispatch.plan_for.cache_info().misses == 1
 
 
 CUDA = torch.device("cuda", 0)
 
 
-def test_the_cuda_kernels_say_what_they_cannot_take(monkeypatch, fresh_choice):
+def pretend(monkeypatch, *, capability=90, cuda_status=(True, ""), triton_status=(True, "")):
+    """A machine with a GPU of this compute capability and with these answers."""
+    for module in (cuda, triton):
+        monkeypatch.setattr(module, "capability", lambda device: capability)
+    monkeypatch.setattr(cuda, "status", lambda: Status(*cuda_status))
+    monkeypatch.setattr(triton, "status", lambda: Status(*triton_status))
+    dispatch.plan_for.cache_clear()
+
+
+def test_the_cuda_kernels_say_what_they_cannot_take(monkeypatch, fresh_plan):
     half = SMALL._replace(device=CUDA)
-    monkeypatch.setattr(select, "capability", lambda device: 90)
-    monkeypatch.setattr(select, "cuda_status", lambda: (False, "built for no chip"))
+    pretend(monkeypatch, cuda_status=(False, "built for no chip"))
     with pytest.raises(RuntimeError, match="backend='cuda' cannot run: built for no chip"):
-        select.choose(half, "cuda")
-    select.choose.cache_clear()
-    monkeypatch.setattr(select, "cuda_status", lambda: (True, ""))
-    choice = select.choose(half, "cuda")
-    assert choice.backend == "cuda" and "asked for by name" in choice.why and "Triton" in choice.notes[0]
+        dispatch.plan_for(half, "cuda")
+    pretend(monkeypatch)
+    plan = dispatch.plan_for(half, "cuda")
+    assert plan.backend == "cuda" and "asked for by name" in plan.why and "Triton" in plan.notes[0]
     for change, reason in (
         (dict(device=torch.device("cpu")), "the tensors are on cpu"),
         (dict(dim=100), "dim must be a multiple of 8, not 100"),
@@ -81,51 +102,53 @@ def test_the_cuda_kernels_say_what_they_cannot_take(monkeypatch, fresh_choice):
         (dict(q_dtype=torch.float32, d_dtype=torch.float32), "both float16 or both bfloat16"),
     ):
         with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run: .*{reason}"):
-            select.choose(half._replace(**change), "cuda")
-    monkeypatch.setattr(select, "capability", lambda device: 75)
+            dispatch.plan_for(half._replace(**change), "cuda")
+    pretend(monkeypatch, capability=75)
     with pytest.raises(RuntimeError, match=r"compute capability 7.5 is below 8.0"):
-        select.choose(half._replace(n_d=11), "cuda")
+        dispatch.plan_for(half, "cuda")
 
 
-def test_auto_takes_the_cuda_kernels_only_where_the_table_says_they_were_faster(monkeypatch, fresh_choice):
-    monkeypatch.setattr(select, "capability", lambda device: 90)
-    monkeypatch.setattr(select, "cuda_status", lambda: (True, ""))
-    monkeypatch.setattr(select, "triton_status", lambda: (True, ""))
-    untimed = select.choose(SMALL._replace(device=CUDA), "auto")
+def test_auto_takes_the_cuda_kernels_only_where_the_table_says_they_were_faster(monkeypatch, fresh_plan):
+    pretend(monkeypatch)
+    untimed = dispatch.plan_for(SMALL._replace(device=CUDA), "auto")
     assert tiles.CUDA_FASTER == () and untimed.backend == "triton" and "not timed" in untimed.notes[0]
     monkeypatch.setattr(tiles, "CUDA_FASTER", (tiles.CudaRow(90, 128, 64, "measured by a test"),))
     for change, backend in (({}, "cuda"), (dict(dim=136), "triton"), (dict(l_q=65), "triton"), (dict(n_q=2), "cuda")):
-        select.choose.cache_clear()
-        choice = select.choose(SMALL._replace(device=CUDA, **change), "auto")
-        assert choice.backend == backend and (backend == "triton" or choice.why == "measured by a test")
+        dispatch.plan_for.cache_clear()
+        plan = dispatch.plan_for(SMALL._replace(device=CUDA, **change), "auto")
+        assert plan.backend == backend and (backend == "triton" or plan.why == "measured by a test")
 
 
 @pytest.fixture
-def fresh_choice():
-    """A choice is remembered: forget it around a test that changes what the machine says of itself."""
-    select.choose.cache_clear()
+def fresh_plan():
+    """Plans are remembered: forget them around a test that changes what the machine says about itself."""
+    dispatch.plan_for.cache_clear()
     yield
-    select.choose.cache_clear()
+    dispatch.plan_for.cache_clear()
 
 
-def test_triton_without_a_gpu_is_refused_outside_the_interpreter(monkeypatch, fresh_choice):
-    monkeypatch.setattr(select, "interpreted", lambda: False)
-    monkeypatch.setattr(select, "triton_status", lambda: (True, ""))
+def test_triton_without_a_gpu_is_refused_outside_the_interpreter(monkeypatch, fresh_plan):
+    pretend(monkeypatch, cuda_status=(False, "not built"))
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
     with pytest.raises(ValueError, match="backend='triton' needs tensors on a CUDA device; got cpu"):
-        select.choose(SMALL, "triton")
-    monkeypatch.setattr(select, "triton_status", lambda: (False, "triton is not installed"))
-    with pytest.raises(RuntimeError, match="needs triton: triton is not installed"):
-        select.choose(SMALL._replace(device=torch.device("cuda", 0)), "auto")
+        dispatch.plan_for(SMALL, "triton")
+    pretend(monkeypatch, cuda_status=(False, "not built"), triton_status=(False, "triton is not installed"))
+    with pytest.raises(
+        RuntimeError, match=r"cannot run on cuda:0: cuda: not built; .*needs triton: triton is not inst"
+    ):
+        dispatch.plan_for(SMALL._replace(device=CUDA), "auto")
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: it needs triton: triton is not installed"):
+        dispatch.plan_for(SMALL._replace(device=CUDA), "triton")
 
 
-def test_float64_on_an_old_triton_is_said_not_compiled(monkeypatch, fresh_choice):
-    monkeypatch.setattr(select, "triton_status", lambda: (True, ""))
-    monkeypatch.setattr(select, "float64_products", lambda: False)
-    double = SMALL._replace(q_dtype=torch.float64, device=torch.device("cuda", 0))
-    assert select.choose(double, "auto").backend == "reference"
-    assert "triton older than 3.6" in select.choose(double, "auto").why
-    with pytest.raises(RuntimeError, match="cannot run float64"):
-        select.choose(double, "triton")
+def test_float64_on_an_old_triton_is_said_not_compiled(monkeypatch, fresh_plan):
+    pretend(monkeypatch, cuda_status=(False, "not built"))
+    monkeypatch.setattr(triton, "float64_products", lambda: False)
+    double = SMALL._replace(q_dtype=torch.float64, device=CUDA)
+    plan = dispatch.plan_for(double, "auto")
+    assert plan.backend == "reference" and any("float64 needs triton 3.6" in note for note in plan.notes)
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: float64 needs triton 3\.6"):
+        dispatch.plan_for(double, "triton")
 
 
 def test_kinds_of_product():
@@ -138,7 +161,7 @@ def test_kinds_of_product():
     }
     for (dtype, precision), expected in kinds.items():
         p = SMALL._replace(q_dtype=dtype, d_dtype=dtype, matmul_precision=precision)
-        assert select.kind(p) == expected
+        assert triton.kind(p) == expected
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120, 75])
@@ -163,17 +186,15 @@ def test_rows_of_the_table_are_reachable_and_in_order():
 
 
 def test_short_queries_are_packed_where_they_share_documents():
-    from latemax.ops.triton_backend import packed
-
     tile = tiles.TileConfig(128, 128, 128, True, 8, 3)
-    assert packed(tile, l_q=32, n_q=100, own=False) == 4
-    assert packed(tile, l_q=20, n_q=100, own=False) == 4
-    assert packed(tile, l_q=20, n_q=100, own=True) == 1
-    assert packed(tile, l_q=1030, n_q=100, own=False) == 1
-    assert packed(tile, l_q=32, n_q=1, own=False) == 1
+    assert triton.queries_per_tile(tile, l_q=32, n_q=100, own=False) == 4
+    assert triton.queries_per_tile(tile, l_q=20, n_q=100, own=False) == 4
+    assert triton.queries_per_tile(tile, l_q=20, n_q=100, own=True) == 1
+    assert triton.queries_per_tile(tile, l_q=1030, n_q=100, own=False) == 1
+    assert triton.queries_per_tile(tile, l_q=32, n_q=1, own=False) == 1
 
 
-def test_warmup_runs_what_it_is_told():
+def test_warmup_runs_the_given_form():
     choice = latemax.warmup(
         dim=32, l_q=8, n_q=2, dtype=torch.float32, device=TRITON_DEVICE, q_masked=True, d_masked=True, own=True,
         normalize=True, train=True, backend="triton",
@@ -188,8 +209,8 @@ def test_warmup_runs_what_it_is_told():
 
 
 def test_backend_status_names_every_backend():
-    status = select.backend_status()
-    assert set(status) == set(latemax._check.BACKENDS) - {"auto"}
+    status = dispatch.backend_status()
+    assert set(status) == set(BACKENDS) - {"auto"}
     assert status["cpu"][0] and status["reference"][0] and not status["cuda"][0]
     assert all(isinstance(reason, str) and reason for _, reason in status.values())
     assert GPU or "interpreted" in status["triton"][1]

@@ -1,6 +1,7 @@
 /* What a thread block works on: which query block against which document, and where both lie. */
 #pragma once
 
+#include "maxsim_cuda.h"
 #include "plan.h"
 #include "ptx.h"
 
@@ -9,6 +10,7 @@ namespace latemax {
 /* What every forward kernel is given. */
 struct Forward {
     maxsim_args a;
+    Workspace work;
     Plan plan;
 };
 
@@ -66,25 +68,26 @@ struct Walk {
     int64_t rest_, round_ = 0, step_ = 0, last_ = 0, from_ = 0, to_ = 0;
 };
 
-/* The queries of one group. */
-struct Group {
+/* One query, or one chunk of it, in a query block. */
+struct Segment {
     int64_t query;
-    int chunk, count;  // count = 0: there is no such group
+    int chunk;
+    bool exists;
 };
 
-__device__ inline Group group_of(const Forward &f, int64_t block, int team) {
+__device__ inline Segment segment_of(const Forward &f, int64_t block, int i) {
     const Plan &p = f.plan;
     if (f.a.own) {
-        const int64_t per = (p.groups + p.teams - 1) / p.teams;
-        const int chunk = static_cast<int>(block % per) * p.teams + team;
-        return {block / per, chunk, chunk < p.groups};
+        const int64_t per = (p.chunks + p.segments - 1) / p.segments;
+        const int chunk = static_cast<int>(block % per) * p.segments + i;
+        return {block / per, chunk, chunk < p.chunks};
     }
-    const int64_t group = block * p.teams + team;
-    if (group >= p.groups) return {0, 0, 0};
-    if (p.chunks > 1) return {group / p.chunks, static_cast<int>(group % p.chunks), 1};
-    const int64_t left = f.a.n_q - group * p.pack;
-    return {group * p.pack, 0, static_cast<int>(left < p.pack ? left : p.pack)};
+    const int64_t index = block * p.segments + i;
+    if (p.chunks == 1) return {index, 0, index < f.a.n_q};
+    return {index / p.chunks, static_cast<int>(index % p.chunks), index < f.a.n_q * p.chunks};
 }
+/* The query whose documents a block walks: its only one where queries have their own, else any. */
+__device__ inline int64_t owner_of(const Forward &f, int64_t block) { return f.a.own ? segment_of(f, block, 0).query : 0; }
 
 /* Where a query's tokens lie. */
 struct Query {
@@ -102,17 +105,23 @@ __device__ inline Query span(const int64_t *offsets, int64_t i, int64_t tokens) 
 }
 
 __device__ inline Query query_of(const maxsim_args &a, int64_t query) {
-    if (!a.q_offsets) return {0, static_cast<int>(a.l_q)};
-    return span(a.q_offsets, query, a.q_tokens);
+    if (!a.q.offsets) return {0, static_cast<int>(a.q.l)};
+    return span(a.q.offsets, query, a.q.total);
 }
 __device__ inline bool query_keeps(const maxsim_args &a, int64_t query, const Query &q, int token) {
-    if (!a.q_mask) return true;
-    const int64_t at = a.q_offsets ? (q.start + token) * a.q_mask_stride_l
-                                   : query * a.q_mask_stride_n + token * a.q_mask_stride_l;
-    return a.q_mask[at] != 0;
+    if (!a.q.mask) return true;
+    const int64_t at = a.q.offsets ? (q.start + token) * a.q.mask_stride_l
+                                   : query * a.q.mask_stride_n + token * a.q.mask_stride_l;
+    return a.q.mask[at] != 0;
 }
-__device__ inline float query_scale(const maxsim_args &a, int64_t query, const Query &q, int token) {
-    return a.q_inverse_norms[(a.q_offsets ? q.start : query * a.l_q) + token];
+__device__ inline float query_scale(const Forward &f, int64_t query, const Query &q, int token) {
+    const maxsim_args &a = f.a;
+    return f.work.q_inverse_norms[(a.q.offsets ? q.start : query * a.q.l) + token];
+}
+
+/* A query's argmax against its candidate c, one a token. */
+__device__ inline int32_t *argmax_of(const maxsim_args &a, int64_t query, const Query &q, int64_t c) {
+    return a.argmax + (a.q.offsets ? c * a.q.total + q.start : (query * a.n_c + c) * a.q.l);
 }
 
 /* Where a document's tokens lie. */
@@ -122,31 +131,35 @@ struct Document {
     int length;
 };
 
-__device__ inline Document document_of(const maxsim_args &a, int64_t query, int64_t c) {
+__device__ inline Document document_of(const Forward &f, int64_t query, int64_t c) {
+    const maxsim_args &a = f.a;
     const int64_t owner = a.own ? query : 0;
-    if (!a.d_offsets) return {owner, c, 0, a.d_lengths ? a.d_lengths[owner * a.n_c + c] : static_cast<int>(a.l_d)};
+    if (!a.d.offsets) return {owner, c, 0, f.work.d_lengths ? f.work.d_lengths[owner * a.n_c + c] : static_cast<int>(a.d.l)};
     const int64_t id = a.candidates ? a.candidates[query * a.n_c + c] : c;
-    if (id < 0 || id >= a.n_documents) return {0, 0, 0, 0};
-    const Query rows = span(a.d_offsets, id, a.d_tokens);
-    return {0, 0, rows.start, a.d_lengths ? a.d_lengths[id] : rows.length};
+    if (id < 0 || id >= a.d.n) return {0, 0, 0, 0};
+    const Query rows = span(a.d.offsets, id, a.d.total);
+    return {0, 0, rows.start, f.work.d_lengths ? f.work.d_lengths[id] : rows.length};
 }
 /* A number that is neither a document nor -1: scored NaN, where refusing it would take a synchronisation. */
 __device__ inline bool broken_candidate(const maxsim_args &a, int64_t query, int64_t c) {
     if (!a.candidates) return false;
     const int64_t id = a.candidates[query * a.n_c + c];
-    return id < -1 || id >= a.n_documents;
+    return id < -1 || id >= a.d.n;
 }
 
+__device__ inline bool document_keeps(const maxsim_args &a, const Document &d, int row) {
+    if (row >= d.length) return false;
+    if (!a.d.mask) return true;
+    const int64_t at = a.d.offsets ? (d.start + row) * a.d.mask_stride_l
+                                   : d.owner * a.d.mask_stride_q + d.number * a.d.mask_stride_n + row * a.d.mask_stride_l;
+    return a.d.mask[at] != 0;
+}
 /* What a similarity with this document token is multiplied with; negative: the token is masked or there is none. */
-__device__ inline float row_scale(const maxsim_args &a, const Document &d, int row) {
-    if (row >= d.length) return -1.0f;
-    if (a.d_mask) {
-        const int64_t at = a.d_offsets ? (d.start + row) * a.d_mask_stride_l
-                                       : d.owner * a.d_mask_stride_q + d.number * a.d_mask_stride_n + row * a.d_mask_stride_l;
-        if (!a.d_mask[at]) return -1.0f;
-    }
+__device__ inline float row_scale(const Forward &f, const Document &d, int row) {
+    const maxsim_args &a = f.a;
+    if (!document_keeps(a, d, row)) return -1.0f;
     if (!a.normalize) return 1.0f;
-    return a.d_inverse_norms[a.d_offsets ? d.start + row : (d.owner * a.n_c + d.number) * a.l_d + row];
+    return f.work.d_inverse_norms[a.d.offsets ? d.start + row : (d.owner * a.n_c + d.number) * a.d.l + row];
 }
 
 }  // namespace latemax

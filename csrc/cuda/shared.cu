@@ -32,22 +32,23 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 /* A warp a document: masked tokens behind the last kept one are neither read nor multiplied. */
-__global__ void __launch_bounds__(THREADS) lengths(const __grid_constant__ maxsim_args a, int64_t documents) {
+__global__ void __launch_bounds__(THREADS) lengths(const __grid_constant__ Forward f, int64_t documents) {
+    const maxsim_args &a = f.a;
     const int thread = ptx::thread_index(), lane = thread % 32;
     const int64_t step = static_cast<int64_t>(ptx::grid_size()) * (THREADS / 32);
     for (int64_t id = static_cast<int64_t>(ptx::block_index()) * (THREADS / 32) + thread / 32; id < documents; id += step) {
-        const Query rows = a.d_offsets ? span(a.d_offsets, id, a.d_tokens) : Query{0, static_cast<int>(a.l_d)};
+        const Query rows = a.d.offsets ? span(a.d.offsets, id, a.d.total) : Query{0, static_cast<int>(a.d.l)};
         const int64_t length = rows.length;
-        const uint8_t *mask = a.d_mask + (a.d_offsets ? rows.start * a.d_mask_stride_l
-                                                      : id / a.n_c * a.d_mask_stride_q + id % a.n_c * a.d_mask_stride_n);
+        const uint8_t *mask = a.d.mask + (a.d.offsets ? rows.start * a.d.mask_stride_l
+                                                      : id / a.n_c * a.d.mask_stride_q + id % a.n_c * a.d.mask_stride_n);
         int end = 0;
         for (int64_t i = lane; i < length; i += 32)
-            if (mask[i * a.d_mask_stride_l]) end = static_cast<int>(i) + 1;
+            if (mask[i * a.d.mask_stride_l]) end = static_cast<int>(i) + 1;
         for (int other = 16; other > 0; other /= 2) {
             const int theirs = ptx::shuffle_xor(end, other);
             end = theirs > end ? theirs : end;
         }
-        if (lane == 0) a.d_lengths[id] = end;
+        if (lane == 0) f.work.d_lengths[id] = end;
     }
 }
 
@@ -69,28 +70,38 @@ void norms(const maxsim_args &a, const void *x, float *out, int64_t m, int64_t n
            int64_t stride_n, int64_t stride_l, Stream stream) {
     const int64_t rows = m * n * l;
     if (!rows) return;
-    launch(a.q_dtype == MAXSIM_BF16 ? inverse_norms<BF16> : inverse_norms<F16>, blocks(rows, THREADS / 32), THREADS, 0,
+    launch(a.q.dtype == MAXSIM_BF16 ? inverse_norms<BF16> : inverse_norms<F16>, blocks(rows, THREADS / 32), THREADS, 0,
            stream, static_cast<const uint16_t *>(x), out, rows, n, l, stride_m, stride_n, stride_l, static_cast<int>(a.dim));
 }
 
 }  // namespace
 
-void launch_norms(const maxsim_args &a, Stream stream) {
-    if (a.q_offsets) norms(a, a.q, a.q_inverse_norms, 1, 1, a.q_tokens, 0, 0, a.q_stride_l, stream);
-    else norms(a, a.q, a.q_inverse_norms, 1, a.n_q, a.l_q, 0, a.q_stride_n, a.q_stride_l, stream);
-    if (a.d_offsets) norms(a, a.d, a.d_inverse_norms, 1, 1, a.d_tokens, 0, 0, a.d_stride_l, stream);
-    else norms(a, a.d, a.d_inverse_norms, a.own ? a.n_q : 1, a.n_c, a.l_d, a.d_stride_q, a.d_stride_n, a.d_stride_l, stream);
+void prepare_shared(const Device &device) {
+    prepare(inverse_norms<BF16>, device.shared_block);
+    prepare(inverse_norms<F16>, device.shared_block);
+    prepare(lengths, device.shared_block);
+    prepare(sum_parts, device.shared_block);
 }
 
-void launch_lengths(const maxsim_args &a, Stream stream) {
-    const int64_t documents = a.d_offsets ? a.n_documents : (a.own ? a.n_q : 1) * a.n_c;
-    if (documents) launch(lengths, blocks(documents, THREADS / 32), THREADS, 0, stream, a, documents);
+void launch_norms(const Forward &f, bool documents, Stream stream) {
+    const maxsim_args &a = f.a;
+    if (a.q.offsets) norms(a, a.q.tokens, f.work.q_inverse_norms, 1, 1, a.q.total, 0, 0, a.q.stride_l, stream);
+    else norms(a, a.q.tokens, f.work.q_inverse_norms, 1, a.n_q, a.q.l, 0, a.q.stride_n, a.q.stride_l, stream);
+    if (!documents) return;
+    if (a.d.offsets) norms(a, a.d.tokens, f.work.d_inverse_norms, 1, 1, a.d.total, 0, 0, a.d.stride_l, stream);
+    else norms(a, a.d.tokens, f.work.d_inverse_norms, a.own ? a.n_q : 1, a.n_c, a.d.l, a.d.stride_q, a.d.stride_n, a.d.stride_l, stream);
+}
+
+void launch_lengths(const Forward &f, Stream stream) {
+    const maxsim_args &a = f.a;
+    const int64_t documents = a.d.offsets ? a.d.n : (a.own ? a.n_q : 1) * a.n_c;
+    if (documents) launch(lengths, blocks(documents, THREADS / 32), THREADS, 0, stream, f, documents);
 }
 
 void launch_sum(const Forward &f, Stream stream) {
     const int64_t n = f.a.n_q * f.a.n_c;
-    launch(sum_parts, blocks(n, THREADS), THREADS, 0, stream, static_cast<const float *>(f.a.partial),
-           static_cast<float *>(f.a.scores), n, f.plan.chunks);
+    launch(sum_parts, blocks(n, THREADS), THREADS, 0, stream, f.work.partial,
+           f.a.scores, n, f.plan.chunks);
 }
 
 }  // namespace latemax

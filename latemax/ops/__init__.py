@@ -1,1 +1,1 @@
-"""The operator: choose (select, tiles), launch (launch, *_backend), differentiate (autograd), register (schema)."""
+"""The operator: a call as data (problem), the choice and launch (dispatch, backends), torch's view of it (operator)."""

@@ -82,18 +82,17 @@ Tensor tokens(maxsim_dtype dtype, int64_t n, int64_t dim, bool masked, Values va
 struct Case {
     maxsim_args args{};
     Tensor q, d;
-    std::vector<int64_t> cu_q, cu_d, candidates;
-    bool own = false;
+    std::vector<int64_t> q_offsets, d_offsets, candidates;
 };
 
 int64_t offset(const std::vector<int64_t> &cu, int64_t n, int64_t length) { return cu.empty() ? n * length : cu[n]; }
 
-/* Counts in `wrong` what is no winner of its token, within the tolerance of a similarity. */
+/* Adds to `wrong` each argmax that is not one, within the tolerance of a similarity. */
 double pair_score(const Case &c, int64_t a, int64_t slot, const int32_t *argmax, double tolerance, int &wrong) {
     const maxsim_args &args = c.args;
-    int64_t document = args.candidates ? args.candidates[a * args.n_c + slot] : c.own ? a * args.n_c + slot : slot;
-    const int64_t first = document < 0 ? 0 : offset(c.cu_d, document, args.l_d);
-    const int64_t past = document < 0 ? 0 : offset(c.cu_d, document + 1, args.l_d);
+    int64_t document = args.candidates ? args.candidates[a * args.n_c + slot] : args.own ? a * args.n_c + slot : slot;
+    const int64_t first = document < 0 ? 0 : offset(c.d_offsets, document, args.d.l);
+    const int64_t end = document < 0 ? 0 : offset(c.d_offsets, document + 1, args.d.l);
     const int64_t dim = args.dim;
     auto norm = [&](const Tensor &t, int64_t row) {
         if (!args.normalize) return 1.0;
@@ -101,36 +100,36 @@ double pair_score(const Case &c, int64_t a, int64_t slot, const int32_t *argmax,
         for (int64_t k = 0; k < dim; ++k) squares += t.get(row * dim + k) * t.get(row * dim + k);
         return std::sqrt(squares) < 1e-12 ? 1e-12 : std::sqrt(squares);
     };
-    const int64_t first_token = offset(c.cu_q, a, args.l_q);
-    const int32_t *won = argmax + (c.cu_q.empty() ? (a * args.n_c + slot) * args.l_q : slot * args.l_q + first_token);
+    const int64_t first_token = offset(c.q_offsets, a, args.q.l);
+    const int32_t *argmax_row = argmax + (c.q_offsets.empty() ? (a * args.n_c + slot) * args.q.l : slot * args.q.total + first_token);
     double total = 0;
     bool some_query = false, some_document = false;
-    for (int64_t i = offset(c.cu_q, a, args.l_q); i < offset(c.cu_q, a + 1, args.l_q); ++i) {
-        const int32_t winner = won[i - first_token];
+    for (int64_t i = offset(c.q_offsets, a, args.q.l); i < offset(c.q_offsets, a + 1, args.q.l); ++i) {
+        const int32_t at = argmax_row[i - first_token];
         if (!c.q.mask.empty() && !c.q.mask[i]) {
-            wrong += winner != -1;
+            wrong += at != -1;
             continue;
         }
         some_query = true;
-        double best = -INF, of_winner = -INF;
+        double best = -INF, at_similarity = -INF;
         int64_t first_nan = -1;
         bool valid = false;
-        for (int64_t j = first; j < past; ++j) {
+        for (int64_t j = first; j < end; ++j) {
             if (!c.d.mask.empty() && !c.d.mask[j]) continue;
             some_document = true;
             double s = 0;
             for (int64_t k = 0; k < dim; ++k) s += c.q.get(i * dim + k) * c.d.get(j * dim + k);
             s /= norm(c.q, i) * norm(c.d, j);
             if (std::isnan(s) && first_nan < 0) first_nan = j - first;
-            if (j - first == winner) of_winner = s, valid = true;
+            if (j - first == at) at_similarity = s, valid = true;
             best = std::isnan(best) || std::isnan(s) ? NOT_A_NUMBER : std::fmax(best, s);
         }
-        if (first == past || !some_document)
-            wrong += winner != -1;
+        if (first == end || !some_document)
+            wrong += at != -1;
         else if (first_nan >= 0)
-            wrong += winner != first_nan;
+            wrong += at != first_nan;
         else
-            wrong += !valid || !(of_winner == best || of_winner >= best - tolerance - 1e-5 * std::fabs(best));
+            wrong += !valid || !(at_similarity == best || at_similarity >= best - tolerance - 1e-5 * std::fabs(best));
         total += best;
     }
     return !some_query ? 0 : some_document ? total : args.empty_score;
@@ -144,14 +143,13 @@ struct Results {
 
 Results run(Case &c, const latemax::Level &level, int threads) {
     maxsim_args args = c.args;
-    const int64_t q_tokens = args.q_offsets ? args.l_q : args.n_q * args.l_q;
-    Results r{std::vector<float>(args.n_q * args.n_c, 7), std::vector<int32_t>(q_tokens * args.n_c, -99),
+    Results r{std::vector<float>(args.n_q * args.n_c, 7), std::vector<int32_t>(args.q.total * args.n_c, -99),
               std::vector<char>(c.q.bytes.size(), 1), std::vector<char>(c.d.bytes.size(), 1)};
     args.scores = r.scores.data(), args.argmax = r.argmax.data();
     latemax::forward(args, level, threads);
     std::vector<float> g(args.n_q * args.n_c);
     for (size_t i = 0; i < g.size(); ++i) g[i] = static_cast<float>(i % 7) - 3;
-    latemax::backward(args, {g.data(), args.n_c, 1, c.own, r.grad_q.data(), r.grad_d.data()}, level, threads);
+    latemax::backward(args, {g.data(), args.n_c, 1, r.grad_q.data(), r.grad_d.data()}, level, threads);
     return r;
 }
 
@@ -171,26 +169,28 @@ int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normali
     Case c;
     maxsim_args &a = c.args;
     const int documents = form >> 1;
-    a.n_q = 3, a.n_c = documents == 3 ? 6 : 5, a.l_q = 21;
+    a.n_q = 3, a.n_c = documents == 3 ? 6 : 5, a.q.l = 21;
     /* tiles of 32 elements and 16 tokens that end within, and that do not */
     const bool even = (documents + values + masked + normalize) % 2;
-    a.dim = even ? 64 : 67, a.l_d = even ? 41 : 25;
-    if (form & 1) c.cu_q = lengths(a.n_q, 40), a.l_q = c.cu_q.back();
-    c.own = documents == 1;
-    if (documents >= 2) a.n_documents = a.n_c = documents == 3 ? 6 : 5, c.cu_d = lengths(a.n_documents, 50), a.l_d = c.cu_d.back();
+    a.dim = even ? 64 : 67, a.d.l = even ? 41 : 25;
+    if (form & 1) c.q_offsets = lengths(a.n_q, 40), a.q.l = c.q_offsets.back();
+    a.own = documents == 1 || documents == 3;
+    if (documents >= 2) a.d.n = a.n_c = documents == 3 ? 6 : 5, c.d_offsets = lengths(a.d.n, 50), a.d.l = c.d_offsets.back();
     for (int64_t i = 0; documents == 3 && i < a.n_q * a.n_c; ++i) c.candidates.push_back(static_cast<int64_t>(random_bits() % 7) - 1);
-    const int64_t t_q = form & 1 ? a.l_q : a.n_q * a.l_q;
-    const int64_t t_d = documents >= 2 ? a.l_d : (c.own ? a.n_q : 1) * a.n_c * a.l_d;
+    const int64_t t_q = form & 1 ? a.q.l : a.n_q * a.q.l;
+    const int64_t t_d = documents >= 2 ? a.d.l : (documents == 1 ? a.n_q : 1) * a.n_c * a.d.l;
     c.q = tokens(dtype, t_q, a.dim, masked, values == DENORMAL ? ORDINARY : values);
     c.d = tokens(dtype, t_d, a.dim, masked, values);
-    a.q = c.q.bytes.data(), a.d = c.d.bytes.data(), a.q_dtype = a.d_dtype = dtype;
-    a.q_stride_n = a.l_q * a.dim, a.q_stride_l = a.dim, a.q_stride_k = 1;
-    a.d_stride_l = a.dim, a.d_stride_k = 1, a.d_stride_n = a.l_d * a.dim, a.d_stride_q = c.own ? a.n_c * a.d_stride_n : 0;
-    if (masked) a.q_mask = c.q.mask.data(), a.d_mask = c.d.mask.data();
-    a.q_mask_stride_n = a.l_q, a.q_mask_stride_l = a.d_mask_stride_l = 1;
-    a.d_mask_stride_n = a.l_d, a.d_mask_stride_q = c.own ? a.n_c * a.l_d : 0;
-    if (!c.cu_q.empty()) a.q_offsets = c.cu_q.data();
-    if (!c.cu_d.empty()) a.d_offsets = c.cu_d.data();
+    a.q.n = a.n_q, a.q.total = t_q, a.d.total = t_d;
+    if (documents < 2) a.d.n = a.n_c;
+    a.q.tokens = c.q.bytes.data(), a.d.tokens = c.d.bytes.data(), a.q.dtype = a.d.dtype = dtype;
+    a.q.stride_n = a.q.l * a.dim, a.q.stride_l = a.dim, a.q.stride_k = 1;
+    a.d.stride_l = a.dim, a.d.stride_k = 1, a.d.stride_n = a.d.l * a.dim, a.d.stride_q = documents == 1 ? a.n_c * a.d.stride_n : 0;
+    if (masked) a.q.mask = c.q.mask.data(), a.d.mask = c.d.mask.data();
+    a.q.mask_stride_n = a.q.l, a.q.mask_stride_l = a.d.mask_stride_l = 1;
+    a.d.mask_stride_n = a.d.l, a.d.mask_stride_q = documents == 1 ? a.n_c * a.d.l : 0;
+    if (!c.q_offsets.empty()) a.q.offsets = c.q_offsets.data();
+    if (!c.d_offsets.empty()) a.d.offsets = c.d_offsets.data();
     if (!c.candidates.empty()) a.candidates = c.candidates.data();
     a.empty_score = -3, a.normalize = normalize;
     const Results one = run(c, level, 1), three = run(c, level, 3);
@@ -214,7 +214,13 @@ int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normali
 
 }  // namespace
 
-int main() {
+/* driver ordinary|all: cases with ordinary values only, or with denormals, infinities and NaN too */
+int main(int argc, char **argv) {
+    if (argc != 2 || (std::strcmp(argv[1], "ordinary") && std::strcmp(argv[1], "all"))) {
+        std::fprintf(stderr, "usage: driver ordinary|all\n");
+        return 2;
+    }
+    const bool all = !std::strcmp(argv[1], "all");
     const latemax::Level *levels[8];
     const int n = latemax::levels(levels);
     int wrong = 0, cases = 0;
@@ -224,6 +230,7 @@ int main() {
                 for (Values values : {ORDINARY, DENORMAL, SPECIAL})
                     for (bool masked : {false, true})
                         for (bool normalize : {false, true}) {
+                            if (values != ORDINARY && !all) continue;
                             if (values == DENORMAL && (normalize || dtype == MAXSIM_F16)) continue;
                             wrong += check(form, dtype, values, masked, normalize, *levels[l]), ++cases;
                         }

@@ -1,0 +1,130 @@
+"""Validators: a canonical tensor, or a TypeError / ValueError that names the argument, the rule and what came.
+
+They read shapes, dtypes and devices. Values are read on the CPU only: elsewhere that would need a device sync.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latemax.ops.dispatch import BY_NAME
+
+BACKENDS = ("auto", *BY_NAME)
+FLOAT32_MAX = torch.finfo(torch.float32).max
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_options(*, normalize: Any, empty_score: Any, return_argmax: Any, backend: Any) -> float:
+    """Checks the keyword options; returns empty_score as a float."""
+    for name, value in (("normalize", normalize), ("return_argmax", return_argmax)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a Python bool, got {type(value).__module__}.{type(value).__name__}")
+    # numbers.Real is an abstract class: asking it takes 0.4 µs
+    if type(empty_score) is not float and (isinstance(empty_score, bool) or not isinstance(empty_score, numbers.Real)):
+        raise TypeError(f"empty_score must be a number, got {type(empty_score).__name__}")
+    empty_score = float(empty_score)
+    if FLOAT32_MAX < abs(empty_score) < math.inf:
+        raise ValueError(f"empty_score must be infinite or within the range of float32, got {empty_score}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    return empty_score
+
+
+def check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+
+
+def check_tokens(name: str, x: Any, dims: tuple[int, ...], shapes: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or a list of them, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor or a jagged nested tensor, got layout {x.layout}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.dim() not in dims:
+        raise ValueError(f"{name} must be {shapes}, got shape {list(x.shape)}")
+
+
+def as_mask(name: str, m: Any, of: str, x: Tensor) -> Tensor | None:
+    """Any bool, int or float mask of exactly ``x.shape[:-1]`` → bool."""
+    if m is None:
+        return None
+    if not isinstance(m, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(m).__name__}")
+    if m.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {m.layout}")
+    if m.dtype.is_complex:
+        raise TypeError(f"{name} must be bool, int or float, got {m.dtype}")
+    if m.shape != x.shape[:-1]:
+        raise ValueError(f"{name} must have the leading shape of {of}, {list(x.shape[:-1])}; got shape {list(m.shape)}")
+    if m.device != x.device:
+        raise ValueError(f"{name} must be on the device of {of}, {x.device}; got {m.device}")
+    return m if m.dtype == torch.bool else m != 0
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of x may be read: an ordinary CPU tensor, outside compilation and tracing."""
+    return (
+        x.device.type == "cpu"
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def as_int64(name: str, x: Any, dims: tuple[int, ...], shape: str, of: Tensor) -> Tensor:
+    """An int32 or int64 tensor on the device of the tokens → contiguous int64."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
+    if x.layout != torch.strided or x.dim() not in dims:
+        raise ValueError(f"{name} must be {shape}, got shape {list(x.shape)}")
+    if x.device != of.device:
+        raise ValueError(f"{name} must be on the device of the tokens, {of.device}; got {x.device}")
+    return x.to(torch.int64).contiguous()
+
+
+def as_offsets(name: str, x: Any, n: str, of: str, tokens: Tensor) -> Tensor:
+    """Offsets [n + 1] into tokens [t, dim] → int64. On a GPU the kernels stay inside the tokens whatever they hold."""
+    x = as_int64(name, x, (1,), f"[{n} + 1]", tokens)
+    if not len(x):
+        raise ValueError(f"{name} must be [{n} + 1], with at least one element; got shape {list(x.shape)}")
+    if readable(x):
+        if x[0] != 0:
+            raise ValueError(f"{name} must start at 0, got {x[0].item()}")
+        if bool((x[1:] < x[:-1]).any()):
+            at = int((x[1:] < x[:-1]).nonzero()[0, 0])
+            raise ValueError(f"{name} must never fall; got {x[at].item()}, {x[at + 1].item()} at {at}")
+        if x[-1] > len(tokens):
+            raise ValueError(f"{name} must end within the {len(tokens)} tokens of {of}; got {x[-1].item()}")
+    return x
+
+
+def as_candidates(name: str, x: Any, dims: tuple[int, ...], shape: str, n: int, of: Tensor) -> Tensor:
+    """Candidates: numbers of documents below n, or -1 → int64."""
+    x = as_int64(name, x, dims, shape, of)
+    if readable(x) and x.numel() and not (x.min() >= -1 and x.max() < n):
+        wrong = x[(x < -1) | (x >= n)][0].item()
+        raise ValueError(f"{name} must be numbers of documents, 0 to {n - 1}, or -1 for an empty slot; got {wrong}")
+    return x
+
+
+def check_together(q: Tensor, d: Tensor, d_name: str = "d") -> None:
+    """The rules for every form of q and d."""
+    if q.device != d.device:
+        raise ValueError(f"q and {d_name} must be on one device; got q on {q.device} and {d_name} on {d.device}")
+    dim = q.shape[-1]
+    if d.shape[-1] != dim:
+        raise ValueError(
+            f"q and {d_name} must have the same dim (last axis); got q {list(q.shape)} and {d_name} {list(d.shape)}"
+        )
+    if dim < 1:
+        raise ValueError(f"dim (last axis of q and {d_name}) must be at least 1; got q {list(q.shape)}")

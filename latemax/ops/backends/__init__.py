@@ -1,0 +1,1 @@
+"""One file a backend; ``base.Backend`` is what each of them offers."""

@@ -1,0 +1,60 @@
+"""Helpers shared by backends that pass raw pointers. csrc/binding.h reads what ``call`` writes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latemax.ops.problem import Batch, Outputs, Side
+
+# maxsim_dtype of csrc/maxsim.h
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+def load(name: str) -> tuple[Any, str]:
+    """The extension ``latemax.ops.<name>`` or None, and why there is none; empty if there is."""
+    try:
+        return importlib.import_module(f"latemax.ops.{name}"), ""
+    except ImportError as error:
+        return None, "not built" if isinstance(error, ModuleNotFoundError) else str(error)
+
+
+def address(x: Tensor | None) -> int:
+    """0 for None. A tensor whose memory was freed is refused: a kernel would read address 0."""
+    if x is None:
+        return 0
+    at = x.data_ptr()
+    if not at and x.numel():
+        raise RuntimeError(f"the memory of a tensor of shape {list(x.shape)} has been freed")
+    return at
+
+
+def side(s: Side) -> tuple:
+    tokens, mask, offsets = s.tokens, s.mask, s.offsets
+    return (
+        DTYPES[tokens.dtype], address(tokens), tokens.shape, tokens.stride(), address(offsets),
+        0 if offsets is None else len(offsets) - 1, address(mask), None if mask is None else mask.stride(),
+    )  # fmt: skip
+
+
+def call(b: Batch, shape: tuple[int, ...], scores: Tensor | None, argmax: Tensor | None) -> tuple:
+    """The positional arguments that ``read_call`` of csrc/binding.h reads. shape: [n_q, n_d]."""
+    return (
+        *side(b.q), *side(b.d), address(b.candidates), b.own, shape, address(scores), address(argmax), b.normalize,
+        b.empty_score,
+    )  # fmt: skip
+
+
+def forward_call(b: Batch, out: Outputs) -> tuple:
+    return call(b, out.scores.shape, *out)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Launches go to the tensors' device, whichever is current."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

@@ -1,0 +1,78 @@
+"""The oracle as a backend: plain torch on any device, which writes every similarity to memory."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from latemax import reference
+from latemax.ops.backends import gather
+from latemax.ops.backends.base import Status
+from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Plan, Problem, Side
+
+name = "reference"
+
+
+def status() -> Status:
+    return Status(True, "plain torch; writes every similarity to memory")
+
+
+def why_not(p: Problem, by_name: bool) -> str:
+    # float64 on a Triton that cannot multiply it has nowhere else to go
+    return "" if by_name or p.dtype == torch.float64 else "plain torch runs only when asked for by name"
+
+
+def plan(p: Problem, by_name: bool) -> Plan:
+    why = "asked for by name" if by_name else "float64 that no other backend takes"
+    return Plan(name, f"{why}: plain torch, writes every similarity to memory")
+
+
+def forward(b: Batch, plan: Plan, out: Outputs) -> None:
+    if b.ragged:
+        _ragged(b, out)
+        return
+    scores, argmax = reference.maxsim(
+        b.q.tokens, b.d.tokens, b.q.mask, b.d.mask,
+        normalize=b.normalize, empty_score=b.empty_score, return_argmax=True,
+    )  # fmt: skip
+    out.scores.copy_(scores)
+    if out.argmax is not None:
+        out.argmax.copy_(argmax)
+
+
+def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
+    return gather.backward(b, argmax, g, needs)
+
+
+def _items(s: Side) -> list[tuple[Tensor, Tensor | None]]:
+    """(tokens [l, dim], mask [l] or None) of every query or document."""
+    tokens, mask, offsets = s.tokens, s.mask, s.offsets
+    if offsets is None:
+        return [(tokens[i], None if mask is None else mask[i]) for i in range(len(tokens))]
+    spans = itertools.pairwise(offsets.tolist())
+    return [(tokens[first:last], None if mask is None else mask[first:last]) for first, last in spans]
+
+
+def _ragged(b: Batch, out: Outputs) -> None:
+    """Scores every pair on its own."""
+    if out.argmax is not None:
+        out.argmax.fill_(-1)
+    documents = None if b.d.tokens.dim() == 4 else _items(b.d)
+    none = (b.d.tokens.reshape(-1, b.dim)[:0], None)  # candidate -1
+    starts = None if b.q.offsets is None else b.q.offsets.tolist()
+    for a, (query, q_mask) in enumerate(_items(b.q)):
+        mine = documents
+        if documents is None:
+            mine = _items(Side(b.d.tokens[a], None if b.d.mask is None else b.d.mask[a]))
+        elif b.candidates is not None:
+            mine = [none if number < 0 else documents[number] for number in b.candidates[a].tolist()]
+        for c, (document, d_mask) in enumerate(mine or ()):
+            out.scores[a, c], argmax = reference.maxsim(
+                query, document, q_mask, d_mask,
+                normalize=b.normalize, empty_score=b.empty_score, return_argmax=True,
+            )  # fmt: skip
+            if out.argmax is not None:
+                into = out.argmax[a, c] if starts is None else out.argmax[c, starts[a] : starts[a + 1]]
+                into.copy_(argmax)

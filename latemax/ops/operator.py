@@ -1,0 +1,208 @@
+"""The operator as torch knows it: autograd in eager mode, torch.library for compile, export, FakeTensor and vmap.
+
+Eager calls on plain tensors go straight to ``dispatch``: the dispatcher costs more microseconds than a small problem.
+Only this file spells a batch out as the flat arguments that a torch.library schema allows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from latemax.ops import dispatch
+from latemax.ops.backends import native
+from latemax.ops.problem import Batch, Needs, Side, allocate, problem_of
+
+SECOND_DERIVATIVE = (
+    "maxsim has no second derivative: its gradient was asked to be differentiated again "
+    "(use latemax.reference.maxsim where double backward is needed)"
+)
+
+_library = torch.library.Library("latemax", "DEF")  # kept alive: the registrations end with it
+# empty_score: None for -inf, which AOTInductor of torch 2.13 writes as a string that it cannot read back;
+# exported programs and inductor's cache hold these names: arguments are only ever appended
+_library.define(
+    "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool normalize, float? empty_score, bool argmax, "
+    "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None) -> (Tensor, Tensor)"
+)
+_library.define(
+    "maxsim_backward(Tensor g, Tensor q, Tensor d, Tensor argmax, bool normalize, bool needs_q, bool needs_d, "
+    "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None) -> (Tensor, Tensor)"
+)
+
+
+def _batch(
+    q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, normalize: bool, empty_score: float | None,
+    argmax: bool, backend: str, q_offsets: Tensor | None = None, d_offsets: Tensor | None = None,
+    candidates: Tensor | None = None,
+) -> Batch:  # fmt: skip
+    empty_score = -math.inf if empty_score is None else empty_score
+    return Batch(Side(q, q_mask, q_offsets), Side(d, d_mask, d_offsets), candidates, normalize, empty_score)
+
+
+def _flat(b: Batch, argmax: bool, backend: str) -> tuple:
+    q, d = b.q, b.d
+    empty_score = None if b.empty_score == -math.inf else b.empty_score
+    return (
+        q.tokens, d.tokens, q.mask, d.mask, b.normalize, empty_score, argmax, backend, q.offsets, d.offsets,
+        b.candidates,
+    )  # fmt: skip
+
+
+def _for_backward(
+    q: Tensor, d: Tensor, normalize: bool, q_offsets: Tensor | None = None, d_offsets: Tensor | None = None,
+    candidates: Tensor | None = None,
+) -> Batch:  # fmt: skip
+    return Batch(Side(q, None, q_offsets), Side(d, None, d_offsets), candidates, normalize)
+
+
+# an operator returns tensors, not None: an output that is not wanted has no element
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    b = _batch(*args)
+    (scores, argmax), _ = dispatch.forward(b, args[6], args[7])
+    return scores, b.q.tokens.new_empty(0, dtype=torch.int32) if argmax is None else argmax
+
+
+def _backward(
+    g: Tensor, q: Tensor, d: Tensor, argmax: Tensor, normalize: bool, needs_q: bool, needs_d: bool, backend: str,
+    *ragged: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    b = _for_backward(q, d, normalize, *ragged)
+    # the same facts give the plan that ran forward
+    plan = dispatch.plan_for(problem_of(b, argmax=True), backend)
+    grads = dispatch.backward(b, plan, argmax, g, Needs(needs_q, needs_d))
+    return tuple(x.new_empty(0) if grad is None else grad for grad, x in zip(grads, (q, d), strict=True))
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("maxsim", _forward, _key)
+    _library.impl("maxsim_backward", _backward, _key)
+
+
+@torch.library.register_fake("latemax::maxsim", lib=_library)
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    scores, argmax = allocate(_batch(*args), args[6])
+    return scores, args[0].new_empty(0, dtype=torch.int32) if argmax is None else argmax
+
+
+@torch.library.register_fake("latemax::maxsim_backward", lib=_library)
+def _(
+    g: Tensor, q: Tensor, d: Tensor, argmax: Tensor, normalize: bool, needs_q: bool, needs_d: bool, backend: str,
+    *ragged: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
+        for x, needed in ((q, needs_q), (d, needs_d))
+    )
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, d, _, _, ctx.normalize, _, argmax, ctx.backend, *ragged = inputs
+    if not argmax:
+        raise RuntimeError("latemax::maxsim must be called with argmax=True where a gradient is needed")
+    ctx.save_for_backward(q, d, output[1], *ragged)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
+    q, d, argmax, *ragged = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    grads = torch.ops.latemax.maxsim_backward(g, q, d, argmax, ctx.normalize, *needs, ctx.backend, *ragged)
+    inputs = len(ctx.needs_input_grad)
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * (inputs - 2))
+
+
+def _refuse(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(SECOND_DERIVATIVE)
+
+
+torch.library.register_autograd("latemax::maxsim", _differentiate, setup_context=_setup, lib=_library)
+torch.library.register_autograd("latemax::maxsim_backward", _refuse, lib=_library)
+
+
+class _MaxSim(torch.autograd.Function):
+    """scores, argmax of a batch in eager mode. q and d are its tokens: autograd sees only tensors as arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, d: Tensor, b: Batch, backend: str) -> tuple[Tensor, Tensor]:
+        (scores, argmax), ctx.plan = dispatch.forward(b, True, backend)
+        assert argmax is not None
+        ctx.save_for_backward(q, d, argmax, b.q.offsets, b.d.offsets, b.candidates)
+        ctx.normalize, ctx.backend = b.normalize, backend
+        ctx.mark_non_differentiable(argmax)
+        return scores, argmax
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
+        if torch.is_grad_enabled() or not _plain(g) or torch._C._functorch.is_legacy_batchedtensor(g):
+            # the registered operator refuses a second derivative, and takes tensors that are not plain
+            return _differentiate(ctx, g, _)
+        q, d, argmax, *ragged = ctx.saved_tensors
+        b = _for_backward(q, d, ctx.normalize, *ragged)
+        return (*dispatch.backward(b, ctx.plan, argmax, g, Needs(*ctx.needs_input_grad[:2])), None, None)
+
+
+def _no_mode() -> bool:
+    """No dispatch mode, no functorch transform and no ``torch.jit.trace`` is active."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Eager execution of ordinary tensors."""
+    return _no_mode() and all(x is None or type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def _refuse_transforms(*tensors: Tensor) -> None:
+    """Refuses transforms that an operator registered with torch.library cannot be differentiated by.
+
+    A tangent of forward-mode differentiation would be dropped in silence.
+    """
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("maxsim has no forward-mode derivative (jvp); use reverse mode")
+    level = torch._C._functorch.peek_interpreter_stack()
+    if level is not None and level.key() == torch._C._functorch.TransformType.Grad:
+        # torch's own error for any operator registered this way mentions a setup_context that no caller wrote
+        raise NotImplementedError(
+            "maxsim runs under torch.func.vmap, not under torch.func.grad; use torch.autograd.grad"
+        )
+
+
+def fast_path(q: Any, d: Any, normalize: bool, empty_score: float, backend: str) -> Tensor | None:
+    """Scores of plain eager CPU tensors without masks, argmax or gradient. None if it does not apply.
+
+    Skips validation, which would cost more than a small problem.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(q) is not torch.Tensor
+        or type(d) is not torch.Tensor
+        or backend not in ("auto", "cpu")
+        or ((q.requires_grad or d.requires_grad) and torch.is_grad_enabled())
+        or forward_ad._current_level >= 0
+        or not _no_mode()
+    ):
+        return None
+    return native.score(q, d, normalize, empty_score)
+
+
+def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | None]:
+    """(scores, argmax); argmax is None or empty where it is not wanted."""
+    q, d = b.q.tokens, b.d.tokens
+    train = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(q, d)
+        if _plain(q, d, b.q.mask, b.d.mask):
+            if train:
+                return _MaxSim.apply(q, d, b, backend)
+            return dispatch.forward(b, want_argmax, backend)[0]
+    # below a vmap, a tensor may require a gradient although none here does
+    train = train or (torch.is_grad_enabled() and not _no_mode())
+    return torch.ops.latemax.maxsim(*_flat(b, want_argmax or train, backend))

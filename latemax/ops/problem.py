@@ -1,0 +1,141 @@
+"""One call as data: its tensors (``Batch``), the facts that decide how it runs (``Problem``), what runs (``Plan``)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def score_dtype(q: torch.dtype, d: torch.dtype) -> torch.dtype:
+    """Sums and scores are float32, or float64 if the promoted dtype is."""
+    return torch.float64 if torch.promote_types(q, d) == torch.float64 else torch.float32
+
+
+class Side(NamedTuple):
+    """The queries, or the documents. What belongs to every token, or says where tokens are, is a field here."""
+
+    tokens: Tensor  # [n, l, dim], own candidates [n_q, n, l, dim], or with offsets [t, dim]
+    mask: Tensor | None = None  # bool, the leading shape of tokens
+    offsets: Tensor | None = None  # int64 [n + 1] contiguous: ragged items, concatenated in tokens
+
+    @property
+    def items(self) -> int:
+        """How many queries, or documents that one query can name."""
+        return self.tokens.shape[-3] if self.offsets is None else len(self.offsets) - 1
+
+    @property
+    def length(self) -> int:
+        """Tokens of an item; of all items where they are ragged."""
+        return self.tokens.shape[-2]
+
+
+class Batch(NamedTuple):
+    """The tensors and options of one call. Every backend is given the whole of it."""
+
+    q: Side
+    d: Side
+    # int64 [n_q, k] contiguous document numbers, -1 for an empty slot; needs d.offsets
+    candidates: Tensor | None = None
+    normalize: bool = False
+    empty_score: float = -math.inf
+
+    @property
+    def own(self) -> bool:
+        """Every query has its own documents."""
+        return self.candidates is not None or self.d.tokens.dim() == 4
+
+    @property
+    def ragged(self) -> bool:
+        return self.q.offsets is not None or self.d.offsets is not None
+
+    @property
+    def n_d(self) -> int:
+        """Documents that each query is scored against."""
+        return self.d.items if self.candidates is None else self.candidates.shape[1]
+
+    @property
+    def dim(self) -> int:
+        return self.q.tokens.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The promoted dtype of q and d: the precision of the products."""
+        return torch.promote_types(self.q.tokens.dtype, self.d.tokens.dtype)
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        return score_dtype(self.q.tokens.dtype, self.d.tokens.dtype)
+
+
+class Outputs(NamedTuple):
+    scores: Tensor  # [n_q, n_d], contiguous
+    argmax: Tensor | None  # int32 [n_q, n_d, l_q], with q.offsets [n_d, t_q]; None where it is not wanted
+
+
+class Needs(NamedTuple):
+    """Which sides need a gradient."""
+
+    q: bool
+    d: bool
+
+
+class Gradients(NamedTuple):
+    """In the shapes and dtypes of q and d; None for a side that needs none."""
+
+    q: Tensor | None
+    d: Tensor | None
+
+
+class Problem(NamedTuple):
+    """All that the choice of backend and tile depends on. Hashable: lengths that no choice reads are left out."""
+
+    device: torch.device
+    q_dtype: torch.dtype
+    d_dtype: torch.dtype
+    matmul_precision: str
+    dim: int
+    n_q: int
+    l_q: int  # of ragged queries the mean, rounded up
+    q_ragged: bool
+    own: bool  # every query has its own documents
+    candidates: bool  # they are named by number and scored in place
+    normalize: bool
+    argmax: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The promoted dtype of q and d: the precision of the products."""
+        return torch.promote_types(self.q_dtype, self.d_dtype)
+
+
+class Plan(NamedTuple):
+    """What runs and why. ``explain`` shows it, the backward pass reuses it."""
+
+    backend: str  # the name of the backend's module
+    why: str
+    notes: tuple[str, ...] = ()  # why each other backend does not run
+    launch: Any = None  # what the backend decided for itself: a tile, an instruction set
+
+
+def problem_of(b: Batch, *, argmax: bool) -> Problem:
+    q, d = b.q.tokens, b.d.tokens
+    n_q, l_q, q_ragged = b.q.items, b.q.length, b.q.offsets is not None
+    if q_ragged:
+        l_q = max(1, -(-l_q // max(1, n_q)))
+    return Problem(
+        q.device, q.dtype, d.dtype, torch.get_float32_matmul_precision(), q.shape[-1], n_q, l_q, q_ragged,
+        b.own, b.candidates is not None, b.normalize, argmax,
+    )  # fmt: skip
+
+
+def allocate(b: Batch, want_argmax: bool) -> Outputs:
+    """Uninitialised outputs. The real operator and its fake both allocate here."""
+    q, n_q, n_d = b.q.tokens, b.q.items, b.n_d
+    scores = q.new_empty((n_q, n_d), dtype=b.score_dtype)
+    if not want_argmax:
+        return Outputs(scores, None)
+    shape = (n_q, n_d, b.q.length) if b.q.offsets is None else (n_d, b.q.length)
+    return Outputs(scores, q.new_empty(shape, dtype=torch.int32))
