@@ -1,4 +1,4 @@
-"""encode() leaves modes alone, on any number of threads, and says that it is not for training; names of models."""
+"""encode() changes no modes, on any number of threads, and says that it is not for training; names of models."""
 
 from __future__ import annotations
 
