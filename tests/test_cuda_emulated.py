@@ -42,24 +42,25 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return emulator.build(tmp_path_factory.mktemp("emulator"))
-
-
-@pytest.fixture(params=CAPABILITIES)
-def device(built, monkeypatch, request):
+@pytest.fixture(params=CAPABILITIES, scope="module")
+def device(request):
     """Sets the emulated GPU; returns a function that sets the order of threads."""
-    module, configure = built
-    monkeypatch.setattr(cuda, "_cuda", module)
-    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    module, configure = emulator.built()
+    replaced = pytest.MonkeyPatch()
+    replaced.setattr(cuda, "_cuda", module)
+    replaced.setattr(cuda, "_stream", lambda device: 0)
+    request.addfinalizer(replaced.undo)
 
     def seed(number, multiprocessors=3, shared=tiles.SHARED_MEMORY[request.param]):
         configure(number, request.param, multiprocessors, shared)
 
     seed.capability = request.param
-    seed(1)
     return seed
+
+
+@pytest.fixture(autouse=True)
+def first_order(device):
+    device(1)
 
 
 def forward(q, d, scores, argmax, *, longest=0, **options):
