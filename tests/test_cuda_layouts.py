@@ -1,5 +1,5 @@
-"""What the CUDA kernels assume of the tensor cores and of their rings, without a GPU: CuTe's layouts are the oracle, and
-every state of the rings that the planner makes is visited.
+"""What the CUDA kernels assume of the tensor cores and of their rings, without a GPU: CuTe's layouts are the oracle,
+and every state of the rings that the planner makes is visited.
 """
 
 import os
@@ -135,7 +135,7 @@ def test_every_state_of_every_ring():
     assert {2, MOST_STAGES} <= {stages for stages, _ in rings} and {1, 12} <= {parts for _, parts in rings}
     for stages, parts in sorted(rings):
         # two turns and more, since a parity repeats after two
-        few = -(-(2 * stages + 2) // parts) + 1
+        few = -(-(2 * stages + 2) // parts)
         if stages <= 4:
             assert states_of_ring(stages, parts, 2, few, stages)
         else:
