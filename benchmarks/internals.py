@@ -11,9 +11,9 @@ from unittest import mock
 import torch
 
 from benchmarks.shapes import Shape
-from latemax._bench import fifths, limits, sync
 from latemax.arguments.batch import batch_of
 from latemax.arguments.check import check_options
+from latemax.cli.bench import fifths, limits, sync
 from latemax.ops import dispatch, operator, tiles
 from latemax.ops.backends import triton
 from latemax.ops.backends.base import Status

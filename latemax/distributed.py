@@ -9,6 +9,8 @@ from __future__ import annotations
 import datetime
 import json
 import math
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,15 +23,17 @@ from latemax.ops.problem import score_dtype
 from latemax.search import TopK
 from latemax.search import corpus as corpora
 from latemax.search import topk as local_topk
+from latemax.search.exact import Within
 from latemax.search.merge import best
 
 __all__ = ["in_batch", "topk"]
+Result = TypeVar("Result")
 
 
 class _Group:
     """The group's collectives with a time limit, on the device its backend takes."""
 
-    def __init__(self, group, timeout: float, what: str):
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float, what: str):
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("torch.distributed is not set up: call torch.distributed.init_process_group first")
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
@@ -39,7 +43,7 @@ class _Group:
         on_cuda = "nccl" in str(dist.get_backend(group))
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
-    def wait(self, start, *tensors, **options) -> None:
+    def wait(self, start: Callable[..., Any], *tensors: Any, **options: Any) -> None:
         """Runs a collective to its end, or raises after the time limit."""
         try:
             start(*tensors, group=self.group, async_op=True, **options).wait(datetime.timedelta(seconds=self.seconds))
@@ -56,39 +60,50 @@ class _Group:
         self.wait(dist.all_gather, found, x)
         return found
 
-    def tell(self, message: dict) -> list[dict]:
-        """What every rank has to say, as json can write it."""
-        text = torch.tensor(list(json.dumps(message).encode()), dtype=torch.uint8)
-        lengths = torch.cat(self.gather(torch.tensor([len(text)]))).tolist()
+    def exchange(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        """The message of every rank, as json can write it."""
+        text = torch.tensor(list(json.dumps(message).encode()), dtype=torch.uint8, device="cpu")
+        lengths = torch.cat(self.gather(torch.tensor([len(text)], device="cpu"))).tolist()
         padded = torch.nn.functional.pad(text, (0, max(lengths) - len(text)))
         texts = [bytes(x.tolist()) for x in self.gather(padded)]
         return [json.loads(text[:length]) for text, length in zip(texts, lengths, strict=True)]
 
-    def agree(self, facts: list[dict], *names: str) -> None:
+    def agree(self, facts: list[dict[str, Any]], *names: str) -> None:
         """The same ValueError on every rank where facts differ."""
         for name in names:
             if len({json.dumps(fact[name]) for fact in facts}) > 1:
                 came = ", ".join(f"rank {rank} has {fact[name]}" for rank, fact in enumerate(facts))
                 raise ValueError(f"{self.what}: all ranks must have the same {name}; {came}")
 
-    def share(self, work):
+    def share(self, work: Callable[[], Result]) -> Result:
         """``work()`` on this rank; if it failed on any rank, all raise, before anybody waits for a result."""
-        result, error = None, None
+        results, error = [], None
         try:
-            result = work()
+            results.append(work())
         except Exception as failed:
             error = failed
-        said = self.tell({"error": None if error is None else f"{type(error).__name__}: {error}"})
+        said = self.exchange({"error": None if error is None else f"{type(error).__name__}: {error}"})
         if error is not None:
             raise error
         failed = [f"rank {rank}: {fact['error']}" for rank, fact in enumerate(said) if fact["error"]]
         if failed:
             raise RuntimeError(f"{self.what}: {'; '.join(failed)}")
-        return result
+        return results[0]
 
 
-def topk(q: Tensor, shard, k: int, q_mask=None, *, group=None, timeout: float = 600.0, **options) -> TopK:
-    """`latemax.topk` over the shards of all ranks, as if they lay end to end in the order of the ranks.
+def topk(
+    q: Tensor,
+    shard: Any,
+    k: int,
+    q_mask: Tensor | None = None,
+    *,
+    within: Within = None,
+    return_argmax: bool = False,
+    group: dist.ProcessGroup | None = None,
+    timeout: float = 600.0,
+    **options: Any,
+) -> TopK:
+    """`latemax.topk` over the shards of all ranks, as if they were concatenated in the order of the ranks.
 
     Every rank searches its own shard; k scores and indices a query and rank travel. Equal bit for bit to one process
     with the whole corpus, where the backend scores a document alike whatever its batch mates (the native kernels do).
@@ -97,6 +112,8 @@ def topk(q: Tensor, shard, k: int, q_mask=None, *, group=None, timeout: float = 
         q: [l_q, dim] or [n_q, l_q, dim], the same on every rank. q_mask: likewise.
         shard: this rank's part of the corpus, in any form `latemax.topk` takes; of any size, an empty dense one too.
         k: how many; at most the documents of all ranks.
+        within: as in `latemax.topk`, of this rank's shard; may be empty.
+        return_argmax: as in `latemax.topk`, the same on every rank.
         group: of processes; None is all of them.
         timeout: seconds to wait for the other ranks at every step; must cover the slowest rank's search.
         options: as in `latemax.topk`.
@@ -105,45 +122,59 @@ def topk(q: Tensor, shard, k: int, q_mask=None, *, group=None, timeout: float = 
         TopK on q's device, the same on every rank; indices count documents over all shards.
 
     Raises:
-        ValueError: on every rank, where q's shape or dtype, k, or the corpus's dim or dtype differ among ranks.
+        ValueError: on every rank, where q's shape or dtype, k, return_argmax, or the corpus's dim or dtype differ among
+            ranks.
         RuntimeError: on every rank that is left, where another failed, died or was too late.
     """
     ranks = _Group(group, timeout, "topk")
 
-    def look() -> dict:
+    def look() -> dict[str, Any]:
         check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
         check.check_positive("k", k)
         found = corpora.of(shard, options.get("d_mask"))
+        documents = corpora.chosen(within, found)
         return {
             "shape of q": list(q.shape),
             "dtype of q": str(q.dtype),
             "k": k,
+            "return_argmax": return_argmax,
             "dim of the corpus": found.dim,
             "dtype of the corpus": str(found.dtype),
             "documents": len(found),
+            "within": len(found) if documents is None else len(documents),
         }
 
-    facts = ranks.tell(ranks.share(look))
-    ranks.agree(facts, "shape of q", "dtype of q", "k", "dim of the corpus", "dtype of the corpus")
-    counts = [fact["documents"] for fact in facts]
-    if k > sum(counts):
-        raise ValueError(f"k must be at most the number of documents of all ranks, {sum(counts)}; got {k}")
-    kept = min(k, counts[ranks.rank])
+    facts = ranks.exchange(ranks.share(look))
+    ranks.agree(facts, "shape of q", "dtype of q", "k", "return_argmax", "dim of the corpus", "dtype of the corpus")
+    counts, searched = [fact["documents"] for fact in facts], [fact["within"] for fact in facts]
+    if k > sum(searched):
+        raise ValueError(f"k must be at most the number of documents of all ranks, {sum(searched)}; got {k}")
+    kept = min(k, searched[ranks.rank])
+    options |= dict(within=within, return_argmax=return_argmax)
     mine = ranks.share(lambda: local_topk(q, shard, kept, q_mask, **options) if kept else None)
 
-    n_q = 1 if q.dim() == 2 else len(q)
+    n_q, l_q = 1 if q.dim() == 2 else len(q), q.shape[-2]
     of_corpus = getattr(torch, facts[0]["dtype of the corpus"].removeprefix("torch."))
-    scores = torch.zeros(n_q, k, dtype=score_dtype(q.dtype, of_corpus))
-    indices = torch.zeros(n_q, k, dtype=torch.int64)
+    scores = torch.zeros(n_q, k, dtype=score_dtype(q.dtype, of_corpus), device="cpu")
+    indices = torch.zeros(n_q, k, dtype=torch.int64, device="cpu")
+    argmax = torch.zeros(n_q, k, l_q if return_argmax else 0, dtype=torch.int32, device="cpu")
     if mine is not None:
         scores[:, :kept] = mine.scores.view(n_q, kept)
         indices[:, :kept] = mine.indices.view(n_q, kept) + sum(counts[: ranks.rank])
-    real = [min(k, count) for count in counts]
-    all_scores = torch.cat([x[:, :n] for x, n in zip(ranks.gather(scores), real, strict=True)], 1)
-    all_indices = torch.cat([x[:, :n] for x, n in zip(ranks.gather(indices), real, strict=True)], 1)
-    merged = best(all_scores, all_indices, k)
-    result = TopK(merged.scores.to(q.device), merged.indices.to(q.device))
-    return TopK(result.scores[0], result.indices[0]) if q.dim() == 2 else result
+        if mine.argmax is not None:
+            argmax[:, :kept] = mine.argmax.view(n_q, kept, l_q)
+    real = [min(k, count) for count in searched]
+
+    def together(x: Tensor) -> Tensor:
+        return torch.cat([part[:, :n] for part, n in zip(ranks.gather(x), real, strict=True)], 1)
+
+    all_scores, all_indices = together(scores), together(indices)
+    order = best(all_scores, torch.arange(all_scores.shape[1], device=all_scores.device).expand_as(all_scores), k)
+    result = TopK(order.scores.to(q.device), all_indices.gather(1, order.indices).to(q.device))
+    if return_argmax:
+        at = order.indices.unsqueeze(-1).expand(-1, -1, l_q)
+        result.argmax = together(argmax).gather(1, at).to(q.device)
+    return result.row(0) if q.dim() == 2 else result
 
 
 def in_batch(
@@ -153,7 +184,7 @@ def in_batch(
     d_mask: Tensor | None = None,
     *,
     chunk: int | None = None,
-    group=None,
+    group: dist.ProcessGroup | None = None,
     timeout: float = 600.0,
     normalize: bool = False,
     empty_score: float = -math.inf,
@@ -182,7 +213,7 @@ def in_batch(
     """
     ranks = _Group(group, timeout, "in_batch")
 
-    def look() -> dict:
+    def look() -> dict[str, Any]:
         number = check.check_options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
         check.check_tokens("q", q, (3,), "[n_q, l_q, dim]")
         check.check_tokens("d", d, (3,), "[n_d, l_d, dim]")
@@ -203,7 +234,7 @@ def in_batch(
             "masked": d_mask is not None,
         }
 
-    facts = ranks.tell(ranks.share(look))
+    facts = ranks.exchange(ranks.share(look))
     ranks.agree(
         facts, "dim", "dtype of q", "dtype of d", "chunk", "normalize", "empty_score", "need of gradients (q, d)"
     )
@@ -215,19 +246,29 @@ def in_batch(
 
 class _InBatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, d, q_mask, d_mask, ranks: _Group, facts: list[dict], chunk: int | None, options: dict):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        d: Tensor,
+        q_mask: Tensor | None,
+        d_mask: Tensor | None,
+        ranks: _Group,
+        facts: list[dict[str, Any]],
+        chunk: int | None,
+        options: dict[str, Any],
+    ) -> Tensor:
         ctx.save_for_backward(q, d, q_mask, d_mask)
         ctx.rest = ranks, facts, chunk, options
         parts = [
             maxsim(q, part, q_mask, keep, **options)
             for _, _, part, keep in _documents(q, d, d_mask, ranks, facts, chunk)
         ]
-        # no rank has a document: this one's own empty d tells the dtype
+        # no rank has a document: the dtype is that of this one's own empty d
         return torch.cat(parts or [maxsim(q, d, q_mask, d_mask, **options)], 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, d, q_mask, d_mask = ctx.saved_tensors
         ranks, facts, chunk, options = ctx.rest
         needs_q, needs_d = ctx.needs_input_grad[:2]
@@ -261,7 +302,9 @@ def _global_rank(ranks: _Group, rank: int) -> int:
     return rank if ranks.group is None else dist.get_global_rank(ranks.group, rank)
 
 
-def _documents(q, d, d_mask, ranks: _Group, facts: list[dict], chunk: int | None):
+def _documents(
+    q: Tensor, d: Tensor, d_mask: Tensor | None, ranks: _Group, facts: list[dict[str, Any]], chunk: int | None
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
     """(owner, first, documents [n, l_d, dim], mask or None) of every rank in turn, on q's device; a collective."""
     for owner, fact in enumerate(facts):
         step = chunk or max(fact["n_d"], 1)

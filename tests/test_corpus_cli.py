@@ -1,11 +1,12 @@
-"""`latemax index` and `latemax search`: images in, the right one found, resumed after an interrupt."""
+"""``latemax index`` and ``latemax search``: images in, the right one found, resumed after an interrupt."""
 
 import json
 
 import pytest
 import torch
 
-from latemax import PatchStore, StoreWriter, _corpus_cli, cli
+from latemax import PatchStore, StoreWriter, cli
+from latemax.cli import corpus
 
 pytest.importorskip("safetensors", reason="stores are written with safetensors")
 
@@ -89,11 +90,11 @@ def test_an_interrupt_keeps_what_was_done_and_the_next_run_goes_on(model, images
     assert capsys.readouterr().err.endswith("latemax index: interrupted\n")
     assert len(PatchStore(out)) == 2
     assert cli.main(argv) == 0
-    assert "2 images indexed, 2 were there; 4 in" in capsys.readouterr().out
+    assert "2 images indexed, 2 already there;" in capsys.readouterr().out
     assert calls == [1, 1, 1, 1, 1] and len(PatchStore(out)) == 4
 
 
-def test_a_broken_image_is_left_out_and_told(model, images, tmp_path, capsys):
+def test_a_broken_image_is_left_out_and_named(model, images, tmp_path, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes((images / "a.png").read_bytes()[:200])
     argv = ["index", str(broken), str(images / "b.jpg"), "--model", model, "-o", str(tmp_path / "store")]
@@ -155,5 +156,5 @@ def test_errors_are_one_line(store, tmp_path, capsys):
 
 
 def test_folders_are_walked_in_order_and_each_image_once(images):
-    found = _corpus_cli.find_images([str(images / "c.png"), str(images)])
+    found = corpus.find_images([str(images / "c.png"), str(images)])
     assert [path.removeprefix(str(images)) for path in found] == ["/c.png", "/a.png", "/b.jpg", "/more/d.PNG"]

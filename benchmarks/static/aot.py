@@ -5,16 +5,22 @@
 ``latemax.warmup`` compiles what a call would launch, under a driver that launches nothing; each kernel is then taken
 apart: registers, spills, shared memory, matrix instructions and the length of the innermost loop that holds one. Needs
 triton (it carries ptxas, cuobjdump and nvdisasm) and no GPU.
+
+A complete result is stored with a digest of everything that decides it. The tests read the stored rows while the digest
+holds, since compiling takes minutes; afterwards they compile, until the result is written again.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import importlib.metadata
+import json
 import multiprocessing
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +32,11 @@ from benchmarks.shapes import KINDS, Build, Shape, builds
 from benchmarks.tables import Table, markdown
 
 ARCHES = (80, 90, 100)
+STORED = harness.RESULTS / "aot.json"
+SOURCES = (
+    "kernels/*.py", "latemax/ops/tiles.*", "latemax/ops/backends/triton*.py", "benchmarks/static/aot.py",
+    "benchmarks/internals.py", "benchmarks/null_driver.py", "benchmarks/sass.py", "benchmarks/shapes.py",
+)  # fmt: skip
 # the null driver of a worker process, which compiles for one architecture
 null: Any = None
 
@@ -108,7 +119,21 @@ def inspect(cubin: bytes) -> dict[str, int]:
     )  # fmt: skip
 
 
-def measure(arches: tuple[int, ...] = ARCHES, tiny: bool = False) -> list[dict[str, Any]]:
+def sources() -> str:
+    """A digest of what decides the rows: triton's version and the files that choose, compile and inspect kernels."""
+    digest = hashlib.sha256(importlib.metadata.version("triton").encode())
+    for path in sorted(path for pattern in SOURCES for path in harness.ROOT.glob(pattern)):
+        digest.update(f"\n{path.relative_to(harness.ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def stored_or_measured() -> list[dict[str, Any]]:
+    """The stored rows if they are those of the present sources, else rows compiled now."""
+    stored = json.loads(STORED.read_text())
+    return stored["rows"] if stored["sources"] == sources() else measure()
+
+
+def measure(arches: Sequence[int] = ARCHES, tiny: bool = False) -> list[dict[str, Any]]:
     """A row for each distinct kernel."""
     jobs = [build for build in builds() if not tiny or (build.kind, build.dim, build.l_q) == ("half", 128, 16)]
     # processes with a fresh import of triton, in which the interpreter is off; one architecture each
@@ -129,10 +154,11 @@ def measure(arches: tuple[int, ...] = ARCHES, tiny: bool = False) -> list[dict[s
     return list(rows.values())
 
 
-def table(rows: list[dict]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The sm_90 builds that most calls run: half precision at dim 128. The others are in the JSON."""
     head = ["kernel", "case", "registers", "spills", "shared bytes", "wgmma", "inner loop"]
     keys = ["kernel", "case", "registers", "spills", "shared", "wgmma", "loop"]
+    rows = result["rows"]
     kept = [
         row for row in rows if row["arch"] == 90 and re.match(r"(half|bf16) dim 128\b", row["case"]) and row["loop"]
     ]
@@ -143,10 +169,10 @@ def table(rows: list[dict]) -> str:
     )
 
 
-def full_table(rows: list[dict]) -> str:
+def full_table(result: dict[str, Any]) -> str:
     names = ["arch", "kernel", "case", "registers", "spills", "shared", "wgmma", "mma", "utcmma", "loop",
              "vector_loads"]  # fmt: skip
-    return markdown(names, [[row[name] for name in names] for row in rows])
+    return markdown(names, [[row[name] for name in names] for row in result["rows"]])
 
 
 TABLES = {"aot": Table("aot", table)}
@@ -156,7 +182,9 @@ def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHES)
     options = parser.parse_args()
-    harness.finish(measure(tuple(options.arch), options.tiny), full_table, options.json)
+    whole = tuple(options.arch) == ARCHES and not options.tiny
+    result = dict(sources=sources() if whole else "a part of the builds", rows=measure(options.arch, options.tiny))
+    harness.finish(result, full_table, options.json)
 
 
 if __name__ == "__main__":

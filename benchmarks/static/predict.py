@@ -101,11 +101,11 @@ def predict(shape: shapes.Shape, row: dict, launch: tiles.Launch, chip: Chip) ->
     return Prediction(overlapped, max(serial, memory), binding, limit / overlapped)
 
 
-def table(rows: list[dict]) -> str:
-    """From the rows of static.aot."""
+def table(result: dict) -> str:
+    """From a result of static.aot."""
     lines = []
     for shape in dict.fromkeys(shapes.CORE + shapes.VARIANTS):
-        known = build(shape, rows) if shape.dtype == "bfloat16" else None
+        known = build(shape, result["rows"]) if shape.dtype == "bfloat16" else None
         if known is None:
             continue
         row, launch = known

@@ -70,7 +70,7 @@ def kill_writers(folder: pathlib.Path, kills: int, seed: int) -> dict[str, int]:
         committed = killed_writer(folder, rng.uniform(0, 0.25))
         result["kills"] += 1
         try:
-            if not committed and not (folder / "manifest.json").exists():
+            if not committed and not (folder / "catalog.sqlite").exists():
                 continue
             store = PatchStore(folder)
             store.verify()
@@ -82,7 +82,7 @@ def kill_writers(folder: pathlib.Path, kills: int, seed: int) -> dict[str, int]:
         # a commit may be on the disk that was not reported yet
         if not right or not committed <= len(store) <= committed + 8:
             result["lost"] += 1
-        known = {shard.entry.file for shard in store.shards}
+        known = {shard.name for shard in store.shards}
         result["unfinished_files"] += any(path.name not in known for path in folder.glob("shard-*"))
         result["documents"] = len(store)
     return result

@@ -6,6 +6,7 @@
 #include "threads.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <chrono>
 #include <system_error>
@@ -18,6 +19,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr Clock::duration SPIN = Clock::duration(std::chrono::milliseconds(2));
 std::atomic<Clock::rep> last_call{0};
+
+/* The OpenMP runtimes wait for ever in a forked child, which has none of the parent's worker threads. */
+std::atomic<bool> forked{false};
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 }  // namespace
 
 bool recent_call() {
@@ -32,7 +37,7 @@ void parallel(int threads, void (*body)(void *), void *data) {
 #if !defined(LATEMAX_OWN_THREADS)
     using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
     static const Parallel openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    if (openmp) return openmp(body, data, static_cast<unsigned>(threads), 0);
+    if (openmp && !forked) return openmp(body, data, static_cast<unsigned>(threads), 0);
 #endif
     std::vector<std::thread> others;
     try {

@@ -6,6 +6,7 @@ Only this file spells a batch out as the flat arguments that a torch.library sch
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ SECOND_DERIVATIVE = (
 )
 
 _library = torch.library.Library("latemax", "DEF")  # kept alive: the registrations end with it
+# empty_score: None for -inf, which AOTInductor of torch 2.13 writes as a string that it cannot read back;
 # exported programs and inductor's cache hold these names: arguments are only ever appended
 _library.define(
-    "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool normalize, float empty_score, bool argmax, "
+    "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool normalize, float? empty_score, bool argmax, "
     "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None) -> (Tensor, Tensor)"
 )
 _library.define(
@@ -34,16 +36,21 @@ _library.define(
 
 
 def _batch(
-    q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, normalize: bool, empty_score: float,
+    q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, normalize: bool, empty_score: float | None,
     argmax: bool, backend: str, q_offsets: Tensor | None = None, d_offsets: Tensor | None = None,
     candidates: Tensor | None = None,
 ) -> Batch:  # fmt: skip
+    empty_score = -math.inf if empty_score is None else empty_score
     return Batch(Side(q, q_mask, q_offsets), Side(d, d_mask, d_offsets), candidates, normalize, empty_score)
 
 
 def _flat(b: Batch, argmax: bool, backend: str) -> tuple:
-    (q, q_mask, q_offsets), (d, d_mask, d_offsets) = b.q, b.d
-    return q, d, q_mask, d_mask, b.normalize, b.empty_score, argmax, backend, q_offsets, d_offsets, b.candidates
+    q, d = b.q, b.d
+    empty_score = None if b.empty_score == -math.inf else b.empty_score
+    return (
+        q.tokens, d.tokens, q.mask, d.mask, b.normalize, empty_score, argmax, backend, q.offsets, d.offsets,
+        b.candidates,
+    )  # fmt: skip
 
 
 def _for_backward(
@@ -131,8 +138,8 @@ class _MaxSim(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
-        if torch.is_grad_enabled() or not _plain(g):
-            # the registered operator refuses a second derivative, and takes what is no plain tensor
+        if torch.is_grad_enabled() or not _plain(g) or torch._C._functorch.is_legacy_batchedtensor(g):
+            # the registered operator refuses a second derivative, and takes tensors that are not plain
             return _differentiate(ctx, g, _)
         q, d, argmax, *ragged = ctx.saved_tensors
         b = _for_backward(q, d, ctx.normalize, *ragged)
@@ -140,8 +147,12 @@ class _MaxSim(torch.autograd.Function):
 
 
 def _no_mode() -> bool:
-    """No dispatch mode and no functorch transform is active."""
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+    """No dispatch mode, no functorch transform and no ``torch.jit.trace`` is active."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def _plain(*tensors: Tensor | None) -> bool:
@@ -184,12 +195,14 @@ def fast_path(q: Any, d: Any, normalize: bool, empty_score: float, backend: str)
 
 def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | None]:
     """(scores, argmax); argmax is None or empty where it is not wanted."""
-    (q, q_mask, _), (d, d_mask, _), _, _, _ = b
+    q, d = b.q.tokens, b.d.tokens
     train = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
     if not torch.compiler.is_compiling():
         _refuse_transforms(q, d)
-        if _plain(q, d, q_mask, d_mask):
+        if _plain(q, d, b.q.mask, b.d.mask):
             if train:
                 return _MaxSim.apply(q, d, b, backend)
             return dispatch.forward(b, want_argmax, backend)[0]
+    # below a vmap, a tensor may require a gradient although none here does
+    train = train or (torch.is_grad_enabled() and not _no_mode())
     return torch.ops.latemax.maxsim(*_flat(b, want_argmax or train, backend))

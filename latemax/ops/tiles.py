@@ -49,10 +49,10 @@ def read_table(text: str) -> tuple[Row, ...]:
     """The rows of ``tiles.json``, in which null is no upper bound; their notes are for readers of the file."""
 
     def row(entry: dict) -> Row:
-        bounds = (UNBOUNDED if entry[name] is None else entry[name] for name in ("dim", "q_rows"))
+        dim, q_rows = (UNBOUNDED if entry[name] is None else entry[name] for name in ("dim", "q_rows"))
         argmax_tile = TileConfig(*entry["argmax_tile"]) if "argmax_tile" in entry else None
         return Row(
-            entry["capability"], entry["kind"], *bounds, TileConfig(*entry["tile"]), argmax_tile, entry["source"]
+            entry["capability"], entry["kind"], dim, q_rows, TileConfig(*entry["tile"]), argmax_tile, entry["source"]
         )  # fmt: skip
 
     return tuple(row(entry) for entry in json.loads(text))

@@ -1,48 +1,90 @@
-"""The kinds of corpus, behind one face: how long documents are, where they lie, and a run of them as packed tokens."""
+"""The kinds of corpus with one interface: lengths of documents, and tokens of consecutive or of chosen ones."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latemax.arguments.check import as_mask, check_tokens
-from latemax.store import Packed, PatchStore
+from latemax.store import PatchStore
+from latemax.store.documents import check_id
 from latemax.store.packed import check
+
+# Bytes of tokens that a piece of a corpus which has to be copied may take.
+PIECE_BYTES = 1 << 28
 
 
 class Corpus:
-    """Documents in order. ``offsets``: int64 [n_d + 1] on the CPU, of tokens as if all lay end to end."""
+    """Documents in order. ``offsets``: int64 [n_d + 1] on the CPU, of all tokens as if they were concatenated."""
 
     offsets: Tensor
     dim: int
     dtype: torch.dtype
     device: torch.device
-    # whether the tokens are in memory at all: a store's are on the disk
+    # whether the tokens are in memory: a store's are on the disk
     resident = True
+    # whether `view` copies
+    copies = False
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def view(self, a: int, b: int) -> Tensor:
-        """Documents a … b - 1 as [t, dim] where they lie."""
+        """Documents a … b - 1 as [t, dim], in place where the corpus is contiguous."""
         raise NotImplementedError
 
     def read(self, a: int, b: int, out: Tensor) -> None:
         """Documents a … b - 1 into out [t, dim] on the CPU."""
         out.copy_(self.view(a, b))
 
+    def some(self, documents: Tensor) -> Tensor:
+        """Documents of rising number as [t, dim], a copy."""
+        parts = [self.view(a, b) for a, b in _stretches(documents)]
+        return torch.cat(parts) if parts else self.view(0, 0)
+
+    def read_some(self, documents: Tensor, out: Tensor) -> None:
+        """Documents of rising number into out [t, dim] on the CPU."""
+        out.copy_(self.some(documents))
+
     def keep(self, a: int, b: int) -> Tensor | None:
         """The mask [b - a, l_d] of a dense corpus that has one."""
         return None
 
-    def pieces(self, candidates: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def find(self, ids: Sequence[object]) -> Tensor:
+        """The documents of ids, int64; ValueError for an unknown one."""
+        raise ValueError("within is a list of ids, and this corpus has none: pass a tensor of indices or a bool mask")
+
+    def pieces(self, candidates: Tensor, memory: int = PIECE_BYTES) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(tokens [t, dim], offsets int64 [n + 1], candidates within them) that cover candidates int64 [n_q, k].
 
-        A candidate is named by one piece, and -1 in all others.
+        A candidate is named by one piece, and -1 in all others. Tokens that have to be copied take ``memory`` bytes, or
+        one document.
         """
-        return [(self.view(0, len(self)), self.offsets, candidates)]
+        named = candidates.unique().cpu()
+        chosen = Subset(self, named[named >= 0])
+        # -1 stays -1: it is below all that are named
+        at = torch.searchsorted(chosen.documents.to(candidates.device), candidates).masked_fill(candidates < 0, -1)
+        row, a = self.dim * self.dtype.itemsize, 0
+        while a < len(chosen):
+            limit = int(chosen.offsets[a]) + memory // row
+            b = max(a + 1, int(torch.searchsorted(chosen.offsets, limit, right=True)) - 1)
+            local = (at - a).masked_fill((at < a) | (at >= b), -1)
+            yield chosen.view(a, b), chosen.offsets[a : b + 1] - chosen.offsets[a], local
+            a = b
+
+
+def _stretches(documents: Tensor) -> list[tuple[int, int]]:
+    """(first, the one after the last) of each stretch of consecutive numbers."""
+    breaks = (documents.diff() != 1).nonzero().flatten().tolist()
+    starts, ends = [0, *(i + 1 for i in breaks)], [*breaks, len(documents) - 1]
+    if not len(documents):
+        return []
+    return [(int(documents[a]), int(documents[b]) + 1) for a, b in zip(starts, ends, strict=True)]
 
 
 class Dense(Corpus):
@@ -51,18 +93,24 @@ class Dense(Corpus):
     def __init__(self, d: Tensor, mask: Tensor | None):
         self.d, self.mask = d, mask
         n_d, l_d, self.dim = d.shape
-        self.offsets = torch.arange(n_d + 1) * l_d
+        self.offsets = torch.arange(n_d + 1, device="cpu") * l_d
         self.dtype, self.device = d.dtype, d.device
 
     def view(self, a: int, b: int) -> Tensor:
         return self.d[a:b].reshape(-1, self.dim)
 
+    def some(self, documents: Tensor) -> Tensor:
+        return self.d[documents.to(self.device)].view(-1, self.dim)
+
     def keep(self, a: int, b: int) -> Tensor | None:
         return None if self.mask is None else self.mask[a:b]
 
+    def pieces(self, candidates: Tensor, memory: int = PIECE_BYTES) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        yield self.view(0, len(self)), self.offsets, candidates
+
 
 class Flat(Corpus):
-    """tokens [t_d, dim], end to end."""
+    """tokens [t_d, dim], concatenated."""
 
     def __init__(self, tokens: Tensor, offsets: Tensor):
         self.tokens, self.offsets = tokens, offsets
@@ -71,13 +119,18 @@ class Flat(Corpus):
     def view(self, a: int, b: int) -> Tensor:
         return self.tokens[int(self.offsets[a]) : int(self.offsets[b])]
 
+    def pieces(self, candidates: Tensor, memory: int = PIECE_BYTES) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        yield self.tokens, self.offsets, candidates
+
 
 class Items(Corpus):
     """A list of [l_i, dim]."""
 
+    copies = True
+
     def __init__(self, items: list[Tensor]):
         self.items = items
-        self.offsets = torch.tensor([0, *map(len, items)], dtype=torch.int64).cumsum(0)
+        self.offsets = torch.tensor([0, *map(len, items)], dtype=torch.int64, device="cpu").cumsum(0)
         self.dim, self.dtype, self.device = items[0].shape[1], items[0].dtype, items[0].device
 
     def view(self, a: int, b: int) -> Tensor:
@@ -86,35 +139,106 @@ class Items(Corpus):
     def read(self, a: int, b: int, out: Tensor) -> None:
         torch.cat(self.items[a:b], out=out)
 
-    def pieces(self, candidates: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        named, local = candidates.unique(return_inverse=True)
-        # unique is sorted: where there is a -1, it is the first
-        empty = int((named < 0).sum())
-        tokens, offsets = Packed.of([self.items[0][:0], *(self.items[i] for i in named[empty:].tolist())])
-        return [(tokens, offsets[1:], local - empty)]
+    def some(self, documents: Tensor) -> Tensor:
+        return torch.cat([self.items[0][:0], *(self.items[i] for i in documents.tolist())])
 
 
 class Stored(Corpus):
+    """A store, as it is at this moment: refreshing it changes nothing here."""
+
     resident = False
+    copies = True
 
     def __init__(self, store: PatchStore):
-        self.store, self.offsets = store, store.offsets
+        if store.dim is None or store.dtype is None:
+            raise ValueError(f"corpus must hold at least one document, got {store}")
+        self.snapshot, self.path = store.snapshot(), store.path
+        self.offsets = self.snapshot.offsets
         self.dim, self.dtype, self.device = store.dim, store.dtype, torch.device("cpu")
 
-    def read(self, a: int, b: int, out: Tensor) -> None:
-        self.store.read(a, b, out)
+    def view(self, a: int, b: int) -> Tensor:
+        return self.some(torch.arange(a, b, device="cpu"))
 
-    def pieces(self, candidates: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        found = []
-        for shard in self.store.shards:
-            local = candidates - shard.first
-            inside = (local >= 0) & (local < len(shard))
-            if inside.any():
-                found.append((shard.tokens, shard.offsets, local.where(inside, -1)))
+    def read(self, a: int, b: int, out: Tensor) -> None:
+        self.snapshot.read(a, b, out)
+
+    def some(self, documents: Tensor) -> Tensor:
+        rows = int((self.offsets[documents + 1] - self.offsets[documents]).sum())
+        out = torch.empty(rows, self.dim, dtype=self.dtype, device="cpu")
+        self.read_some(documents, out)
+        return out
+
+    def read_some(self, documents: Tensor, out: Tensor) -> None:
+        self.snapshot.read_some(documents.numpy(), out)
+
+    def find(self, ids: Sequence[object]) -> Tensor:
+        plain = [check_id(id) for id in ids]
+        found = torch.from_numpy(self.snapshot.find(plain))
+        if len(found) and int(found.min()) < 0:
+            raise ValueError(f"within names id {plain[int(found.argmin())]!r}, which {self.path} does not have")
         return found
 
 
-def of(corpus, d_mask=None) -> Corpus:
+class Subset(Corpus):
+    """Documents of rising number of another corpus."""
+
+    copies = True
+
+    def __init__(self, whole: Corpus, documents: Tensor):
+        self.whole, self.documents, self.resident = whole, documents, whole.resident
+        self.dim, self.dtype, self.device = whole.dim, whole.dtype, whole.device
+        self.offsets = torch.zeros(len(documents) + 1, dtype=torch.int64, device="cpu")
+        torch.cumsum(whole.offsets[documents + 1] - whole.offsets[documents], 0, out=self.offsets[1:])
+
+    def view(self, a: int, b: int) -> Tensor:
+        return self.whole.some(self.documents[a:b])
+
+    def read(self, a: int, b: int, out: Tensor) -> None:
+        self.whole.read_some(self.documents[a:b], out)
+
+    def keep(self, a: int, b: int) -> Tensor | None:
+        mask = self.whole.keep(0, len(self.whole))
+        return None if mask is None else mask[self.documents[a:b].to(mask.device)]
+
+
+def chosen(within: Tensor | np.ndarray | Sequence[object] | None, corpus: Corpus) -> Tensor | None:
+    """The documents that ``within`` names: int64 on the CPU, rising, each once; None for all.
+
+    Raises:
+        TypeError, ValueError: naming ``within``, the rule and what came.
+    """
+    if within is None:
+        return None
+    n = len(corpus)
+    if isinstance(within, (list, tuple)):
+        return corpus.find(within).unique()
+    if isinstance(within, np.ndarray) and within.dtype in (np.bool_, np.int64):
+        within = torch.from_numpy(np.ascontiguousarray(within))
+    if not isinstance(within, Tensor) or within.dtype not in (torch.bool, torch.int64):
+        came = getattr(within, "dtype", type(within).__name__)
+        raise TypeError(f"within must be int64 indices, a bool mask, or a list or tuple of ids; got {came}")
+    within = within.detach().cpu()
+    if within.dtype == torch.bool:
+        if within.shape != (n,):
+            raise ValueError(f"within must be a mask [n_d] of {n} documents, got shape {list(within.shape)}")
+        return within.nonzero().flatten()
+    if within.dim() != 1:
+        raise ValueError(f"within must be indices [n], got shape {list(within.shape)}")
+    wrong = within[(within < 0) | (within >= n)]
+    if len(wrong):
+        raise ValueError(f"within must be indices from 0 to {n - 1}, got {int(wrong[0])}")
+    return within.unique()
+
+
+def at_most(k: int, corpus: Corpus, within: Tensor | None) -> None:
+    """ValueError where there are fewer than k documents to rank."""
+    if within is not None and k > len(within):
+        raise ValueError(f"k must be at most the number of documents in within, {len(within)}; got {k}")
+    if k > len(corpus):
+        raise ValueError(f"k must be at most the number of documents, {len(corpus)}; got {k}")
+
+
+def of(corpus: Any, d_mask: Tensor | None = None) -> Corpus:
     """The corpus that the caller passed, checked.
 
     Raises:
@@ -122,7 +246,7 @@ def of(corpus, d_mask=None) -> Corpus:
     """
     dense = isinstance(corpus, Tensor) and not corpus.is_nested
     if d_mask is not None and not dense:
-        raise ValueError(f"d_mask goes with a dense corpus [n_d, l_d, dim] alone, got {type(corpus).__name__}")
+        raise ValueError(f"d_mask goes with a dense corpus [n_d, l_d, dim] only, got {type(corpus).__name__}")
     if isinstance(corpus, PatchStore):
         return Stored(corpus)
     if dense:
@@ -145,12 +269,12 @@ def of(corpus, d_mask=None) -> Corpus:
     )
 
 
-def _is_pair(corpus) -> bool:
+def _is_pair(corpus: Any) -> bool:
     two = isinstance(corpus, tuple) and len(corpus) == 2 and all(isinstance(x, Tensor) for x in corpus)
     return two and corpus[1].dim() == 1
 
 
-def _items(items: list) -> Corpus:
+def _items(items: list[Tensor]) -> Corpus:
     if not items:
         raise ValueError("corpus must hold at least one document, got an empty list")
     for i, item in enumerate(items):
@@ -168,16 +292,22 @@ def _items(items: list) -> Corpus:
 def runs(corpus: Corpus, budget: int, row_bytes: int, document_bytes: int) -> list[tuple[int, int]]:
     """Runs of documents [a, b) in order, each as long as ``budget`` bytes allow.
 
-    row_bytes: what a token costs; document_bytes: what a document costs besides.
+    Args:
+        corpus: whose documents.
+        budget: bytes of a run. row_bytes: of a token. document_bytes: of a document, in addition to its tokens.
+
+    Raises:
+        ValueError: a document that the budget cannot hold, named.
     """
     # what the first i documents cost, rising
-    cost = (corpus.offsets * row_bytes + torch.arange(len(corpus) + 1) * document_bytes).tolist()
+    cost = (corpus.offsets * row_bytes + torch.arange(len(corpus) + 1, device="cpu") * document_bytes).tolist()
     found, a = [], 0
     while a < len(corpus):
         b = bisect_right(cost, cost[a] + budget) - 1
         if b == a:
+            number = int(corpus.documents[a]) if isinstance(corpus, Subset) else a
             raise ValueError(
-                f"memory must hold the largest document: document {a} has "
+                f"memory must hold the largest document: document {number} has "
                 f"{int(corpus.offsets[a + 1] - corpus.offsets[a])} tokens and needs {cost[a + 1] - cost[a]} bytes of "
                 f"the {budget} that are left"
             )

@@ -1,14 +1,17 @@
-"""Exact top-k over a corpus of any size, in chunks, with the copies of the next chunk under the scoring of this one."""
+"""Exact top-k over a corpus of any size, in chunks: the next chunk is copied while this one is scored."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latemax._progress import Bar
-from latemax.api import maxsim, score_corpus
+from latemax.api import maxsim, rerank, score_corpus
 from latemax.arguments import check, ragged
 from latemax.search import corpus as corpora
 from latemax.search import stream
@@ -16,17 +19,20 @@ from latemax.search.merge import TopK, merge
 
 # Of a chunk's scores, at once: the scores, their keys, the order as int64, a sort's copy of both, and the indices.
 SCORE_BYTES = 48
+Within = Tensor | np.ndarray | Sequence[int] | Sequence[str] | None
 
 
 def topk(
-    q,
-    corpus,
+    q: Any,
+    corpus: Any,
     k: int,
-    q_mask=None,
+    q_mask: Any = None,
     *,
-    d_mask=None,
+    d_mask: Tensor | None = None,
+    within: Within = None,
     normalize: bool = False,
     empty_score: float = -math.inf,
+    return_argmax: bool = False,
     memory: int = 1 << 30,
     device: torch.device | str | None = None,
     progress: bool = False,
@@ -37,7 +43,7 @@ def topk(
     The corpus is scored in chunks; the k best so far stay on the device. A store is read from the disk, and a corpus in
     host memory is copied to a GPU, while the chunk before is scored. No gradients.
 
-    Order: scores falling; equal scores by rising index; NaN behind everything, −inf too (a document with a NaN token
+    Order: scores falling; equal scores by rising index; NaN after everything, −inf too (a document with a NaN token
     must not lead the list). A document without a valid token scores ``empty_score``.
 
     Args:
@@ -45,8 +51,11 @@ def topk(
         corpus: [n_d, l_d, dim]; a list of [l_i, dim]; a jagged nested tensor; (tokens [t_d, dim], offsets [n_d + 1]);
             or a `PatchStore`. On the CPU, or where the scoring runs.
         k: how many, 1 <= k <= n_d, as in torch.topk.
-        q_mask: as in `maxsim`. d_mask: [n_d, l_d], beside a dense corpus alone.
+        q_mask: as in `maxsim`. d_mask: [n_d, l_d], with a dense corpus only.
+        within: the documents to rank, which alone are read: indices (an int64 tensor or array), a mask (a bool tensor
+            or array [n_d]), or ids (a list or tuple, of a store). A document named twice counts once; None ranks all.
         normalize, empty_score, backend: as in `maxsim`.
+        return_argmax: also find which token of its document each query token's maximum is, for the k best only.
         memory: bytes that chunks of tokens, their scores and what sorts them may take together, on the host and on the
             device each. Queries, results and corpora that are in memory already are not counted.
         device: where to score; None is where q is. q goes there too.
@@ -54,22 +63,26 @@ def topk(
 
     Returns:
         TopK(scores [n_q, k] float32 (float64 if the promoted dtype is), indices [n_q, k] int64), on the device; [k]
-        each for q [l_q, dim].
+        each for q [l_q, dim]. Indices are the corpus's, also with ``within``. With return_argmax its attribute
+        ``argmax`` is int32 [n_q, k, l_q] ([k, l_q]); of a list of queries, -1 after the end of shorter ones.
 
     Raises:
-        TypeError, ValueError: as `maxsim`; k out of range; a document that ``memory`` cannot hold, named.
+        TypeError, ValueError: as `maxsim`; k above the number of documents; a document of ``within`` that is not
+            there, or one that ``memory`` cannot hold, named.
 
     Example:
-        >>> scores, indices = latemax.topk(query_tokens, PatchStore("pages"), 10)
+        >>> store = PatchStore("pages")
+        >>> scores, indices = latemax.topk(query_tokens, store, 10)
+        >>> found = latemax.topk(query_tokens, store, 3, within=["page-1", "page-2", "page-7"], return_argmax=True)
     """
     empty_score = check.check_options(
-        normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
     check.check_positive("k", k)
     check.check_positive("memory", memory)
     found = corpora.of(corpus, d_mask)
-    if k > len(found):
-        raise ValueError(f"k must be at most the number of documents, {len(found)}; got {k}")
+    documents = corpora.chosen(within, found)
+    corpora.at_most(k, found, documents)
     q, q_mask = on_device(q, q_mask, device)
     one = q if isinstance(q, Tensor) else q[0]
     one_query = isinstance(q, Tensor) and not q.is_nested and q.dim() == 2
@@ -79,36 +92,74 @@ def topk(
     if one.shape[-1] != found.dim:
         raise ValueError(f"q and corpus must have the same dim; got {one.shape[-1]} and {found.dim}")
 
+    searched = found if documents is None else corpora.Subset(found, documents)
     moves = found.device != one.device
-    copied = moves or not found.resident or isinstance(found, corpora.Items)
+    copied = moves or searched.copies
     row = found.dim * found.dtype.itemsize * (2 if moves or not found.resident else 1) if copied else 0
     merging = 2 * n_q * k * SCORE_BYTES
     if memory <= merging:
         raise ValueError(f"memory must hold the {k} best of {n_q} queries, {merging} bytes; got {memory}")
-    runs = corpora.runs(found, memory - merging, row, n_q * SCORE_BYTES)
+    runs = corpora.runs(searched, memory - merging, row, n_q * SCORE_BYTES)
     options = dict(normalize=normalize, empty_score=empty_score, backend=backend)
-    kept, bar = None, Bar(len(found), "searching ") if progress else None
+    kept, bar = None, Bar(len(searched), "searching ") if progress else None
     with torch.no_grad():
-        for (a, b), tokens in stream.chunks(found, runs, one.device):
-            scores = _score(q, q_mask, found, a, b, tokens, options)
+        for (a, b), tokens in stream.chunks(searched, runs, one.device):
+            scores = _score(q, q_mask, searched, a, b, tokens, options)
             scores = scores.unsqueeze(0) if one_query else scores
             if kept is None:
                 kept = TopK(scores[:, :0], torch.empty(n_q, 0, dtype=torch.int64, device=scores.device))
             kept = merge(kept, scores, a, k)
             if bar is not None:
                 bar.tick(b - a)
-    return TopK(kept.scores[0], kept.indices[0]) if one_query else kept
+        assert kept is not None
+        if documents is not None:
+            kept = TopK(kept.scores, documents.to(kept.indices.device)[kept.indices])
+        if return_argmax:
+            one_q = (q.unsqueeze(0), None if q_mask is None else q_mask.unsqueeze(0)) if one_query else (q, q_mask)
+            kept.argmax = _argmax(*one_q, found, kept.indices, memory - merging, normalize, backend)
+    return kept.row(0) if one_query else kept
 
 
-def _score(q, q_mask, found: corpora.Corpus, a: int, b: int, tokens: Tensor, options: dict) -> Tensor:
+def _score(
+    q: Any, q_mask: Any, found: corpora.Corpus, a: int, b: int, tokens: Tensor, options: dict[str, Any]
+) -> Tensor:
     keep = found.keep(a, b)
     if keep is None:
         return score_corpus(q, tokens, found.offsets[a : b + 1] - found.offsets[a], q_mask, **options)
     return maxsim(q, tokens.view(b - a, -1, found.dim), q_mask, keep.to(tokens.device), **options)
 
 
-def on_device(q, q_mask, device: torch.device | str | None):
-    """q and its mask, checked, where the scoring is to run."""
+def _argmax(
+    q: Any, q_mask: Any, found: corpora.Corpus, indices: Tensor, memory: int, normalize: bool, backend: str
+) -> Tensor:
+    """int32 [n_q, k, l_q] of documents [n_q, k], which are scored once more."""
+    device = indices.device
+    options = dict(normalize=normalize, return_argmax=True, backend=backend)
+    if isinstance(found, corpora.Dense) and found.mask is not None:
+        # the other ways know no mask of documents; a query at a time, as its k documents are copied
+        longest = ragged.longest(q) if ragged.is_ragged(q) else q.shape[1]
+        result = torch.full((*indices.shape, longest), -1, dtype=torch.int32, device=device)
+        for i, row in enumerate(indices.to(found.device)):
+            _, argmax = maxsim(
+                q[i],
+                found.d[row].to(device),
+                None if q_mask is None else q_mask[i],
+                found.mask[row].to(device),
+                **options,
+            )
+            result[i, :, : argmax.shape[-1]] = argmax
+        return result
+    result = None
+    for tokens, offsets, local in found.pieces(indices.to(found.device), memory):
+        local = local.to(device)
+        _, argmax = rerank(q, tokens.to(device), offsets.to(device), local, q_mask, **options)
+        result = argmax if result is None else torch.where((local >= 0).unsqueeze(-1), argmax, result)
+    assert result is not None
+    return result
+
+
+def on_device(q: Any, q_mask: Any, device: torch.device | str | None) -> tuple[Any, Any]:
+    """q and its mask, checked, on the device that scores."""
     if not ragged.is_ragged(q):
         check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
     elif isinstance(q, (list, tuple)):
@@ -119,7 +170,7 @@ def on_device(q, q_mask, device: torch.device | str | None):
     if device is None:
         return q, q_mask
 
-    def move(x):
+    def move(x: Any) -> Any:
         if isinstance(x, (list, tuple)):
             return [None if item is None else item.to(device) for item in x]
         return x if x is None else x.to(device)

@@ -1,10 +1,10 @@
-"""Two stages: candidates from something cheap, exact scores for those alone, and what the first stage loses."""
+"""Two stages: candidates from something cheap, exact scores of those only, and what the first stage loses."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,13 @@ from latemax.arguments import check
 from latemax.ops.problem import score_dtype
 from latemax.search import corpus as corpora
 from latemax.search import stream
-from latemax.search.exact import topk
+from latemax.search.exact import Within, topk
 from latemax.search.merge import TopK, best
 
 ENGINES = ("auto", "faiss", "torch")
+# A first stage: called with q [n_q, l_q, dim], its mask or None, and a number; or an object whose method ``first`` also
+# takes ``within``, the documents to choose from.
+First = Callable[[Tensor, Tensor | None, int], Tensor]
 
 
 class MeanPool:
@@ -38,7 +41,7 @@ class MeanPool:
     """
 
     def __init__(
-        self, corpus, *, engine: str = "auto", factory: str = "Flat", memory: int = 1 << 30, progress: bool = False
+        self, corpus: Any, *, engine: str = "auto", factory: str = "Flat", memory: int = 1 << 30, progress: bool = False
     ):
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
@@ -58,16 +61,31 @@ class MeanPool:
             self._index.train(self.vectors.numpy())
             self._index.add(self.vectors.numpy())
 
-    def __call__(self, q: Tensor, q_mask: Tensor | None, n: int) -> Tensor:
-        """Candidates int64 [n_q, n], best first, for q [n_q, l_q, dim]; -1 where the index found fewer."""
+    def first(self, q: Tensor, q_mask: Tensor | None, n: int, within: Tensor | None = None) -> Tensor:
+        """Candidates of every query.
+
+        Args:
+            q: [n_q, l_q, dim]. q_mask: [n_q, l_q] or None.
+            n: how many.
+            within: int64 indices of the documents to choose from, which are ranked exactly; None is all.
+
+        Returns:
+            int64 [n_q, n], best first; -1 where the index found fewer, or where ``within`` holds fewer.
+        """
         q = q.detach().float()
         if q_mask is not None:
             # a masked token influences nothing, whatever it holds
             q = q.masked_fill(~q_mask.bool().unsqueeze(-1), 0)
         wanted = F.normalize(q.sum(1), dim=-1).cpu()
+        if within is not None:
+            within = within.cpu()
+            ranked = (wanted @ self.vectors[within].T).topk(min(n, len(within)), dim=-1).indices
+            return F.pad(within[ranked], (0, n - ranked.shape[1]), value=-1)
         if self.engine == "torch":
             return (wanted @ self.vectors.T).topk(n, dim=-1).indices
         return torch.from_numpy(self._index.search(wanted.numpy(), n)[1])
+
+    __call__ = first
 
 
 def pooled(corpus: corpora.Corpus, memory: int, progress: bool = False) -> Tensor:
@@ -75,10 +93,11 @@ def pooled(corpus: corpora.Corpus, memory: int, progress: bool = False) -> Tenso
     # two buffers of tokens, one widened copy, and the number of the document for every token
     row = corpus.dim * (2 * corpus.dtype.itemsize + 4) + 8
     runs = corpora.runs(corpus, memory, row, 0)
-    found, bar = torch.zeros(len(corpus), corpus.dim), Bar(len(corpus), "pooling ") if progress else None
+    found = torch.zeros(len(corpus), corpus.dim, device="cpu")
+    bar = Bar(len(corpus), "pooling ") if progress else None
     for (a, b), tokens in stream.chunks(corpus, runs, corpus.device):
         lengths = corpus.offsets[a : b + 1].diff()
-        owner = torch.arange(a, b).repeat_interleave(lengths)
+        owner = torch.arange(a, b, device="cpu").repeat_interleave(lengths)
         found.index_add_(0, owner, tokens.detach().float().cpu())
         if bar is not None:
             bar.tick(b - a)
@@ -87,37 +106,42 @@ def pooled(corpus: corpora.Corpus, memory: int, progress: bool = False) -> Tenso
 
 def two_stage(
     q: Tensor,
-    corpus,
+    corpus: Any,
     k: int,
-    first: Callable[[Tensor, Tensor | None, int], Tensor],
+    first: First,
     q_mask: Tensor | None = None,
     *,
     n_candidates: int = 1000,
+    within: Within = None,
     normalize: bool = False,
     empty_score: float = -math.inf,
+    return_argmax: bool = False,
     backend: str = "auto",
 ) -> TopK:
     """The k best of the candidates that ``first`` names, by their exact scores.
 
-    Candidates are scored where they lie, on the corpus's device: of a store, only their pages are read.
+    Candidates are scored on the corpus's device, a corpus in memory in place; of a store, only their tokens are read.
 
     Args:
         q: [l_q, dim] or [n_q, l_q, dim]. corpus: as in `topk`, without a mask.
         k: how many; 1 <= k <= n_candidates.
         first: called as ``first(q [n_q, l_q, dim], q_mask or None, n)``, returns candidates int64 [n_q, n] in any
-            order, -1 for none: a `MeanPool`, or any search of yours. Named twice counts once.
+            order, -1 for none: a `MeanPool`, or any search of yours. A candidate named twice counts once. Of an object
+            with a method ``first`` that is called, with ``within=`` (int64 indices) where two_stage was given it.
         n_candidates: how many to ask for; at most n_d are asked for.
+        within: as in `topk`; candidates of a plain callable that are outside are dropped.
         q_mask, normalize, empty_score, backend: as in `maxsim`.
+        return_argmax: as in `topk`.
 
     Returns:
         TopK on q's device, in the order of `topk`. Where fewer than k candidates came, index -1 and ``empty_score``
-        fill the end.
+        fill the end; argmax is -1 there.
 
     Raises:
         TypeError, ValueError: as `topk`; candidates of another shape, dtype or outside the corpus.
     """
     empty_score = check.check_options(
-        normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
     check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
     q_mask = check.as_mask("q_mask", q_mask, "q", q)
@@ -126,39 +150,60 @@ def two_stage(
         raise ValueError(f"q and corpus must have the same dim; got {q.shape[-1]} and {found.dim}")
     check.check_positive("k", k)
     check.check_positive("n_candidates", n_candidates)
+    documents = corpora.chosen(within, found)
+    corpora.at_most(k, found, documents)
     n = min(n_candidates, len(found))
     if k > n:
         raise ValueError(f"k must be at most n_candidates and the number of documents, {n}; got {k}")
     one_query, device = q.dim() == 2, q.device
     if one_query:
         q, q_mask = q.unsqueeze(0), None if q_mask is None else q_mask.unsqueeze(0)
-    candidates = _candidates(first(q, q_mask, n), len(q), len(found)).to(found.device)
+    candidates = _candidates(first, q, q_mask, n, len(found), documents).to(found.device)
     q, q_mask = q.detach().to(found.device), None if q_mask is None else q_mask.to(found.device)
 
     # empty slots stay NaN, so that they rank last whatever empty_score is
     scores = torch.full(candidates.shape, math.nan, device=found.device, dtype=score_dtype(q.dtype, found.dtype))
+    argmax = None
+    if return_argmax:
+        argmax = torch.full((*candidates.shape, q.shape[1]), -1, device=found.device, dtype=torch.int32)
+    options = dict(normalize=normalize, empty_score=empty_score, backend=backend)
     for tokens, offsets, local in found.pieces(candidates):
-        piece = rerank(
-            q, tokens, offsets.to(tokens.device), local, q_mask, normalize=normalize, empty_score=empty_score,
-            backend=backend,
-        )  # fmt: skip
+        offsets = offsets.to(tokens.device)
+        if argmax is None:
+            piece = rerank(q, tokens, offsets, local, q_mask, **options)
+        else:
+            piece, tokens_of = rerank(q, tokens, offsets, local, q_mask, return_argmax=True, **options)
+            argmax = torch.where((local >= 0).unsqueeze(-1), tokens_of, argmax)
         scores = torch.where(local >= 0, piece, scores)
-    kept = best(scores, candidates, k)
-    result = TopK(kept.scores.masked_fill(kept.indices < 0, empty_score).to(device), kept.indices.to(device))
-    return TopK(result.scores[0], result.indices[0]) if one_query else result
+    order = best(scores, torch.arange(scores.shape[1], device=scores.device).expand_as(scores), k)
+    indices = candidates.gather(1, order.indices)
+    if argmax is not None:
+        argmax = argmax.gather(1, order.indices.unsqueeze(-1).expand(-1, -1, q.shape[1])).to(device)
+    result = TopK(order.scores.masked_fill(indices < 0, empty_score).to(device), indices.to(device), argmax)
+    return result.row(0) if one_query else result
 
 
-def _candidates(came, n_q: int, n_d: int) -> Tensor:
-    """Rising, each once, then -1."""
+def _candidates(
+    first: First, q: Tensor, q_mask: Tensor | None, n: int, n_d: int, within: Tensor | None = None
+) -> Tensor:
+    """What a first stage names, within ``within``: rising, each once, then -1."""
+    if within is not None and hasattr(first, "first"):
+        came = first.first(q, q_mask, min(n, len(within)), within=within)
+    else:
+        came = first.first(q, q_mask, n) if hasattr(first, "first") else first(q, q_mask, n)
     if not isinstance(came, Tensor) or came.dtype not in (torch.int32, torch.int64):
         what = came.dtype if isinstance(came, Tensor) else type(came).__name__
         raise TypeError(f"first must return an int32 or int64 tensor of candidates, got {what}")
-    if came.dim() != 2 or len(came) != n_q:
-        raise ValueError(f"first must return candidates [n_q, n] with n_q {n_q}, got shape {list(came.shape)}")
+    if came.dim() != 2 or len(came) != len(q):
+        raise ValueError(f"first must return candidates [n_q, n] with n_q {len(q)}, got shape {list(came.shape)}")
     if came.numel() and (came.min() < -1 or came.max() >= n_d):
         raise ValueError(f"candidates must lie in -1..{n_d - 1}, got {int(came.min())} to {int(came.max())}")
     last = torch.iinfo(torch.int64).max
-    rising = came.to(torch.int64).masked_fill(came < 0, last).sort(dim=1).values
+    rising = came.to(torch.int64)
+    rising = rising.masked_fill(rising < 0, last)
+    if within is not None:
+        rising = rising.masked_fill(~torch.isin(rising, within.to(rising.device)), last)
+    rising = rising.sort(dim=1).values
     rising[:, 1:].masked_fill_(rising[:, 1:] == rising[:, :-1], last)
     rising = rising.sort(dim=1).values
     return rising.masked_fill(rising == last, -1)
@@ -173,26 +218,28 @@ class Recall(NamedTuple):
 
 def first_stage_recall(
     q: Tensor,
-    corpus,
+    corpus: Any,
     k: int,
-    first: Callable[[Tensor, Tensor | None, int], Tensor],
+    first: First,
     q_mask: Tensor | None = None,
     *,
     n_candidates: int = 1000,
-    **options,
+    within: Within = None,
+    **options: Any,
 ) -> Recall:
     """The share of the exact top k (by `topk`, over the whole corpus) that is among the first stage's candidates.
 
     Args:
-        q: [n_q, l_q, dim]. The others as in `two_stage`; options go to `topk`.
+        q: [n_q, l_q, dim]. corpus, k, first, q_mask, n_candidates, within: as in `two_stage`.
+        options: of `topk`.
 
     Raises:
         TypeError, ValueError: as `topk` and `two_stage`.
     """
     check.check_tokens("q", q, (3,), "[n_q, l_q, dim]")
-    exact = topk(q, corpus, k, q_mask, **options).indices.cpu()
-    n_d = len(corpora.of(corpus))
-    mask = check.as_mask("q_mask", q_mask, "q", q)
-    candidates = _candidates(first(q, mask, min(n_candidates, n_d)), len(q), n_d).cpu()
+    exact = topk(q, corpus, k, q_mask, within=within, **options).indices.cpu()
+    found = corpora.of(corpus)
+    mask, documents = check.as_mask("q_mask", q_mask, "q", q), corpora.chosen(within, found)
+    candidates = _candidates(first, q, mask, min(n_candidates, len(found)), len(found), documents).cpu()
     share = (exact.unsqueeze(-1) == candidates.unsqueeze(1)).any(-1).float().mean(-1)
     return Recall(float(share.mean()), share)

@@ -1,9 +1,10 @@
-"""Chunks of a corpus on the device that scores them, the next one on its way while the last one is scored."""
+"""Chunks of a corpus on the device that scores them; the next one is read while the last one is scored."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +25,14 @@ def _rows(corpus: Corpus, run: Run) -> int:
     return int(corpus.offsets[run[1]] - corpus.offsets[run[0]])
 
 
-def _buffers(corpus: Corpus, runs: list[Run], **where) -> list[Tensor]:
+def _buffers(corpus: Corpus, runs: list[Run], **where: Any) -> list[Tensor]:
     longest = max((_rows(corpus, run) for run in runs), default=0)
     return [torch.empty(longest, corpus.dim, dtype=corpus.dtype, **where) for _ in runs[:2]]
 
 
 def _read_ahead(corpus: Corpus, runs: list[Run]) -> Iterator[tuple[Run, Tensor]]:
     """Through two host buffers; a thread fills one while the other is scored."""
-    buffers = _buffers(corpus, runs)
+    buffers = _buffers(corpus, runs, device="cpu")
 
     def read(i: int) -> Tensor:
         tokens = buffers[i % 2][: _rows(corpus, runs[i])]
@@ -53,7 +54,7 @@ def _to_cuda(corpus: Corpus, runs: list[Run], device: torch.device) -> Iterator[
     A host buffer is filled again once its copy has ended (the thread waits for the event), a device buffer is copied
     into again once the scoring that read it has ended (the side stream waits for the event; the host does not).
     """
-    hosts, devices = _buffers(corpus, runs, pin_memory=True), _buffers(corpus, runs, device=device)
+    hosts, devices = _buffers(corpus, runs, device="cpu", pin_memory=True), _buffers(corpus, runs, device=device)
     compute, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     # the device buffers were allocated on the stream that computes
     side.wait_stream(compute)

@@ -2,9 +2,11 @@
 
 from .arrow import from_arrow, to_arrow
 from .files import StoreError
+from .merge import merge_stores
 from .packed import Packed
 from .qdrant import from_qdrant, to_qdrant
 from .reader import PatchStore
+from .upgrade import upgrade
 from .writer import StoreWriter
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "StoreWriter",
     "from_arrow",
     "from_qdrant",
+    "merge_stores",
     "to_arrow",
     "to_qdrant",
+    "upgrade",
 ]

@@ -29,8 +29,8 @@ def to_arrow(corpus, *, dtype: torch.dtype | None = None, ids=None) -> pyarrow.T
     """A table with columns ``id`` (int64 or string) and ``tokens`` (list<fixed_size_list<dtype>[dim]>).
 
     Args:
-        corpus: a PatchStore (one chunk a shard, on the files' own pages) or (tokens [t_d, dim], offsets [n_d + 1]) on
-            the CPU, whose memory the table shares.
+        corpus: a PatchStore (a chunk for each of its `packed()`, on the files' own pages) or (tokens [t_d, dim],
+            offsets [n_d + 1]) on the CPU, whose memory the table shares.
         dtype: torch.float16 or torch.float32: converts, which copies; None keeps float16 and float32.
         ids: of a pair, one a document; None numbers them. A store brings its own.
 
@@ -42,8 +42,13 @@ def to_arrow(corpus, *, dtype: torch.dtype | None = None, ids=None) -> pyarrow.T
     if isinstance(corpus, PatchStore):
         if ids is not None:
             raise ValueError("ids must be None for a PatchStore, which has its own")
+        if corpus.dim is None:
+            raise ValueError(f"corpus must hold at least one document, got {corpus}")
         parts, ids = list(corpus.packed()), corpus.ids
-        empty = Packed(torch.empty(0, corpus.dim, dtype=corpus.dtype), torch.zeros(1, dtype=torch.int64))
+        empty = Packed(
+            torch.empty(0, corpus.dim, dtype=corpus.dtype, device="cpu"),
+            torch.zeros(1, dtype=torch.int64, device="cpu"),
+        )
         id_type = pa.int64() if corpus.id_type == "int" else pa.string()
     else:
         check(*corpus)

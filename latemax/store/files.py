@@ -1,41 +1,32 @@
-"""Files of a store: what is written appears whole or not at all, and what is read is checked against the manifest."""
+"""Names and files of a store: what may be opened, how a folder is synced, how many descriptors are held."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
+CATALOG = "catalog.sqlite"
+# The format before the catalogue; `upgrade` reads it.
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "latemax.PatchStore", 1
-PART = ".part"
+# Shards of this format (numbered, then 8 random hex digits) and of the one before.
+SHARD = re.compile(r"shard-\d{6,}(-[0-9a-f]{8})?\.safetensors")
+# Descriptors of shards that one process keeps open, over all its stores; macOS allows 256 in all.
+MAX_OPEN = 64
 
 
 class StoreError(ValueError):
     """A store that cannot be used as it is; the message names the file and why."""
 
 
-class ShardEntry(NamedTuple):
-    """A shard as the manifest records it."""
-
-    file: str
-    documents: int
-    tokens: int
-    bytes: int
-    sha256: str
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes beside, syncs, renames and syncs the folder: a kill or a power cut leaves the old file or the new one."""
-    part = path.with_name(path.name + PART)
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync_folder(path.parent)
+def is_plain(name: object) -> bool:
+    """Whether name is the name of a file in the store's own folder."""
+    return isinstance(name, str) and "\0" not in name and name not in ("", ".", "..") and os.path.basename(name) == name
 
 
 def sync_folder(folder: Path) -> None:
@@ -46,63 +37,83 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    shards = [entry._asdict() for entry in manifest["shards"]]
-    text = json.dumps({"format": FORMAT, "version": VERSION, **manifest, "shards": shards}, indent=1)
-    write_whole(folder / MANIFEST, text.encode() + b"\n")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest with its shards as ShardEntry.
-
-    Raises:
-        FileNotFoundError: no store there.
-        StoreError: not a manifest, or of a newer version.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no store: there is no {MANIFEST}")
-    try:
-        manifest = json.loads(path.read_bytes())
-        if manifest["format"] != FORMAT:
-            raise StoreError(f"{path}: format must be {FORMAT!r}, got {manifest['format']!r}")
-        if manifest["version"] != VERSION:
-            raise StoreError(f"{path}: this latemax reads version {VERSION}, the store has {manifest['version']!r}")
-        manifest["shards"] = [ShardEntry(**entry) for entry in manifest["shards"]]
-        for key in ("dim", "dtype", "id_type", "meta"):
-            manifest[key]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise StoreError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    return manifest
-
-
-def read_header(path: Path, entry: ShardEntry) -> tuple[dict[str, Any], int]:
-    """Tensors of a safetensors file, {name: {dtype, shape, data_offsets}}, and where its data begins; sizes checked."""
-    name = f"shard {entry.file}"
-    if not path.is_file():
-        raise StoreError(f"{name} is missing from {path.parent}")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        what = "truncated" if size < entry.bytes else "too long"
-        raise StoreError(f"{name} of {path.parent} is {what}: {size} bytes, the manifest says {entry.bytes}")
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            if length > size - 8:
-                raise ValueError(f"a header of {length} bytes does not fit into {size}")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max(tensor["data_offsets"][1] for tensor in header.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{name} of {path.parent} is corrupt: its header is not safetensors: {error}") from error
-    if 8 + length + end != size:
-        raise StoreError(f"{name} of {path.parent} is corrupt: its header describes {8 + length + end} bytes of {size}")
-    return header, 8 + length
-
-
-def sha256(path: Path) -> str:
+def sha256(path: Path) -> bytes:
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
+    return digest.digest()
+
+
+def find_catalog(folder: Path) -> Path:
+    """The catalogue of a store.
+
+    Raises:
+        FileNotFoundError: no store there.
+        StoreError: a store of the old format, or shards without a catalogue.
+    """
+    path = folder / CATALOG
+    if path.exists():
+        return path
+    refuse_leftovers(folder)
+    raise FileNotFoundError(f"{folder} holds no store: there is no {CATALOG}")
+
+
+def refuse_leftovers(folder: Path) -> None:
+    """StoreError where a folder without a catalogue holds what belongs to a store; nothing is touched."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    if MANIFEST in names:
+        raise StoreError(f"{folder / MANIFEST} is of the old format: run `latemax store {folder} upgrade`")
+    shards = [name for name in names if SHARD.fullmatch(name)]
+    if shards:
+        raise StoreError(
+            f"{folder} holds {len(shards)} shards ({shards[0]} …) but no {CATALOG}: restore it, or move them away"
+        )
+
+
+class Descriptors:
+    """Files open for reading, at most ``limit`` idle ones; the least recently used is closed first."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        # key → [descriptor, uses]; an entry that was forgotten while in use is closed by its last user
+        self._open: OrderedDict[int, list[int]] = OrderedDict()
+        self._lock = threading.RLock()
+        # a lock that another thread held at the fork would never be released in the child
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.RLock()
+        for entry in self._open.values():
+            entry[1] = 0
+
+    @contextmanager
+    def borrow(self, key: int, path: Path) -> Iterator[int]:
+        with self._lock:
+            entry = self._open.get(key)
+            if entry is None:
+                for other in list(self._open)[: max(0, len(self._open) + 1 - self._limit)]:
+                    self.forget(other, idle=True)
+                entry = self._open[key] = [os.open(path, os.O_RDONLY), 0]
+            entry[1] += 1
+            self._open.move_to_end(key)
+        try:
+            yield entry[0]
+        finally:
+            with self._lock:
+                entry[1] -= 1
+                if not entry[1] and self._open.get(key) is not entry:
+                    os.close(entry[0])
+
+    def forget(self, key: int, *, idle: bool = False) -> None:
+        """Closes a file; one in use is closed when its last user returns it, or kept where only idle ones may go."""
+        with self._lock:
+            entry = self._open.get(key)
+            if entry is None or (idle and entry[1]):
+                return
+            del self._open[key]
+            if not entry[1]:
+                os.close(entry[0])
+
+
+DESCRIPTORS = Descriptors(MAX_OPEN)

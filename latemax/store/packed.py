@@ -1,4 +1,4 @@
-"""Documents end to end: flat tokens and offsets, the form every backend and every store can share without a copy."""
+"""Documents concatenated: tokens and offsets, the form every backend and every store can share without a copy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Packed(NamedTuple):
             ValueError: no document, or dims or dtypes that differ.
         """
         if not len(documents):
-            raise ValueError("documents must hold at least one tensor, which tells dim and dtype")
+            raise ValueError("documents must hold at least one tensor, which gives dim and dtype")
         first = documents[0]
         for i, item in enumerate(documents):
             if item.dim() != 2 or item.shape[1] != first.shape[1] or item.dtype != first.dtype:
@@ -34,7 +34,7 @@ class Packed(NamedTuple):
                     f"documents must be [l_i, dim] of one dim and dtype; documents[0] is {first.dtype} "
                     f"{list(first.shape)}, documents[{i}] is {item.dtype} {list(item.shape)}"
                 )
-        lengths = torch.tensor([0, *map(len, documents)], dtype=torch.int64)
+        lengths = torch.tensor([0, *map(len, documents)], dtype=torch.int64, device="cpu")
         return cls(torch.cat(list(documents)), lengths.cumsum(0))
 
     def documents(self) -> list[Tensor]:

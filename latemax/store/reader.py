@@ -1,13 +1,11 @@
-"""``PatchStore``: a packed corpus on disk, read by memory map or into the caller's buffers."""
+"""``PatchStore``: a packed corpus on disk as it was at one commit."""
 
 from __future__ import annotations
 
-import mmap
+import json
+import operator
 import os
-import warnings
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,178 +13,207 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import ShardEntry, StoreError, read_header, read_manifest, sha256
+from .documents import check_id
 from .packed import DTYPES, Packed
-
-SAFETENSORS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-
-
-class Shard:
-    """One file of a store: its documents are ``first`` … ``first + len(shard) - 1`` of the whole."""
-
-    def __init__(self, folder: Path, entry: ShardEntry, dim: int, dtype: torch.dtype, id_type: str, first: int):
-        self.path, self.entry, self.dim, self.dtype, self.first = folder / entry.file, entry, dim, dtype, first
-        self._id_type = id_type
-        self._header, self._data = read_header(self.path, entry)
-        self._expect("tokens", SAFETENSORS[dtype], [entry.tokens, dim])
-        self._expect("offsets", "I64", [entry.documents + 1])
-        if id_type == "int":
-            self._expect("ids", "I64", [entry.documents])
-        else:
-            self._expect("id_offsets", "I64", [entry.documents + 1])
-        self._fd = os.open(self.path, os.O_RDONLY)
-        self.offsets = self._load("offsets", torch.int64)  # [len + 1]
-        if self.offsets[0] != 0 or self.offsets[-1] != entry.tokens or (self.offsets.diff() < 0).any():
-            raise self._corrupt(f"its offsets do not run from 0 to {entry.tokens}")
-
-    def __len__(self) -> int:
-        return self.entry.documents
-
-    def __del__(self):
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
-
-    def _corrupt(self, why: str) -> StoreError:
-        return StoreError(f"shard {self.entry.file} of {self.path.parent} is corrupt: {why}")
-
-    def _expect(self, name: str, kind: str, shape: list[int]) -> None:
-        came = self._header.get(name)
-        if came is None:
-            raise self._corrupt(f"it holds no {name}")
-        if came["dtype"] != kind or came["shape"] != shape:
-            raise self._corrupt(f"{name} is {came['dtype']} {came['shape']}, the manifest says {kind} {shape}")
-
-    def _read(self, position: int, view: memoryview) -> None:
-        """Fills the view from the file; pread, so that nothing of the file stays mapped."""
-        done = 0
-        while done < len(view):
-            count = os.preadv(self._fd, [view[done:]], position + done)
-            if not count:
-                raise StoreError(f"shard {self.entry.file} of {self.path.parent} was truncated while it was open")
-            done += count
-
-    def _load(self, name: str, dtype: torch.dtype) -> Tensor:
-        tensor = self._header[name]
-        values = torch.empty(tensor["shape"], dtype=dtype)
-        self._read(self._data + tensor["data_offsets"][0], as_bytes(values))
-        return values
-
-    def ids(self) -> list[int] | list[str]:
-        if self._id_type == "int":
-            return self._load("ids", torch.int64).tolist()
-        text, bounds = bytes(as_bytes(self._load("id_bytes", torch.uint8))), self._load("id_offsets", torch.int64)
-        bounds = bounds.tolist()
-        return [text[a:b].decode() for a, b in pairwise(bounds)]
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """[tokens, dim] in the file's own pages: nothing is read before it is used, and nothing may be written."""
-        if not self.entry.tokens:
-            return torch.empty(0, self.dim, dtype=self.dtype)
-        # read-only: Linux refuses a writable private map of more than the machine's memory
-        mapped = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
-        start = self._data + self._header["tokens"]["data_offsets"][0]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
-            flat = torch.frombuffer(mapped, dtype=self.dtype, count=self.entry.tokens * self.dim, offset=start)
-        return flat.view(self.entry.tokens, self.dim)
-
-    def read_tokens(self, start: int, out: Tensor) -> None:
-        """Tokens ``start`` … of this shard into out [t, dim], contiguous on the CPU; leaves no pages mapped."""
-        row = self.dim * self.dtype.itemsize
-        self._read(self._data + self._header["tokens"]["data_offsets"][0] + start * row, as_bytes(out))
-
-
-def as_bytes(x: Tensor) -> memoryview:
-    return memoryview(np.asarray(x.view(-1).view(torch.uint8))) if x.numel() else memoryview(b"")
+from .shards import Shard
+from .snapshot import Snapshot
+from .verify import verify
 
 
 class PatchStore(Sequence):
-    """A packed corpus on disk: a folder of safetensors shards and a manifest; ``store[i]`` is document i, [l_i, dim].
+    """A packed corpus on disk: a folder with a catalogue and safetensors shards, as it was at one commit.
 
-    Opening checks every file's presence, size, header and offsets against the manifest and reads no token; `verify`
-    checks the bytes. The view is of one moment: what a writer commits later is seen by opening again.
+    ``store[i]`` is document i, and ``store["page-1"]`` the document of that id: [l, dim]. Opening reads the catalogue
+    and every shard's size and header, and no token; `verify` checks every byte. What a writer commits, removes or
+    compacts later changes nothing here until `refresh`. Copies, pickles and the workers of a DataLoader open the same
+    folder at the same commit.
 
     Args:
-        path: the folder.
+        path: the folder; it may be read-only.
 
     Attributes:
-        dim, dtype: of the tokens; float16, bfloat16 or float32. n_tokens: of all documents.
-        offsets: int64 [n_d + 1] into all tokens. shards: in order. meta: what the writer noted.
+        path: the folder. generation: the commit's number.
+        dim, dtype: of the tokens; float16, bfloat16 or float32. None where no document was ever committed.
+        id_type: "int" or "str". meta: the JSON object that the writer gave the store.
+        offsets: int64 [n_d + 1] into all tokens, as if they were concatenated. n_tokens: of all documents.
 
     Raises:
         FileNotFoundError: no store there.
-        StoreError: a ValueError that names the shard and what is wrong with it.
+        StoreError: a ValueError that names the file and what is wrong with it.
 
     Example:
-        >>> with StoreWriter("pages") as writer:
-        ...     writer.add(tokens, id="page-1")
-        >>> latemax.topk(q, PatchStore("pages"), 10)
+        >>> store = PatchStore("pages")
+        >>> scores, indices = latemax.topk(q, store, 10, within=store.where("year >= ?", 2020))
+        >>> [store.ids[i] for i in indices]
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        manifest = read_manifest(self.path)
-        self.dim: int = manifest["dim"]
-        self.dtype: torch.dtype = DTYPES[manifest["dtype"]]
-        self.id_type: str = manifest["id_type"]
-        self.meta: dict[str, Any] = manifest["meta"]
-        self.shards: list[Shard] = []
-        documents = 0
-        for entry in manifest["shards"]:
-            self.shards.append(Shard(self.path, entry, self.dim, self.dtype, self.id_type, documents))
-            documents += entry.documents
-        lengths = [torch.zeros(1, dtype=torch.int64), *(shard.offsets.diff() for shard in self.shards)]
-        self.offsets: Tensor = torch.cat(lengths).cumsum(0)
-        self._starts = np.cumsum([0, *map(len, self.shards)])
+        self._snapshot = Snapshot(self.path)
+
+    def __reduce__(self) -> tuple:
+        return _reopen, (os.path.abspath(self.path), self.generation, self._snapshot.identity)
+
+    def snapshot(self) -> Snapshot:
+        """What is read now; `refresh` leaves it as it is."""
+        return self._snapshot
+
+    def refresh(self) -> bool:
+        """Moves on to the last commit; True where there was a newer one.
+
+        Calls that other threads have begun end on the commit they began on.
+
+        Raises:
+            FileNotFoundError, StoreError: as opening; the store then stays where it was.
+        """
+        old = self._snapshot
+        new = Snapshot(self.path, known={shard.name: shard for shard in old.shards})
+        if new.identity == old.identity:
+            return False
+        self._snapshot = new
+        return True
+
+    @property
+    def generation(self) -> int:
+        return self._snapshot.generation
+
+    @property
+    def dim(self) -> int | None:
+        return self._snapshot.store.dim
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        dtype = self._snapshot.store.dtype
+        return None if dtype is None else DTYPES[dtype]
+
+    @property
+    def id_type(self) -> str | None:
+        return self._snapshot.store.id_type
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return json.loads(self._snapshot.store.meta)
+
+    @property
+    def offsets(self) -> Tensor:
+        return self._snapshot.offsets
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The files that hold documents of this commit, in the order they were written."""
+        return self._snapshot.shards
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self._snapshot.ends[-1])
+
+    @property
+    def ids(self) -> list[int] | list[str]:
+        """One a document, in order."""
+        return self._snapshot.ids
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self._snapshot)
 
-    def __getitem__(self, index: int) -> Tensor:
-        """[l_i, dim], on the file's own pages; not to be written."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)}")
-        index %= len(self)
-        shard = self.shards[int(np.searchsorted(self._starts, index, "right")) - 1]
-        a, b = shard.offsets[index - shard.first : index - shard.first + 2].tolist()
-        return shard.tokens[a:b]
+    def _index(self, i: int) -> int:
+        index, n = operator.index(i), len(self)
+        if not -n <= index < n:
+            raise IndexError(f"document {index} of {n}")
+        return index % n
+
+    def __getitem__(self, key: int | str) -> Tensor:  # type: ignore[override]
+        """The tokens of a document by its number or its string id: a copy, [l, dim].
+
+        Raises:
+            IndexError, KeyError: no such document. TypeError: another kind of key.
+        """
+        if isinstance(key, str):
+            return self._snapshot.document(self.find(key))
+        if not hasattr(key, "__index__"):
+            raise TypeError(f"a store is asked for the number or the id of a document, got {type(key).__name__}")
+        return self._snapshot.document(self._index(key))
+
+    def __contains__(self, id: object) -> bool:
+        """Whether there is a document of that id."""
+        return isinstance(id, (int, str)) and bool(self._snapshot.find([check_id(id)])[0] >= 0)
+
+    def find(self, id: int | str) -> int:
+        """The number of the document of an id.
+
+        Raises:
+            KeyError: naming an id that the store does not have. TypeError: not an int or a string.
+        """
+        id = check_id(id)
+        (found,) = self._snapshot.find([id]).tolist()
+        if found < 0:
+            raise KeyError(f"no document {id!r} in {self.path}")
+        return found
+
+    def where(self, condition: str, *values: object) -> Tensor:
+        """The documents for which a condition is true: int64, rising, for ``within=`` of `latemax.topk`.
+
+        Args:
+            condition: comparisons of ``id`` and of the documents' metadata keys (bare, or in double quotes) with
+                ``= != < <= > >=``, AND, OR, NOT, IN, LIKE, BETWEEN, IS NULL, parentheses, numbers, 'text' and ``?``.
+                An absent key is NULL.
+            values: one for each ``?``: numbers, strings or None.
+
+        Raises:
+            TypeError, ValueError: a condition with anything else in it, or values that do not fit it.
+
+        Example:
+            >>> store.where("label IN ('cat', 'dog') AND (year >= ? OR year IS NULL)", 2020)
+        """
+        return torch.from_numpy(self._snapshot.where(condition, values))
+
+    def document_meta(self, i: int) -> dict[str, Any]:
+        """The JSON object that document i was added with, {} if none."""
+        return self._snapshot.meta(self._index(i))
+
+    def grid(self, i: int) -> tuple[int, int] | None:
+        """(rows, cols) of document i's patches, or None if it was added without."""
+        row, _ = self._snapshot.row(self._index(i))
+        return None if row.rows is None else (row.rows, row.cols)
+
+    def regions(self, i: int) -> Tensor | None:
+        """float32 [l, 4] of document i: left, top, right, bottom of every token as fractions of the image.
+
+        NaN for a token that is no patch; None if the document was added without.
+        """
+        _, boxes = self._snapshot.row(self._index(i))
+        return None if boxes is None else torch.from_numpy(np.frombuffer(boxes, "<f4").astype(np.float32)).view(-1, 4)
 
     def __repr__(self) -> str:
         return (
             f"PatchStore({str(self.path)!r}: {len(self)} documents, {self.n_tokens} tokens, dim {self.dim}, "
-            f"{str(self.dtype).removeprefix('torch.')}, {len(self.shards)} shards)"
+            f"{str(self.dtype).removeprefix('torch.')}, {len(self.shards)} shards, generation {self.generation})"
         )
 
-    @property
-    def n_tokens(self) -> int:
-        return int(self.offsets[-1])
-
-    @cached_property
-    def ids(self) -> list[int] | list[str]:
-        """One a document, in order."""
-        return [item for shard in self.shards for item in shard.ids()]
-
     def packed(self) -> Iterator[Packed]:
-        """The shards as (tokens [t, dim], offsets int64 [n + 1]), on the files' own pages."""
-        return (Packed(shard.tokens, shard.offsets) for shard in self.shards)
+        """All documents in order as (tokens [t, dim], offsets int64 [n + 1]), on the files' own pages.
+
+        One for each shard, or for each stretch of one between removed or replaced documents. Tokens may not be written.
+        """
+        snapshot = self._snapshot
+        for shard, start, first, last in snapshot.runs():
+            offsets = snapshot.offsets[first : last + 1] - snapshot.offsets[first]
+            yield Packed(shard.tokens[start : start + int(offsets[-1])], offsets)
 
     def read(self, first: int, last: int, out: Tensor) -> None:
         """Documents first … last - 1 into out [t, dim]; contiguous, on the CPU, of this dtype; maps no pages."""
-        row = 0
-        for shard in self.shards:
-            a, b = max(first - shard.first, 0), min(last - shard.first, len(shard))
-            if a < b:
-                start, stop = int(shard.offsets[a]), int(shard.offsets[b])
-                shard.read_tokens(start, out[row : row + stop - start])
-                row += stop - start
+        self._snapshot.read(first, last, out)
 
     def verify(self) -> None:
-        """Reads every byte against the shards' checksums.
+        """Checks every row of the catalogue and every byte of the shards against their digests.
 
         Raises:
-            StoreError: naming every shard that differs.
+            StoreError: naming what differs.
         """
-        wrong = [shard.entry.file for shard in self.shards if sha256(shard.path) != shard.entry.sha256]
-        if wrong:
-            raise StoreError(f"{self.path}: wrong checksum (SHA-256), the bytes have changed: shard {', '.join(wrong)}")
+        verify(self._snapshot)
+
+
+def _reopen(path: str, generation: int, identity: str) -> PatchStore:
+    store = PatchStore.__new__(PatchStore)
+    store.path = Path(path)
+    store._snapshot = Snapshot(store.path, generation, identity)
+    return store

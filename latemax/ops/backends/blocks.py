@@ -62,7 +62,7 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
 
 
 def _dense(b: Batch, out: Outputs) -> None:
-    (q, q_mask, _), (d, d_mask, _) = b.q, b.d
+    q, d, q_mask, d_mask = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask
     scores, argmax = out
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
         q = q.to(scores.dtype)
@@ -206,7 +206,8 @@ def _blocks(numbers: list[int], spans: list[tuple[int, int]]) -> Iterator[list[i
 
 
 def _ragged(b: Batch, out: Outputs) -> None:
-    (q, q_mask, q_offsets), (d, d_mask, d_offsets) = b.q, b.d
+    q, d, q_mask, d_mask = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask
+    q_offsets, d_offsets = b.q.offsets, b.d.offsets
     n_q, n_d = out.scores.shape
     if q_offsets is not None:
         query_spans = _spans(q_offsets)

@@ -116,7 +116,7 @@ def forward(b: Batch, plan: Plan, out: Outputs) -> None:
         return
     launch = plan.launch
     b = b._replace(q=_side(b.q), d=_side(b.d))
-    (q, _, q_offsets), (d, d_mask, d_offsets) = b.q, b.d
+    q, d, d_mask, q_offsets, d_offsets = b.q.tokens, b.d.tokens, b.d.mask, b.q.offsets, b.d.offsets
     device = q.device.index or 0
     longest = b.q.length if q_offsets is None else launch.longest_query
     if q_offsets is not None and out.argmax is not None:

@@ -104,7 +104,7 @@ def _dense_group(group: tuple, normalize: bool, wide: torch.dtype) -> None:
 
 def ragged(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
     """Any form, dense ones too: query rows are taken as one list, whichever query they belong to."""
-    (q, _, q_offsets), (d, _, d_offsets) = b.q, b.d
+    q, d, q_offsets, d_offsets = b.q.tokens, b.d.tokens, b.q.offsets, b.d.offsets
     n_q, n_d, l_q, l_d, dim = b.q.items, b.n_d, b.q.length, b.d.length, b.dim
     candidates, wide = b.candidates, b.score_dtype
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():

@@ -34,7 +34,7 @@ def address(x: Tensor | None) -> int:
 
 
 def side(s: Side) -> tuple:
-    tokens, mask, offsets = s
+    tokens, mask, offsets = s.tokens, s.mask, s.offsets
     return (
         DTYPES[tokens.dtype], address(tokens), tokens.shape, tokens.stride(), address(offsets),
         0 if offsets is None else len(offsets) - 1, address(mask), None if mask is None else mask.stride(),

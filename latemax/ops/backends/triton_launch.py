@@ -89,7 +89,7 @@ class PreparedLaunch:
         """(scores, argmax or None); None if another device is current."""
         if self.index is not None and self.index != torch.cuda.current_device():
             return None
-        (q, q_mask, _), (d, d_mask, _), _, _, empty_score = b
+        q, d, q_mask, d_mask, empty_score = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask, b.empty_score
         shape, strides, dtype, device = self.scores
         scores = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         argmax = None

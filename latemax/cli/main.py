@@ -1,17 +1,24 @@
-"""The `latemax` command."""
+"""The ``latemax`` command: its options, and how its errors end."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with `argv` (the process's own if None).
+    """Runs the command.
 
-    Returns the exit status: 0, 1 for an error it explains, 130 after an interrupt. Wrong usage exits with 2, as
-    argparse does.
+    Args:
+        argv: the arguments; None takes those of the process.
+
+    Returns:
+        The exit status: 0, 1 after an error that the command explains in one line, 130 after an interrupt.
+
+    Raises:
+        SystemExit: with status 2 after wrong usage, as argparse does.
     """
     args = _parser().parse_args(argv)
     try:
@@ -35,39 +42,42 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     info = commands.add_parser("info", help="versions, devices, and which backends work here and why not")
-    info.add_argument("--json", action="store_true", help="the same as JSON")
+    info.add_argument("--json", action="store_true", help="print it as JSON")
     info.set_defaults(run=_info)
 
     demo = commands.add_parser(
         "demo",
         help="real photos through a real ViT: ranking, grounding and CLS study, pictures to a folder",
-        description="Rank real photos for crops of them by MaxSim over ViT patch tokens; writes pictures to a folder.",
+        description="Rank real photos for crops of them by MaxSim over ViT patch tokens; write pictures to a folder.",
     )
     demo.add_argument("--out", metavar="DIR", default="demo_out", help="folder for the pictures (default: %(default)s)")
     demo.add_argument(
-        "--model", metavar="NAME_OR_PATH", help="a model folder or hub name (default: DINOv2 ViT-S/14, fetched once)"
+        "--model",
+        metavar="NAME_OR_PATH",
+        help="a model folder or hub name (default: DINOv2 ViT-S/14, downloaded once)",
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of the crops (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
     index = commands.add_parser(
         "index",
-        help="encode images into a store that `search` reads",
-        description="Encode images into a store. Run again, it goes on where it was stopped and skips what is there.",
+        help="encode images into a store for `latemax search`",
+        description="Encode images into a store. A second run continues where the first stopped and skips the images "
+        "that the store holds.",
     )
     index.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of them")
     index.add_argument("--model", metavar="NAME_OR_PATH", required=True, help="a model folder or hub name")
-    index.add_argument("-o", "--out", metavar="STORE", required=True, help="the store's folder; made or appended to")
+    index.add_argument("-o", "--out", metavar="STORE", required=True, help="the store's folder; created if missing")
     index.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
         default="float16",
-        help="of the stored tokens (default: %(default)s)",
+        help="dtype of the stored tokens (default: %(default)s)",
     )
     index.add_argument("--size", type=int, help="image size in pixels (default: the model's own)")
-    index.add_argument("--batch-size", type=_positive, default=16, help="images at a time (default: %(default)s)")
-    index.add_argument("--device", help="where to encode (default: cpu)")
-    index.add_argument("--json", action="store_true", help="say what was done as JSON")
+    index.add_argument("--batch-size", type=_positive, default=16, help="images per batch (default: %(default)s)")
+    index.add_argument("--device", help="device of the encoder (default: cpu)")
+    index.add_argument("--json", action="store_true", help="print the summary as JSON")
     index.set_defaults(run=_index)
 
     search = commands.add_parser("search", help="the best images of a store for a crop or for query tokens")
@@ -75,19 +85,19 @@ def _parser() -> argparse.ArgumentParser:
     query = search.add_mutually_exclusive_group(required=True)
     query.add_argument("--image", metavar="CROP", help="an image, encoded with the store's own model")
     query.add_argument("--tokens", metavar="FILE", help=".npy, .safetensors or .pt with [l_q, dim] or [n_q, l_q, dim]")
-    search.add_argument("-k", type=_positive, default=10, metavar="N", help="how many (default: %(default)s)")
+    search.add_argument("-k", type=_positive, default=10, metavar="N", help="number of results (default: %(default)s)")
     search.add_argument("--size", type=int, help="size of the crop in pixels (default: that of the store's images)")
-    search.add_argument("--normalize", action="store_true", help="score unit vectors")
+    search.add_argument("--normalize", action="store_true", help="L2-normalize all tokens before scoring")
     search.add_argument(
-        "--memory", type=_positive, default=1024, metavar="MIB", help="of buffers (default: %(default)s)"
+        "--memory", type=_positive, default=1024, metavar="MIB", help="MiB of read buffers (default: %(default)s)"
     )
-    search.add_argument("--device", help="where to score (default: cpu)")
+    search.add_argument("--device", help="device that scores (default: cpu)")
     search.add_argument("--verify", action="store_true", help="check every byte of the store first")
-    search.add_argument("--json", action="store_true", help="the same as JSON")
+    search.add_argument("--json", action="store_true", help="print the results as JSON")
     search.set_defaults(run=_search)
 
-    bench = commands.add_parser("bench", help="the quick table for this machine, with the limit that binds")
-    bench.add_argument("--json", action="store_true", help="the same as JSON")
+    bench = commands.add_parser("bench", help="the quick table for this machine, compared with the machine's own limit")
+    bench.add_argument("--json", action="store_true", help="print it as JSON")
     bench.set_defaults(run=_bench)
     return parser
 
@@ -100,27 +110,21 @@ def _positive(text: str) -> int:
 
 
 def _info(args: argparse.Namespace) -> None:
-    import json
-
-    from latemax._info import collect, render
+    from latemax.cli.info import collect, render
 
     info = collect()
     print(json.dumps(info, indent=2) if args.json else render(info))
 
 
 def _bench(args: argparse.Namespace) -> None:
-    import json
-
-    from latemax._bench import quick, render
+    from latemax.cli.bench import quick, render
 
     rows = quick()
     print(json.dumps(rows, indent=2) if args.json else render(rows))
 
 
 def _index(args: argparse.Namespace) -> None:
-    import json
-
-    from latemax._corpus_cli import index
+    from latemax.cli.corpus import index
 
     done = index(
         args.images, model=args.model, store=args.out, dtype=args.dtype, size=args.size, batch_size=args.batch_size,
@@ -129,15 +133,16 @@ def _index(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(done, indent=2))
     else:
-        print(f"{done['indexed']} images indexed, {done['already']} were there; {done['documents']} in {done['store']}")
+        print(
+            f"{done['indexed']} images indexed, {done['already']} already there; "
+            f"{done['store']} holds {done['documents']}"
+        )
     if done["unreadable"]:
         raise ValueError(f"{len(done['unreadable'])} images could not be read and were left out")
 
 
 def _search(args: argparse.Namespace) -> None:
-    import json
-
-    from latemax._corpus_cli import render, search
+    from latemax.cli.corpus import render, search
 
     found = search(
         args.store, image=args.image, tokens=args.tokens, k=args.k, size=args.size, normalize=args.normalize,
@@ -150,7 +155,3 @@ def _demo(args: argparse.Namespace) -> None:
     from latemax.demo import run
 
     run(args.out, model=args.model, seed=args.seed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

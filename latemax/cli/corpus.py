@@ -1,4 +1,4 @@
-"""What `latemax index` and `latemax search` do."""
+"""``latemax index`` and ``latemax search``."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from latemax.search import topk
 from latemax.store import PatchStore, StoreError, StoreWriter
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# What a kill may cost: at 256 patches of 384 float16 features, 170 images.
+# A kill loses at most this much work: 170 images at 256 patches of 384 float16 features.
 SHARD_BYTES = 1 << 25
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """Files as given, folders as the images below them in sorted order; each once.
+    """Lists the images to index, each once: files as given, and the images below each folder in sorted order.
 
     Raises:
-        FileNotFoundError: no such file or folder. ValueError: nothing that looks like an image.
+        FileNotFoundError: no such file or folder.
+        ValueError: no file that looks like an image.
     """
     found: dict[str, None] = {}
     for path in paths:
@@ -45,13 +46,13 @@ def index(
     paths: Sequence[str], *, model: str, store: str, dtype: str = "float16", size: int | None = None,
     batch_size: int = 16, device: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Encodes images into a store, their paths being the ids; images that are in it already are skipped.
+    """Encodes images into a store with their paths as ids, and skips the images that it already holds.
 
-    Whatever ends it, what was committed stays, and the same call goes on from there. Unreadable images are named on
+    However it ends, everything committed stays and the same call continues from there. Unreadable images are named on
     stderr and left out.
 
     Returns:
-        {"store", "indexed", "already", "unreadable": [path, …], "documents"}.
+        ``{"store", "indexed", "already", "unreadable": [path, …], "documents"}``.
     """
     from latemax.encoders import PatchEncoder
     from latemax.encoders.images import load_image
@@ -88,21 +89,33 @@ def search(
     store: str, *, image: str | None = None, tokens: str | None = None, k: int = 10, size: int | None = None,
     normalize: bool = False, memory_mib: int = 1024, device: str | None = None, verify: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The k best documents of a store (all, if it has fewer) for an image or for a file of query tokens.
+    """Finds the k best documents of a store (all of them if it has fewer) for an image or for query tokens.
 
     Args:
-        image: encoded with the model that the store was indexed with, at ``size`` (None: as its images were).
+        store: the store's folder.
+        image: a file, encoded with the model that the store was indexed with. Exclusive with ``tokens``.
         tokens: a .npy, .safetensors (its only tensor, or the one called "tokens") or .pt file, [l_q, dim] or
             [n_q, l_q, dim].
+        k: number of results.
+        size: size of the query image in pixels; None takes that of the store's images.
+        normalize: L2-normalize all tokens before scoring.
+        memory_mib: MiB of read buffers.
+        device: device that scores; None is the CPU.
+        verify: check every byte of the store first.
 
     Returns:
-        {"store", "query", "documents", "results": for every query [{"rank", "id", "index", "score"}, …]}; a score that
-        is not finite is None.
+        ``{"store", "query", "documents", "results"}``. ``results`` holds a list for every query:
+        ``[{"rank", "id", "index", "score"}, …]``; a score that is not finite is None.
     """
     pages = PatchStore(store)
     if verify:
         pages.verify()
-    q = _encoded(pages, image, size) if image is not None else load_tokens(tokens)
+    if image is not None:
+        q = _encoded(pages, image, size)
+    elif tokens is not None:
+        q = load_tokens(tokens)
+    else:
+        raise ValueError("search needs an image or query tokens")
     q = q.unsqueeze(0) if q.dim() == 2 else q
     found = topk(
         q, pages, min(k, len(pages)), normalize=normalize, memory=memory_mib << 20, device=device, progress=True
@@ -128,10 +141,11 @@ def _encoded(pages: PatchStore, image: str, size: int | None) -> Tensor:
 
 
 def load_tokens(path: str) -> Tensor:
-    """Query tokens of a file, [l_q, dim] or [n_q, l_q, dim].
+    """Reads query tokens, [l_q, dim] or [n_q, l_q, dim], from a .npy, .safetensors or .pt file.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: another kind of file, or of content.
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, or other content.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
@@ -162,7 +176,7 @@ def load_tokens(path: str) -> Tensor:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The text of `latemax search` from what `search` returned."""
+    """Formats what `search` returned as the text of ``latemax search``."""
     lines = []
     for number, rows in enumerate(result["results"], 1):
         if len(result["results"]) > 1:

@@ -1,9 +1,10 @@
-"""What `latemax info` tells: versions, devices, and which backends work here and why the others do not."""
+"""``latemax info``: versions, devices, and which backends work here and why the others do not."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,27 +24,36 @@ OPTIONAL = (
 
 
 def collect() -> dict[str, Any]:
-    """Everything `latemax info` shows, as plain data that json can write.
+    """Collects what ``latemax info`` shows.
 
-    Keys: `latemax` {version, location}, `python` {version, platform}, `packages` {name: version or None if absent},
-    `cpu` {model, capability, cores, torch_threads}, `cuda` {build, devices, reason}, `backends` {name: {usable,
-    reason}}. Optional packages are looked up in the installed metadata, none is imported.
+    Optional packages are looked up in the installed metadata; none is imported.
+
+    Returns:
+        Plain data that json can write: ``latemax`` {version, location}, ``python`` {version, platform}, ``packages``
+        {name: version, or None if not installed}, ``cpu`` {model, capability, cores, torch_threads}, ``cuda`` {build,
+        devices, reason}, ``backends`` {name: {usable, reason}}.
     """
     from latemax import __version__
-    from latemax.ops.dispatch import backend_status
 
     return {
-        "latemax": {"version": __version__, "location": str(Path(__file__).parent)},
+        "latemax": {"version": __version__, "location": str(Path(__file__).parents[1])},
         "python": {"version": platform.python_version(), "platform": platform.platform()},
         "packages": {name: _version(name) for name in (*BASE, *OPTIONAL)},
         "cpu": _cpu(),
         "cuda": _cuda(),
-        "backends": {name: {"usable": usable, "reason": reason} for name, (usable, reason) in backend_status().items()},
+        "backends": _backends(),
     }
 
 
+def _backends() -> dict[str, dict[str, Any]]:
+    # the only place of the command line that reads latemax.ops
+    from latemax.ops.dispatch import backend_status
+
+    return {name: {"usable": usable, "reason": reason} for name, (usable, reason) in backend_status().items()}
+
+
 def render(info: dict[str, Any]) -> str:
-    """The text of `latemax info` from what `collect` returned."""
+    """Formats what `collect` returned as the text of ``latemax info``."""
     python, cpu, cuda = info["python"], info["cpu"], info["cuda"]
     lines = [
         f"latemax {info['latemax']['version']}  {info['latemax']['location']}",
@@ -71,10 +81,10 @@ def render(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(rows) -> list[str]:
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    table = list(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
 
 
 def _version(package: str) -> str | None:
@@ -96,7 +106,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _cpu_model(cpuinfo: Path) -> str:
-    # x86 kernels list a "model name"; on most Arm machines, and off Linux, only the architecture is known.
+    # x86 Linux lists a "model name"; most Arm machines and other systems only report the architecture.
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
             key, _, value = line.partition(":")
@@ -108,7 +118,8 @@ def _cpu_model(cpuinfo: Path) -> str:
 def _cuda() -> dict[str, Any]:
     import torch
 
-    build, devices, reason = torch.version.cuda, [], ""
+    build, reason = torch.version.cuda, ""
+    devices: list[dict[str, Any]] = []
     if build is None:
         reason = f"torch {torch.__version__} is built without CUDA"
     elif not torch.cuda.is_available():

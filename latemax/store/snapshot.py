@@ -1,0 +1,209 @@
+"""One generation of a store in memory: where every document is, and how it is read. Never changes."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import catalog, locks, where
+from .catalog import DocumentRow
+from .files import StoreError, find_catalog
+from .packed import DTYPES
+from .shards import Shard
+
+
+class Snapshot:
+    """The documents of a generation, in order, which stay readable as long as this object lives.
+
+    Args:
+        folder: of the store.
+        generation: None is the last one.
+        identity: that the snapshot must have; None takes any.
+        known: shards that were opened before, by name.
+        hold: False is for the store's only writer, which alone could clear the generation.
+
+    Raises:
+        FileNotFoundError, StoreError: as `PatchStore`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        generation: int | None = None,
+        identity: str | None = None,
+        known: dict[str, Shard] | None = None,
+        hold: bool = True,
+    ):
+        self.folder = folder
+        self.catalog = find_catalog(folder)
+
+        def read() -> tuple[int, tuple]:
+            with catalog.opened(self.catalog) as db:
+                store = catalog.read_store(db)
+                wanted = store.generation if generation is None else generation
+                commit, documents = catalog.layout(db, wanted)
+                return wanted, (store, commit, documents, catalog.read_shards(db))
+
+        found, self._lock = locks.hold(folder, read) if hold else (read()[1], None)
+        self.store, commit, documents, rows = found
+        self.generation = commit.generation
+        self.identity = commit.nonce
+        if identity not in (None, self.identity):
+            raise StoreError(f"{self.catalog} is of another store: its generation {self.generation} is another one")
+        self._place(documents, rows, known or {})
+
+    def _place(self, documents: np.ndarray, rows: dict[int, catalog.ShardRow], known: dict[str, Shard]) -> None:
+        """Sets order, offsets, shards and runs from int64 [n, 5] of seq, pos, shard, start, length."""
+        pos = documents[:, 1]
+        if (np.diff(pos) <= 0).any():
+            documents = documents[np.argsort(pos, kind="stable")]
+            if (np.diff(documents[:, 1]) == 0).any():
+                raise StoreError(f"{self.catalog} is damaged: two documents have one position")
+        self.seq, _, shard, start, length = documents.T
+        numbers, index = np.unique(shard, return_inverse=True)
+        for number in numbers.tolist():
+            row = rows.get(number)
+            if row is None or row.state != "committed":
+                raise StoreError(f"{self.catalog} is damaged: documents are in shard {number}, which it does not have")
+            if (row.kind, row.dtype, row.dim) != ("tokens", self.store.dtype, self.store.dim):
+                raise StoreError(f"{self.catalog}: shard {row.name} does not hold tokens like the store's others")
+        names = [rows[number] for number in numbers.tolist()]
+        room = np.array([row.tokens for row in names], dtype=np.int64)
+        if ((start < 0) | (length < 0) | (start + length > room[index])).any():
+            raise StoreError(f"{self.catalog} is damaged: documents go beyond the end of their shards")
+        self.shards = [known.get(row.name) or Shard(self.folder, row) for row in names]
+        self.ends = np.zeros(len(documents) + 1, dtype=np.int64)
+        np.cumsum(length, out=self.ends[1:])
+        self.offsets = torch.from_numpy(self.ends)
+        # a run: documents that follow each other in one shard without a gap, read in one go
+        breaks = (index[1:] != index[:-1]) | (start[1:] != start[:-1] + length[:-1])
+        first = np.flatnonzero(np.concatenate([[True], breaks])) if len(documents) else np.zeros(0, np.int64)
+        self.run_first = np.append(first, len(documents))
+        self.run_shard, self.run_start = index[first], start[first]
+
+    def __len__(self) -> int:
+        return len(self.seq)
+
+    def read(self, first: int, last: int, out: Tensor) -> None:
+        """Documents first … last - 1 into out [t, dim]; contiguous, on the CPU, of this dtype; maps no pages."""
+        ends, row = self.ends, 0
+        run = int(self.run_first.searchsorted(first, "right")) - 1
+        while first < last:
+            begin, stop = int(self.run_first[run]), min(last, int(self.run_first[run + 1]))
+            count = int(ends[stop] - ends[first])
+            if count:
+                at = int(self.run_start[run] + ends[first] - ends[begin])
+                self.shards[self.run_shard[run]].read(at, out[row : row + count])
+            row, first, run = row + count, stop, run + 1
+
+    def read_some(self, documents: np.ndarray, out: Tensor) -> None:
+        """Documents of rising number into out, neighbours in one go."""
+        row = 0
+        for part in np.split(documents, np.flatnonzero(np.diff(documents) != 1) + 1):
+            if len(part):
+                first, last = int(part[0]), int(part[-1]) + 1
+                count = int(self.ends[last] - self.ends[first])
+                self.read(first, last, out[row : row + count])
+                row += count
+
+    def document(self, i: int) -> Tensor:
+        dim, dtype = self.store.dim, DTYPES[self.store.dtype]
+        out = torch.empty(int(self.ends[i + 1] - self.ends[i]), dim, dtype=dtype, device="cpu")
+        self.read(i, i + 1, out)
+        return out
+
+    def runs(self) -> Iterator[tuple[Shard, int, int, int]]:
+        """(shard, first token in it, first document, the one after the last) of documents contiguous in a file."""
+        for run in range(len(self.run_shard)):
+            first, last = int(self.run_first[run]), int(self.run_first[run + 1])
+            yield self.shards[self.run_shard[run]], int(self.run_start[run]), first, last
+
+    @contextmanager
+    def _db(self) -> Iterator[sqlite3.Connection]:
+        with catalog.opened(self.catalog) as db:
+            found = db.execute("SELECT nonce FROM commits WHERE generation = ?", (self.generation,)).fetchall()
+            if found != [(self.identity,)]:
+                raise StoreError(f"{self.catalog} was replaced while generation {self.generation} of it was open")
+            yield db
+
+    def row(self, i: int) -> tuple[DocumentRow, bytes | None]:
+        """The catalogue's row of a document, and its regions."""
+        with self._db() as db:
+            rows = list(catalog.select(db, "documents", "WHERE seq = ?", (int(self.seq[i]),)))
+            if len(rows) != 1:
+                raise StoreError(f"{self.catalog} is damaged: it has no row of document {i}")
+            return rows[0], catalog.read_regions(db, rows[0].regions)
+
+    def meta(self, i: int) -> dict[str, Any]:
+        row, _ = self.row(i)
+        return {} if row.meta is None else json.loads(row.meta)
+
+    @cached_property
+    def ids(self) -> list[int] | list[str]:
+        with self._db() as db:
+            found = db.execute(
+                "SELECT seq, id FROM documents WHERE added <= ?1 AND (removed IS NULL OR removed > ?1) ORDER BY seq",
+                (self.generation,),
+            ).fetchall()
+        kind = {"int": int, "str": str}.get(self.store.id_type or "")
+        order = self.seq.argsort()
+        if [seq for seq, _ in found] != self.seq[order].tolist() or not all(type(id) is kind for _, id in found):
+            raise StoreError(f"{self.catalog} is damaged: its documents are not those of its commits")
+        ids: list[Any] = [None] * len(found)
+        for at, (_, id) in zip(order.tolist(), found, strict=True):
+            ids[at] = id
+        return ids
+
+    @cached_property
+    def _by_seq(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """seq, rising, and the document of each; None where documents are in that order."""
+        if (np.diff(self.seq) > 0).all():
+            return self.seq, None
+        order = self.seq.argsort()
+        return self.seq[order], order
+
+    def _documents(self, seq: np.ndarray) -> np.ndarray:
+        """The documents of rows of this generation."""
+        rising, order = self._by_seq
+        at = rising.searchsorted(seq)
+        if (at >= len(rising)).any() or (rising[at] != seq).any():
+            raise StoreError(f"{self.catalog} is damaged: its documents are not those of its commits")
+        return at if order is None else order[at]
+
+    def find(self, ids: list[int] | list[str]) -> np.ndarray:
+        """The documents of ids, in their order; -1 where there is none."""
+        found = np.full(len(ids), -1, dtype=np.int64)
+        with self._db() as db:
+            for i, id in enumerate(ids):
+                rows = list(
+                    catalog.select(
+                        db,
+                        "documents",
+                        "WHERE id = ?1 AND added <= ?2 AND (removed IS NULL OR removed > ?2)",
+                        (id, self.generation),
+                    )
+                )
+                if rows:
+                    (found[i],) = self._documents(np.array([row.seq for row in rows], dtype=np.int64))
+        return found
+
+    def where(self, condition: str, values: tuple) -> np.ndarray:
+        """Documents for which the condition is true, rising."""
+        sql, bound = where.translate(condition, values)
+        with self._db() as db:
+            found = where.run(
+                db,
+                "SELECT seq FROM documents WHERE added <= ? AND (removed IS NULL OR removed > ?) AND (" + sql + ")",
+                (self.generation, self.generation, *bound),
+                len(self),
+            )
+        return np.sort(self._documents(np.array(found, dtype=np.int64)))
