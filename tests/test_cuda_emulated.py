@@ -5,6 +5,7 @@ benchmarks/GPU_PENDING.md.
 
 import importlib.util
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -339,3 +340,11 @@ def test_through_the_public_call_with_gradients(device, monkeypatch):
             latemax.maxsim(q[..., :9], d[..., :9], backend="cuda")
     finally:
         dispatch.plan_for.cache_clear()
+
+
+def test_the_driver_without_torch(device):
+    """tests/native/cuda_driver.cpp is the first program that runs on a GPU."""
+    driver = emulator.program(HERE.parent / "native" / "cuda_driver.cpp")
+    for case in range(0, 210, 19):
+        done = subprocess.run([driver, str(device.capability), "case", str(case)], capture_output=True, text=True)
+        assert done.returncode == 0, f"case {case}: {done.stdout}"

@@ -59,6 +59,17 @@ def built():
     return module, configure
 
 
+def program(source: Path) -> Path:
+    """A program over the kernels, without Python."""
+    folder = Path(built()[0].__spec__.origin).parent
+    objects = [folder / f"{name}.o" for name in ("forward", "shared", "sm80", "sm90", "emulator")]
+    out = folder / source.stem
+    subprocess.run(
+        ["g++", *FLAGS, f"-I{HERE}", f"-I{CSRC}", str(source), *map(str, objects), "-o", str(out)], check=True
+    )
+    return out
+
+
 def plan(n_q: int, l_q: int, dim: int, own: bool, shared: int, multiprocessors: int) -> tuple[int, ...]:
     """Rows, stages, parts of a tile, query buffers and warpgroups of a call on sm_90; zeros where it does not fit."""
     out = (ctypes.c_int * 5)()
