@@ -5,6 +5,7 @@ benchmarks/GPU_PENDING.md.
 
 import importlib.util
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,24 +43,25 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return emulator.build(tmp_path_factory.mktemp("emulator"))
-
-
-@pytest.fixture(params=CAPABILITIES)
-def device(built, monkeypatch, request):
+@pytest.fixture(params=CAPABILITIES, scope="module")
+def device(request):
     """Sets the emulated GPU; returns a function that sets the order of threads."""
-    module, configure = built
-    monkeypatch.setattr(cuda, "_cuda", module)
-    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    module, configure = emulator.built()
+    replaced = pytest.MonkeyPatch()
+    replaced.setattr(cuda, "_cuda", module)
+    replaced.setattr(cuda, "_stream", lambda device: 0)
+    request.addfinalizer(replaced.undo)
 
     def seed(number, multiprocessors=3, shared=tiles.SHARED_MEMORY[request.param]):
         configure(number, request.param, multiprocessors, shared)
 
     seed.capability = request.param
-    seed(1)
     return seed
+
+
+@pytest.fixture(autouse=True)
+def first_order(device):
+    device(1)
 
 
 def forward(q, d, scores, argmax, *, longest=0, **options):
@@ -338,3 +340,11 @@ def test_through_the_public_call_with_gradients(device, monkeypatch):
             latemax.maxsim(q[..., :9], d[..., :9], backend="cuda")
     finally:
         dispatch.plan_for.cache_clear()
+
+
+def test_the_driver_without_torch(device):
+    """tests/native/cuda_driver.cpp is the first program that runs on a GPU."""
+    driver = emulator.program(HERE.parent / "native" / "cuda_driver.cpp")
+    for case in range(0, 210, 19):
+        done = subprocess.run([driver, str(device.capability), "case", str(case)], capture_output=True, text=True)
+        assert done.returncode == 0, f"case {case}: {done.stdout}"
