@@ -67,7 +67,7 @@ inline Plan plan(const maxsim_args &a, int shared, int multiprocessors) {
         p.stages = least_stages();
     }
     if (!fits()) throw std::runtime_error("dim " + std::to_string(a.dim) + " needs more shared memory than this GPU has");
-    // queries in registers leave their buffer free at once; else a second buffer comes before a fifth stage
+    // queries in registers free their buffer at once; else a second buffer comes before a fifth stage
     if (p.slabs > REGISTER_SLABS && p.blocks > multiprocessors) {
         const int stages = p.stages;
         p.stages = 4, p.query_buffers = MOST_QUERY_BUFFERS;
