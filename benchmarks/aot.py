@@ -122,7 +122,8 @@ def variants(arch: int):
                 for ragged in (False, True) if dim == 128 else (False,):
                     last = constants | dict(Q_RAGGED=ragged, D_RAGGED=ragged)
                     label_d = case + (" varlen" if ragged else "")
-                    yield "grad_d_kernel", label_d, dtype, last, dict(num_warps=tile.num_warps, num_stages=2)
+                    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+                    yield "grad_d_kernel", label_d, dtype, last, options
 
 
 def compile_one(job) -> dict:
