@@ -155,7 +155,7 @@ class Snapshot:
             ).fetchall()
         metas: list[dict[str, Any]] = [{}] * len(self)
         for at, (_, meta) in zip(self._documents(np.array([seq for seq, _ in found], np.int64)), found, strict=True):
-            metas[at] = {} if meta is None else json.loads(meta)
+            metas[at] = {} if meta is None else catalog.parse_meta(self.catalog, meta)
         return metas
 
     @cached_property
