@@ -174,3 +174,15 @@ class TestStore:
     def test_no_store_is_one_line_and_makes_none(self, action, tmp_path, capsys):
         assert cli.main(["store", str(tmp_path / "nowhere"), action]) == 1
         assert "holds no store" in capsys.readouterr().err and not (tmp_path / "nowhere").exists()
+
+
+def test_metas_are_those_of_the_documents(tmp_path):
+    """In the documents' order, which a replacement keeps; a removed document has none."""
+    with StoreWriter(tmp_path / "s") as writer:
+        for i in range(4):
+            writer.add(torch.ones(1, 2), f"page {i}", None, {"n": i} if i != 2 else None)
+    with StoreWriter(tmp_path / "s") as writer:
+        writer.replace(None, "page 0", meta={"n": 7})
+        writer.remove("page 1")
+    store = PatchStore(tmp_path / "s")
+    assert store.metas() == [{"n": 7}, {}, {"n": 3}] == [store.document_meta(i) for i in range(3)]

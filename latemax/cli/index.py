@@ -188,7 +188,7 @@ def load_encoder(model: str, adapter: str | None) -> PatchEncoder:
         return PatchEncoder.from_pretrained(model)
     encoder = PatchEncoder.from_pretrained(model, **LoRA.encoder_options(adapter))
     LoRA.from_file(adapter, encoder)
-    return encoder.eval()
+    return encoder.requires_grad_(False).eval()
 
 
 def check_encoder(encoder: PatchEncoder, size: int | None, device: str | None, writer: StoreWriter) -> None:
