@@ -57,7 +57,7 @@ def run_json(capsys, *argv):
 def test_index_then_search_finds_the_image(model, images, tmp_path, capsys):
     out = tmp_path / "store"
     done = run_json(capsys, "index", images, "--model", model, "-o", out, "--json", "--batch-size", 3)
-    counts = {"indexed": 4, "replaced": 0, "already": 0, "removed": 0}
+    counts = {"indexed": 4, "replaced": 0, "already": 0, "deleted": 0, "removed": 0}
     assert done == {"store": str(out), **counts, "left_out": [], "documents": 4}
     store = PatchStore(out)
     names = ("a.png", "b.jpg", "c.png", "more/d.PNG")
@@ -333,6 +333,7 @@ def test_prune_removes_deleted_images_and_nothing_else(model, photos, tmp_path, 
     (photos / "1.png").unlink()
     (other / "far.png").unlink()
     assert list(indexed(model, photos, out)[1]) == ["0.png", "1.png", "2.png", "far.png", "added by hand"]
+    assert "0 images indexed, 2 already there, 1 deleted but kept (--prune removes them);" in capsys.readouterr().out
     status, found = indexed(model, photos, out, "--prune")
     assert status == 0 and list(found) == ["0.png", "2.png", "far.png", "added by hand"]
     assert "0 images indexed, 2 already there, 1 removed;" in capsys.readouterr().out

@@ -55,7 +55,8 @@ def index(
         prune: remove the documents of those images in ``paths`` whose file was deleted.
 
     Returns:
-        ``{"store", "indexed", "replaced", "already", "removed", "left_out": [{"path", "reason"}, …], "documents"}``.
+        ``{"store", "indexed", "replaced", "already", "deleted", "removed", "left_out": [{"path", "reason"}, …],
+        "documents"}``. ``deleted`` counts the images in ``paths`` that the store still holds without ``prune``.
 
     Raises:
         StoreError: the store is damaged, in use, or was made with other settings.
@@ -64,7 +65,7 @@ def index(
     check_device(device)
     found = find_images(paths)
     left_out = dict(found.left_out)
-    counts = {"indexed": 0, "replaced": 0, "already": 0, "removed": 0}
+    counts = {"indexed": 0, "replaced": 0, "already": 0, "deleted": 0, "removed": 0}
     meta = settings(model, size, adapter)
     if not found.images and not prune:
         for path, reason in left_out.items():
@@ -72,13 +73,12 @@ def index(
         raise ValueError(f"no image ({', '.join(SUFFIXES)}) in {', '.join(map(printable, paths))}")
     with open_store(store, dtype, meta) as writer:
         known = documents_of(store)
-        if prune:
-            folders = [os.path.realpath(path) for path in paths]
-            for real in [
-                real for real, document in known.items() if "file" in document.meta and is_gone(real, folders)
-            ]:
+        folders, here = [os.path.realpath(path) for path in paths], {image.real for image in found.images}
+        recorded = [real for real, document in known.items() if "file" in document.meta and real not in here]
+        for real in [real for real in recorded if is_gone(real, folders)]:
+            counts["removed" if prune else "deleted"] += 1
+            if prune:
                 writer.remove(known.pop(real).id)
-                counts["removed"] += 1
                 left_out = {path: reason for path, reason in left_out.items() if os.path.realpath(path) != real}
         for path, reason in left_out.items():
             say_left_out(path, reason)
@@ -116,6 +116,7 @@ def render(done: dict[str, Any]) -> str:
         for number, what in (
             (done["replaced"], "encoded again"),
             (done["already"], "already there"),
+            (done["deleted"], "deleted but kept (--prune removes them)"),
             (done["removed"], "removed"),
             (len(done["left_out"]), "left out"),
         )
