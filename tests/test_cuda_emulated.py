@@ -157,10 +157,11 @@ def test_every_ring_of_own_candidates(device, shape):
     assert_right(*problem(shape, own=True, dtype=torch.bfloat16))
 
 
-def test_kernels_are_loaded_once_and_before_the_first_call(device):
-    cuda.load(torch.device("cpu"), device.capability)
-    for _ in range(2):
-        assert_right(*problem((2, 2, 100, 70, 64), dtype=torch.bfloat16))
+def test_kernels_are_loaded_once_and_before_the_first_launch(device):
+    """The emulator refuses to launch a kernel that was not loaded, and to set its attributes twice."""
+    for dim in (64, 96, 128, 136):
+        for n_q in (1, 3):
+            assert_right(*problem((n_q, 2, 100, 70, dim), dtype=torch.bfloat16))
 
 
 def test_a_driver_older_than_the_runtime_is_named(device, monkeypatch):
@@ -298,7 +299,9 @@ def test_nothing_to_score(device):
     # a mask without elements leaves the lengths of documents unwritten
     scores, none = torch.full((2, 2), math.nan), torch.empty(0, dtype=torch.int32)
     empty = torch.empty(0, dtype=torch.bool)
-    forward(q, d[0, :0].clone(), scores, none, d_mask=empty, d_offsets=torch.zeros(3, dtype=torch.int64), empty_score=-2.0)
+    forward(
+        q, d[0, :0].clone(), scores, none, d_mask=empty, d_offsets=torch.zeros(3, dtype=torch.int64), empty_score=-2.0
+    )
     assert (scores == -2).all()
     keep = torch.zeros(2, 20, dtype=torch.bool)
     assert (run(q, d[:, :0], keep, empty_score=-2.0) == 0).all()
