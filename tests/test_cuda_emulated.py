@@ -141,6 +141,8 @@ def test_a_score_depends_neither_on_padding_nor_on_batch_mates(device):
 RINGS = [
     (5, 3, 40, 200, 576), (1, 2, 100, 200, 640), (1, 2, 100, 200, 704), (4, 2, 128, 200, 640), (1, 2, 100, 500, 320),
     (1, 1, 100, 1500, 128), (3, 1, 20, 300, 192), (2, 1, 200, 300, 256), (1, 2, 20, 300, 512), (2, 1, 40, 200, 384),
+    # a second warpgroup without query tokens
+    (5, 2, 64, 130, 192), (3, 2, 64, 130, 576),
 ]  # fmt: skip
 
 
@@ -229,8 +231,8 @@ def test_ties_nan_and_infinities(device):
             assert (argmax[:, 1] == 77).all() and (argmax[:, 2] == 190).all()
         assert torch.equal(argmax[:, 1:], where[:, 1:])
     # nothing is greater than -inf: the argmax is the first valid token
-    low = torch.full((1, 70, 32), -math.inf, dtype=torch.float16)
-    keep = torch.ones(1, 70, dtype=torch.bool)
+    low = torch.full((1, 200, 32), -math.inf, dtype=torch.float16)
+    keep = torch.ones(1, 200, dtype=torch.bool)
     keep[0, :5] = False
     scores, argmax = run(q.abs(), low, None, keep, argmax=True)
     assert (scores == -math.inf).all() and (argmax == 5).all()
