@@ -1,4 +1,4 @@
-# make demo | make test | make bench | make lint | make wheel | make clean
+# make demo | make test | make bench | make soak | make lint | make wheel | make clean
 # Everything is installed into .venv; only python3 and access to a package index are needed.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Output folder of `make demo`, and more options for it: make demo DEMO_ARGS="--model facebook/dinov2-base"
 OUT ?= demo_out
 DEMO_ARGS ?=
-# For example BENCH_ARGS="--rows benchmarks/results/bench-cpu.json"
+# For example BENCH_ARGS="--json benchmarks/results/bench-cpu.json"
 BENCH_ARGS ?=
 # Worker processes of `make test`: make test JOBS=4
 JOBS ?= auto
@@ -16,7 +16,7 @@ JOBS ?= auto
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint wheel clean
+.PHONY: help demo test bench soak lint wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -73,7 +73,11 @@ test: lint $(DEV_STAMP) $(VISION_STAMP)
 
 # Any machine: CPU rows on a CPU, CUDA rows and peers (if installed) on a GPU.
 bench: $(DEV_STAMP)
-	$(PY) -m pytest benchmarks -q -s $(BENCH_ARGS)
+	$(PY) -m benchmarks.suites.maxsim $(BENCH_ARGS)
+
+# Half an hour of threads that score, search, encode and write.
+soak: $(DEV_STAMP)
+	$(PY) -m benchmarks.suites.soak
 
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check .

@@ -2,8 +2,8 @@
 
 `kernels/` is installed as `latemax.kernels`: the top-level name `kernels` belongs to another package.
 
-LATEMAX_BUILD_CPU: unset = the native CPU kernels are built if a C++ compiler is there, 1 = built or the build fails,
-0 = left out. LATEMAX_BUILD_CUDA: the same for the CUDA kernels and nvcc (12.5 or later; a C++ compiler too). Neither
+LATEMAX_BUILD_CPU: unset = the native CPU kernels are built if there is a C++ compiler, 1 = built or the build fails,
+0 = not built. LATEMAX_BUILD_CUDA: the same for the CUDA kernels and nvcc (12.5 or later; a C++ compiler too). Neither
 needs torch. Without both the wheel is pure Python.
 """
 
@@ -24,10 +24,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# GCC 12 warns about its own headers (-Wmaybe-uninitialized) and about vectors as arguments of what is inlined (-Wpsabi)
+# GCC 12 warns about its own headers (-Wmaybe-uninitialized) and about vector arguments of inlined functions (-Wpsabi)
 COMMON += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-# each level is compiled for its own instructions and chosen at run time; everything else for any processor
+# each level is compiled for its own instructions and chosen at run time; all other files run on any processor
 LEVELS = {
     "level_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "level_avx512": AVX512,
@@ -36,8 +36,8 @@ LEVELS = {
 }
 
 
-# Each file is compiled for the chips whose kernels it holds: wgmma is sm_90a's alone, and chips without a file of their
-# own take the sm_80 kernel, later ones from its PTX.
+# Each file is compiled for the chips of its kernels: only sm_90a has wgmma. Chips without a file of their own run the
+# sm_80 kernel, later ones from its PTX.
 SM80 = ["arch=compute_80,code=sm_80", "arch=compute_80,code=compute_80"]
 SM90 = ["arch=compute_90,code=sm_90"]
 CUDA_TARGETS = {
@@ -76,16 +76,16 @@ def why_not_cpu() -> str:
 
 
 def toolkit() -> Path | None:
-    """The CUDA toolkit's folder: that of CUDA_HOME, or of the nvcc on PATH."""
+    """The CUDA toolkit's folder: CUDA_HOME, or the one of the nvcc on PATH."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return Path(home) if (Path(home) / "bin" / "nvcc").exists() else None
     found = shutil.which("nvcc")
     if not found:
         return None
-    # nvcc may stand on PATH as a script: it says itself where its toolkit is
-    told = subprocess.run([found, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
-    top = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.MULTILINE)
+    # nvcc on PATH may be a script: its dry run prints the toolkit's folder
+    printed = subprocess.run([found, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", printed.stderr, re.MULTILINE)
     return Path(top[1]).resolve() if top else Path(found).resolve().parents[1]
 
 
@@ -99,8 +99,8 @@ def why_not_cuda() -> str:
     if not reason and home is None:
         reason = "there is no CUDA toolkit (nvcc on PATH, or CUDA_HOME)"
     if not reason:
-        told = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
-        version = re.search(r"release (\d+)\.(\d+)", told)
+        printed = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+        version = re.search(r"release (\d+)\.(\d+)", printed)
         if version and (int(version[1]), int(version[2])) < (12, 5):
             reason = f"nvcc {version[1]}.{version[2]} is older than 12.5"
     if not reason and not cudart(home):
@@ -153,7 +153,7 @@ class BuildExt(build_ext):
             try:
                 return one(obj, src, suffix, cc_args, [*postargs, *extra], pp_opts)
             except CompileError:
-                # without its flags this level is left out: GCC before 11
+                # GCC before 11 lacks the flags: compiled without them, this level is empty
                 if Path(src).stem != "level_amx_bf16":
                     raise
                 return one(obj, src, suffix, cc_args, postargs, pp_opts)
@@ -165,8 +165,8 @@ class BuildExt(build_ext):
             self.compiler._compile = one
 
     def compile_cuda(self, ext):
-        """The .cu files to objects, as many at a time as there are cores; linked with the static runtime, so that the
-        library loads where there is neither a toolkit nor a driver."""
+        """Compiles the .cu files, one per core at a time. Links the static runtime, so that the library loads without a
+        toolkit or a driver."""
         home, folder = toolkit(), Path(self.build_temp) / "csrc" / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -200,7 +200,7 @@ def extensions() -> list[Extension]:
                 extra_compile_args=COMMON,
                 language="c++",
                 py_limited_api=True,
-                # a compiler that cannot build them leaves the torch path, unless they were asked for
+                # if the compiler fails, torch serves the CPU, unless the build was requested
                 optional=wanted("LATEMAX_BUILD_CPU") != "1",
             )
         )
@@ -228,6 +228,8 @@ native = extensions()
 setup(
     packages=[*find_packages(include=["latemax", "latemax.*"]), "latemax.kernels"],
     package_dir={"latemax.kernels": "kernels"},
+    # the tile table
+    package_data={"": ["*.json"]},
     cmdclass={"build": Build, "build_ext": BuildExt},
     ext_modules=native,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if native else {},

@@ -1,8 +1,8 @@
-"""Shrink PNGs for the documentation: resize to a width, reduce to a palette, refuse what stays above 150 kB.
+"""Shrinks PNGs for the documentation: resizes to a width, reduces to a palette, refuses what stays above 150 kB.
 
 latemax demo --out demo_out
 python examples/grounding_plots.py benchmarks/results/train_grounding.json --out demo_out
-python benchmarks/docs_images.py demo_out
+python -m benchmarks.docs_images demo_out
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "img"
 LIMIT = 150_000
-# file -> (width in pixels, colours). Photos want colours, plots want pixels.
+# file -> (width in pixels, colours): photos need colours, plots need pixels
 IMAGES = {
     "ranking-3-motorcycle.png": (860, 128),
     "cls-win-rate.png": (1100, 64),
@@ -36,7 +36,7 @@ def shrink(source: Path, target: Path, width: int, colours: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="where the PNGs lie")
+    parser.add_argument("folder", type=Path, help="where the PNGs are")
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     too_large = False

@@ -2,8 +2,8 @@
 # The whole GPU pass in three runs of under nine minutes each; results go to the folder named second.
 #   benchmarks/gpu_pass.sh tests OUT    the operator suite on the GPU, sanitizers on small shapes
 #   benchmarks/gpu_pass.sh tune OUT     tiles measured and written, then the tests that depend on them
-#   benchmarks/gpu_pass.sh bench OUT    every shape beside every peer, JSON
-# TINY=1 rehearses each on any machine with shrunken shapes.
+#   benchmarks/gpu_pass.sh bench OUT    latemax and every peer at every shape, JSON
+# TINY=1 rehearses each on any machine with small shapes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 step=${1:?tests, tune or bench}
@@ -34,14 +34,14 @@ tune)
         TRITON_INTERPRET=1 timeout 500 "$python" -m benchmarks.tune --rehearse 2>&1 | tee "$out/tune.log"
     else
         timeout 480 "$python" -m benchmarks.tune --write --seconds 400 2>&1 | tee "$out/tune.log"
-        cp latemax/ops/tiles.py "$out/tiles.py"
+        cp "$("$python" -c 'from benchmarks.internals import tiles; print(tiles.TABLE_FILE)')" "$out/"
         timeout 50 "$python" -m pytest tests/test_select.py tests/test_forward.py -q -k "tile or pick or table or dtypes" 2>&1 | tail -3
     fi
     ;;
 bench)
-    # rows are written shape by shape; no shape starts after 440 s
-    timeout 530 "$python" -m pytest benchmarks -q -s ${tiny:+--tiny} --seconds 440 --rows "$out/bench.json" \
-        --benchmark-json "$out/pytest-benchmark.json" 2>&1 | tee "$out/bench.log"
+    # rows are written case by case; no case starts after 440 s
+    timeout 530 "$python" -m benchmarks.suites.maxsim ${tiny:+--tiny} --seconds 440 --json "$out/bench.json" 2>&1 |
+        tee "$out/bench.log"
     ;;
 *)
     echo "unknown step: $step (tests, tune or bench)" >&2

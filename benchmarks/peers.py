@@ -1,4 +1,4 @@
-"""What latemax is timed against, each behind one signature: (q, d, d_mask, normalize) -> scores [n_q, n_d]."""
+"""What latemax is compared with, each as ``(q, d, d_mask, normalize) -> scores [n_q, n_d]``."""
 # The forward calls of late-interaction-kernels 0.4.5 and flash-maxsim 0.3.0 ran in Triton's interpreter on small shapes
 # (tests/test_benchmarks.py); their backward refuses CPU tensors.
 
@@ -11,30 +11,30 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from latemax.ops.backends.cuda import status as cuda_status
 
 import latemax
-from benchmarks.shapes import Shape
+from benchmarks.internals import cuda_status
+from benchmarks.shapes import COMPILED, Shape
 
-# shapes that torch.compile(mode="max-autotune") is timed at: tuning takes it up to a minute each
-COMPILED = {(1, 1000, 32, 300), (1, 1000, 1024, 1024), (32, 32, 32, 300), (128, 128, 32, 300)}
+Contender = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", bool], torch.Tensor]
+
 # largest [n_q, n_d, l_q, l_d] float32 that the eager contenders may write, in bytes
 EAGER_LIMIT = 8 << 30
 
 
-def ours(q, d, d_mask, normalize):
+def ours(q: torch.Tensor, d: torch.Tensor, d_mask: torch.Tensor | None, normalize: bool) -> torch.Tensor:
     return latemax.maxsim(q, d, None, d_mask, normalize=normalize)
 
 
-def ours_with_winners(q, d, d_mask, normalize):
+def ours_with_argmax(q: torch.Tensor, d: torch.Tensor, d_mask: torch.Tensor | None, normalize: bool) -> torch.Tensor:
     return latemax.maxsim(q, d, None, d_mask, normalize=normalize, return_argmax=True)[0]
 
 
-def ours_cuda(q, d, d_mask, normalize):
+def ours_cuda(q: torch.Tensor, d: torch.Tensor, d_mask: torch.Tensor | None, normalize: bool) -> torch.Tensor:
     return latemax.maxsim(q, d, None, d_mask, normalize=normalize, backend="cuda")
 
 
-def eager(q, d, d_mask, normalize):
+def eager(q: torch.Tensor, d: torch.Tensor, d_mask: torch.Tensor | None, normalize: bool) -> torch.Tensor:
     """einsum in the input's dtype, the maxima summed in float32."""
     if normalize:
         q, d = F.normalize(q, dim=-1), F.normalize(d, dim=-1)
@@ -44,7 +44,7 @@ def eager(q, d, d_mask, normalize):
     return sims.amax(-1).sum(-1, dtype=torch.float32)
 
 
-def chunked(q, d, d_mask, normalize):
+def chunked(q: torch.Tensor, d: torch.Tensor, d_mask: torch.Tensor | None, normalize: bool) -> torch.Tensor:
     """eager over as many documents at a time as hold 256 MB of similarities on a GPU, 2 MB on a CPU."""
     budget = (256 << 20) if q.is_cuda else (2 << 20)
     step = max(1, budget // (q.shape[0] * q.shape[1] * d.shape[-2] * q.element_size()))
@@ -55,28 +55,30 @@ def chunked(q, d, d_mask, normalize):
     )
 
 
-def contenders(shape: Shape, device: str, train: bool) -> tuple[dict[str, Callable], dict[str, str]]:
-    """(name -> function, name -> why it is left out) for one shape."""
-    runs: dict[str, Callable] = {"latemax": ours_with_winners if shape.argmax else ours, "torch chunked": chunked}
+def contenders(shape: Shape, device: str, train: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+    """(name -> contender, name -> why it is left out) for one shape."""
+    runs: dict[str, Contender] = {"latemax": ours_with_argmax if shape.argmax else ours, "torch chunked": chunked}
     absent: dict[str, str] = {}
     similarities = 4 * shape.n_q * shape.n_d * shape.l_q * shape.l_d
-    if similarities <= EAGER_LIMIT:
+    if similarities > EAGER_LIMIT:
+        absent["torch eager"] = absent["torch.compile"] = f"would write {similarities / 2**30:.0f} GiB"
+    else:
         runs["torch eager"] = eager
         if device != "cuda":
             absent["torch.compile"] = "timed on CUDA only"
-        elif tuple(shape[:4]) in COMPILED and not train and not shape.own and shape == Shape(*shape[:4]):
+        elif shape in COMPILED and not train:
             torch._dynamo.reset()
             runs["torch.compile"] = torch.compile(eager, mode="max-autotune", dynamic=False)
         else:
             absent["torch.compile"] = "its tuning takes too long for every shape"
-    else:
-        absent["torch eager"] = absent["torch.compile"] = f"would write {similarities / 2**30:.0f} GiB"
-    # beside the choice of auto, so that the table of what auto chooses can be written from one run
-    why_not = "runs on CUDA only" if device != "cuda" else cuda_status()[1] * (not cuda_status()[0])
-    if not why_not and (shape.dtype == "float32" or shape.dim % 8):
-        why_not = "takes half precision and a dim that is a multiple of 8"
-    if why_not:
-        absent["latemax cuda"] = why_not
+    # in addition to the choice of auto, so that one run gives what the table of faster CUDA kernels needs
+    usable, reason = cuda_status()
+    if device != "cuda":
+        absent["latemax cuda"] = "runs on CUDA only"
+    elif not usable:
+        absent["latemax cuda"] = reason
+    elif shape.dtype == "float32" or shape.dim % 8:
+        absent["latemax cuda"] = "takes half precision and a dim that is a multiple of 8"
     else:
         runs["latemax cuda"] = ours_cuda
     for name, module, build in (
@@ -110,20 +112,22 @@ def forget_tuning(package: str) -> None:
                     value.cache.clear()
 
 
-def late_interaction_kernels(shape: Shape, train: bool):
+def late_interaction_kernels(shape: Shape, train: bool) -> Contender | str:
+    """The contender, or why it cannot run."""
     from late_interaction_kernels import maxsim
 
     return lambda q, d, d_mask, normalize: maxsim(q, d, d_mask=d_mask, normalize=normalize)
 
 
-def flash_maxsim(shape: Shape, train: bool, **options):
+def flash_maxsim(shape: Shape, train: bool, **options: object) -> Contender | str:
+    """The contender, or why it cannot run."""
     if shape.normalize:
         return "has no normalisation"
     if shape.dtype == "float32":
         return "takes half precision only"
     import flash_maxsim as package
 
-    def run(q, d, d_mask, normalize):
+    def run(q: torch.Tensor, d: torch.Tensor, d_mask: torch.Tensor | None, normalize: bool) -> torch.Tensor:
         lengths = None if d_mask is None else d_mask.sum(-1, dtype=torch.int32).flatten()
         if train:
             return package.flash_maxsim_batched_train(q, d, doc_lengths=lengths, shared_docs=d.dim() == 3)
@@ -134,7 +138,8 @@ def flash_maxsim(shape: Shape, train: bool, **options):
     return run
 
 
-def flash_maxsim_whole(shape: Shape, train: bool):
+def flash_maxsim_whole(shape: Shape, train: bool) -> Contender | str:
+    """flash-maxsim without cutting long queries, or why it cannot run."""
     if train or shape.l_q <= 128:
-        return "the same as flash-maxsim here: only longer queries are cut, and only without gradients"
+        return "the same as flash-maxsim here: it cuts only longer queries, and only without gradients"
     return flash_maxsim(shape, train, query_chunk_size=None)

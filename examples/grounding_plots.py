@@ -1,9 +1,9 @@
-"""Draw the results of `train_grounding.py`: who points where after which training.
+"""Draws the results of ``train_grounding.py``: what points where after which training.
 
 python examples/train_grounding.py --json result.json
 python examples/grounding_plots.py result.json --out plots
 
-Needs `pip install "latemax[demo]"`.
+Needs ``pip install "latemax[demo]"``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 from train_grounding import compose
@@ -33,8 +36,8 @@ SCORINGS = (
 )
 
 
-def dots(result: dict) -> plt.Figure:
-    """Retrieval, pointing and CLS wins by training and LoRA; a small dot a seed, a large one the mean."""
+def dots(result: dict[str, Any]) -> Figure:
+    """Plots retrieval, pointing and CLS wins by training and LoRA; a small dot is a seed, a large one the mean."""
     fig, axes = plt.subplots(1, 3, figsize=(11, 4.6), layout="constrained", sharey=True, width_ratios=(1.25, 1, 0.9))
     pointing = [
         (f"pointing_{how}", label, color)
@@ -43,7 +46,7 @@ def dots(result: dict) -> plt.Figure:
     panels = (
         ("Retrieval: P@1", SCORINGS, "p_at_1"),
         ("Pointing accuracy", pointing, "pointing"),
-        ("Names won by CLS", (("cls_wins", "MaxSim, CLS kept", CLS),), "cls_wins"),
+        ("Names whose argmax is CLS", (("cls_wins", "MaxSim, CLS kept", CLS),), "cls_wins"),
     )
     for ax, (title, series, chance) in zip(axes, panels, strict=True):
         for y, row in enumerate(result["summary"]):
@@ -79,14 +82,18 @@ def dots(result: dict) -> plt.Figure:
     return fig
 
 
-def canvases(result: dict, lora: bool = True) -> plt.Figure:
-    """The first held-out canvases of the first seed, greyed; stronger colour is a closer patch, the ring the winner."""
+def canvases(result: dict[str, Any], lora: bool = True) -> Figure:
+    """Plots the first held-out canvases of the first seed in grey; closer patches are stronger, a ring is the argmax.
+
+    Raises:
+        ValueError: the installed photos are not those of the results.
+    """
     first = {(r["trained"], r["lora"]): r["maps"] for r in result["rows"] if "maps" in r}
     maps = {how: first[how, lora] for how in NAMES}
     n, size, (rows, cols) = len(maps["pooled"]), result["settings"]["size"], result["grid"]
     photos = load_photos()
     if [photo.name for photo in photos] != result["photos"]:
-        raise ValueError("the photos installed here are not those the results were made with")
+        raise ValueError("the photos installed here are not those of the results")
     images, _ = compose(photos, n, size, 2 * result["seeds"][0] + 1)
     fig, axes = plt.subplots(1 + len(NAMES), n, figsize=(2.35 * n + 1.6, 2.45 * (1 + len(NAMES))), layout="constrained")
     for column, image in enumerate(images):
@@ -108,7 +115,8 @@ def canvases(result: dict, lora: bool = True) -> plt.Figure:
     return fig
 
 
-def overlay(ax, entry: dict, size: int, rows: int, cols: int) -> None:
+def overlay(ax: Axes, entry: dict[str, Any], size: int, rows: int, cols: int) -> None:
+    """Draws the cosines of one canvas, the right quadrant, the argmax patch and a verdict."""
     cls, patches = entry["cosines"][0], np.array(entry["cosines"][1:]).reshape(rows, cols)
     top, height, width = patches.max(), size / rows, size / cols
     strength = np.clip((patches - patches.mean()) / (top - patches.mean()), 0, 1)
@@ -125,14 +133,15 @@ def overlay(ax, entry: dict, size: int, rows: int, cols: int) -> None:
         (col * width - 0.5, row * height - 0.5), width, height, fill=False, ec="#009E73" if inside else CLS, lw=2.6
     )
     ax.add_patch(ring)
-    verdict = "CLS wins" if cls > top else ("right" if inside else "wrong place")
+    verdict = "argmax is CLS" if cls > top else ("right" if inside else "wrong place")
     color = "#00795A" if verdict == "right" else CLS
     ax.set_xlabel(f"{verdict} (patch {top:.2f}, CLS {cls:.2f})", fontsize=9, color=color)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("result", type=Path, help="what train_grounding.py --json wrote")
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description="Draw the results of train_grounding.py.")
+    parser.add_argument("result", type=Path, help="the file that train_grounding.py --json wrote")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the PNGs (default: %(default)s)")
     options = parser.parse_args()
     result = json.loads(options.result.read_text())

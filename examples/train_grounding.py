@@ -1,24 +1,25 @@
-"""Fine-tune a ViT for late interaction: LoRA on W_Q and W_V, a projection and word vectors, trained through MaxSim.
+"""Fine-tunes a ViT for late interaction: LoRA on W_Q and W_V, a projection and word vectors, trained through MaxSim.
 
-The task. Photos that pip packages bring along are pasted into 2x2 canvases; the caption of a canvas, "a photo of a X
-and a Y", names two of its four photos. A frozen DINOv2 ViT-S/14 encodes the canvases; what learns is a projection of
-its tokens, one vector a word, and, with LoRA, low-rank updates to W_Q and W_V of the last blocks. No name is told where
-its photo lies: one that points at the right quadrant has learnt it from captions of whole canvases alone.
+The task. Sample photos of pip packages are pasted into 2x2 canvases; the caption of a canvas, "a photo of a X and a Y",
+names two of its four photos. A frozen DINOv2 ViT-S/14 encodes the canvases. The trained parameters are a projection of
+its tokens, one vector per word, and, with LoRA, low-rank updates to W_Q and W_V of the last blocks. The training data
+never says where a photo is: a name that points at the right quadrant has learnt it only from captions of whole
+canvases.
 
 The question. Three objectives (one pooled vector, the CLS token, as CLIP trains; MaxSim over CLS and patches; MaxSim
-over patches) are trained alike and then scored in all three ways on canvases never seen before:
+over patches) are trained with the same settings, and each model is then scored in all three ways on held-out canvases::
 
     P@1       share of captions whose best canvas shows both photos
-    pointing  share of names whose winning patch on their own canvas lies in their photo's quadrant (CLS is a miss)
-    CLS wins  share of names whose winner on their own canvas is CLS, where it is kept
+    pointing  share of names whose argmax patch on their own canvas is in their photo's quadrant (CLS is a miss)
+    CLS wins  share of names whose argmax on their own canvas is CLS, if it is kept
 
-Held out are compositions and crops, not photos: every photo is seen in training.
+Compositions and crops are held out, photos are not: every photo is seen in training.
 
     python examples/train_grounding.py                # the whole table
     python examples/train_grounding.py --seeds 0      # one seed
-    python examples/train_grounding.py --quick        # a few steps, to see it run; the numbers mean nothing
+    python examples/train_grounding.py --quick        # a few steps as a trial run; the numbers mean nothing
 
-Needs `pip install "latemax[demo]"`.
+Needs ``pip install "latemax[demo]"``.
 """
 
 from __future__ import annotations
@@ -31,22 +32,27 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latemax import PatchEncoder, add_lora, maxsim
+from latemax import LoRA, PatchEncoder, add_lora, maxsim
 from latemax.analysis import argmax_share, own_pairs, similarity_distribution, token_groups
 from latemax.demo.photos import Photo, load_photos
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 FILLERS = ("a", "photo", "of", "and")
-# "a photo of a X and a Y": where the names stand.
+# positions of the names in "a photo of a X and a Y", and its length
 NOUNS, L_Q = (4, 7), 8
 CLS, PATCHES = 0, slice(1, None)
-# Canvases kept for the picture, and steps whose mean loss is kept as one number.
+# number of canvases kept for the picture, and of steps per recorded mean loss
 N_MAPS, LOSS_STEPS = 4, 10
 OBJECTIVES = {
     "pooled": "one pooled vector (CLS), CLIP-style",
@@ -58,7 +64,22 @@ METRICS = ("p_at_1_pooled", "p_at_1_kept", "p_at_1_dropped", "pointing_kept", "p
 
 @dataclass(frozen=True)
 class Settings:
-    """size: canvas side in pixels. blocks: how many of the last blocks LoRA adapts; those before run once, cached."""
+    """Settings of one run.
+
+    Attributes:
+        size: canvas side in pixels.
+        n_train: number of training canvases.
+        n_test: number of held-out canvases.
+        dim: features per token after the projection.
+        rank: rank of the LoRA updates.
+        blocks: number of last blocks that LoRA adapts; the earlier ones run once and are cached.
+        warm_steps: steps with a frozen ViT.
+        steps: further steps at lower rates, which also train LoRA if there is one.
+        batch: captions per step.
+        warm_lr: learning rate of the warm steps.
+        lr: learning rate of the further steps.
+        lora_lr: learning rate of the LoRA factors.
+    """
 
     size: int = 112
     n_train: int = 320
@@ -66,7 +87,6 @@ class Settings:
     dim: int = 64
     rank: int = 8
     blocks: int = 3
-    # Steps with the ViT frozen, then steps at lower rates that also train LoRA where there is one.
     warm_steps: int = 300
     steps: int = 50
     batch: int = 32
@@ -80,8 +100,14 @@ QUICK = Settings(n_train=24, n_test=12, dim=16, rank=2, blocks=1, warm_steps=4, 
 
 @dataclass(frozen=True)
 class Canvases:
-    """photos [n, 4]: which photo is in which quadrant (row-major). hidden [n, 1 + rows * cols, width]: what enters the
-    blocks that LoRA adapts; final, same shape: what leaves the frozen ViT, final-normed; CLS first in both."""
+    """Encoded canvases.
+
+    Attributes:
+        photos: int64 [n, 4], which photo is in which quadrant (row-major).
+        hidden: [n, 1 + rows * cols, width], the input of the blocks that LoRA adapts; CLS first.
+        final: [n, 1 + rows * cols, width], the output of the frozen ViT after the final norm; CLS first.
+        grid: (rows, cols).
+    """
 
     photos: Tensor
     hidden: Tensor
@@ -89,8 +115,8 @@ class Canvases:
     grid: tuple[int, int]
 
 
-def compose(photos: list[Photo], n: int, size: int, seed: int) -> tuple[list, Tensor]:
-    """n canvases [size x size] of four different photos each, randomly cropped, and which photos: [n, 4]."""
+def compose(photos: list[Photo], n: int, size: int, seed: int) -> tuple[list[Image], Tensor]:
+    """Makes n canvases of size x size pixels from four different random crops each; returns them and photos [n, 4]."""
     from PIL import Image
 
     rng, half = random.Random(seed), size // 2
@@ -108,8 +134,8 @@ def compose(photos: list[Photo], n: int, size: int, seed: int) -> tuple[list, Te
     return canvases, torch.tensor(which)
 
 
-def encode(encoder: PatchEncoder, images: list, photos: Tensor, s: Settings) -> Canvases:
-    """Runs the frozen ViT once, keeping what enters block ``-s.blocks`` and what comes out at the end."""
+def encode(encoder: PatchEncoder, images: list[Image], photos: Tensor, s: Settings) -> Canvases:
+    """Runs the frozen ViT once and keeps the input of block ``-s.blocks`` and the final output."""
     entering: list[Tensor] = []
     block = encoder.model.encoder.layer[-s.blocks]
     hook = block.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
@@ -123,11 +149,11 @@ def encode(encoder: PatchEncoder, images: list, photos: Tensor, s: Settings) -> 
 class Tail(nn.Module):
     """The last blocks of a ViT and its final norm: [b, 1 + n, width] to (tokens of that shape, grid)."""
 
-    def __init__(self, blocks, norm: nn.Module, grid: tuple[int, int]):
+    def __init__(self, blocks: Iterable[nn.Module], norm: nn.Module, grid: tuple[int, int]) -> None:
         super().__init__()
         self.blocks, self.norm, self.grid = nn.ModuleList(blocks), norm, grid
 
-    def forward(self, hidden: Tensor):
+    def forward(self, hidden: Tensor) -> tuple[Tensor, tuple[int, int]]:
         for block in self.blocks:
             out = block(hidden)
             hidden = out[0] if isinstance(out, tuple) else out
@@ -135,41 +161,47 @@ class Tail(nn.Module):
 
 
 class Retriever(nn.Module):
-    """Word vectors and a projection into one space of ``dim`` features, shared by CLS and the patches."""
+    """Word vectors and a projection to one space of ``dim`` features, shared by CLS and the patches."""
 
-    def __init__(self, n_names: int, width: int, dim: int):
+    def __init__(self, n_names: int, width: int, dim: int) -> None:
         super().__init__()
         self.words = nn.Embedding(len(FILLERS) + n_names, dim)
         self.projection = nn.Linear(width, dim, bias=False)
-        # CLIP's start: a temperature of 0.07.
+        # CLIP's initial temperature, 0.07
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def text(self, ids: Tensor) -> Tensor:
-        """ids [b, l_q] to unit word vectors [b, l_q, dim]."""
+        """Returns unit word vectors [b, l_q, dim] for ids [b, l_q]."""
         return F.normalize(self.words(ids), dim=-1)
 
 
 def captions(pairs: Tensor) -> Tensor:
-    """Word ids [b, 8] of "a photo of a X and a Y". pairs [b, 2]: the photos to name."""
+    """Returns the word ids [b, 8] of "a photo of a X and a Y" for pairs [b, 2], the photos to name."""
     a, photo, of, and_ = (torch.full((len(pairs),), i) for i in range(len(FILLERS)))
     x, y = (pairs + len(FILLERS)).T
     return torch.stack([a, photo, of, a, x, and_, a, y], 1)
 
 
 def relevance(pairs: Tensor, photos: Tensor) -> Tensor:
-    """bool [n_q, n_d]: canvases that show both photos named. pairs [n_q, 2], photos [n_d, 4]."""
+    """Returns bool [n_q, n_d]: the canvases that show both named photos, from pairs [n_q, 2] and photos [n_d, 4]."""
     return (pairs[:, None, :, None] == photos[None, :, None, :]).any(-1).all(-1)
 
 
 def score(text: Tensor, tokens: Tensor, how: str) -> Tensor:
-    """[n_q, n_d] in -1..1. text [n_q, 8, dim] and tokens [n_d, 1 + n, dim], of unit length, CLS first."""
+    """Scores unit text [n_q, 8, dim] and unit tokens [n_d, 1 + n, dim], CLS first: [n_q, n_d] in -1..1."""
     if how == "pooled":
         return F.normalize(text.mean(1), dim=-1) @ tokens[:, CLS].T
     return maxsim(text, tokens if how == "kept" else tokens[:, PATCHES]) / text.shape[1]
 
 
 def contrastive_loss(scores: Tensor, relevant: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE in the batch. A canvas that happens to show both photos of another's caption is no negative."""
+    """Computes symmetric InfoNCE in the batch. A canvas that also shows both photos of another caption is no negative.
+
+    Args:
+        scores: [b, b], the diagonal holds the right pairs.
+        relevant: bool [b, b], canvases that show both photos.
+        scale: the inverse temperature.
+    """
     own = torch.eye(len(scores), dtype=torch.bool)
     logits = (scale * scores).masked_fill(relevant & ~own, -math.inf)
     target = torch.arange(len(scores))
@@ -177,15 +209,16 @@ def contrastive_loss(scores: Tensor, relevant: Tensor, scale: Tensor) -> Tensor:
 
 
 def with_prefix(encoder: PatchEncoder, inputs: Tensor) -> Tensor:
-    """Unit tokens [b, 1 + n, dim], CLS first."""
+    """Returns unit tokens [b, 1 + n, dim], CLS first."""
     out = encoder(inputs, return_prefix=True)
     return torch.cat([out.prefix, out.tokens], 1)
 
 
 def train(model: Retriever, encoder: PatchEncoder, inputs: Tensor, photos: Tensor, how: str, steps: int, lr: float,
-          s: Settings, generator: torch.Generator, lora=None, tick=lambda: None) -> list[float]:  # fmt: skip
-    """Trains ``model``, and the factors of ``lora``, by objective ``how``; returns the loss of every step."""
-    groups = [{"params": list(model.parameters()), "lr": lr}]
+          s: Settings, generator: torch.Generator, lora: LoRA | None = None,
+          tick: Callable[[], Any] = lambda: None) -> list[float]:  # fmt: skip
+    """Trains ``model``, and the factors of ``lora``, with objective ``how``; returns the loss of every step."""
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": lr}]
     if lora is not None:
         groups.append({"params": list(lora.parameters()), "lr": s.lora_lr})
     optimiser = torch.optim.AdamW(groups, weight_decay=0.01)
@@ -207,7 +240,7 @@ def train(model: Retriever, encoder: PatchEncoder, inputs: Tensor, photos: Tenso
 
 
 def pointing(argmax: Tensor, quadrants: Tensor, grid: tuple[int, int]) -> float:
-    """Share of winners that lie in the right quadrant. argmax [b, 2] patches, -1 a miss; quadrants [b, 2] row-major."""
+    """Returns the share of argmax patches [b, 2] that are in the right quadrant [b, 2] (row-major); -1 is a miss."""
     rows, cols = grid
     row, col = argmax.div(cols, rounding_mode="floor"), argmax % cols
     hit = (row * 2 // rows * 2 + col * 2 // cols == quadrants) & (argmax >= 0)
@@ -215,24 +248,26 @@ def pointing(argmax: Tensor, quadrants: Tensor, grid: tuple[int, int]) -> float:
 
 
 def p_at_1(scores: Tensor, relevant: Tensor) -> float:
-    """Share of queries whose highest-scoring document is relevant. Both [n_q, n_d]."""
+    """Returns the share of queries whose highest-scoring document is relevant; both arguments are [n_q, n_d]."""
     return float(relevant.gather(1, scores.argmax(1, keepdim=True)).double().mean())
 
 
 @torch.no_grad()
-def evaluate(model: Retriever, encoder: PatchEncoder, inputs: Tensor, photos: Tensor, grid: tuple[int, int]) -> dict:
-    """All metrics, over two captions a canvas: one names its top two photos, one its bottom two."""
+def evaluate(
+    model: Retriever, encoder: PatchEncoder, inputs: Tensor, photos: Tensor, grid: tuple[int, int]
+) -> dict[str, Any]:
+    """Computes all metrics over two captions per canvas: one names the top two photos, one the bottom two."""
     n = len(photos)
     owner = torch.arange(n).repeat(2)
     quadrants = torch.tensor([[0, 1], [2, 3]]).repeat_interleave(n, 0)
     pairs = photos[owner].gather(1, quadrants)
     tokens = torch.cat([with_prefix(encoder, part) for part in inputs.split(64)])
     text, relevant = model.text(captions(pairs)), relevance(pairs, photos)
-    result = {"p_at_1_pooled": p_at_1(score(text, tokens, "pooled"), relevant)}
+    result: dict[str, Any] = {"p_at_1_pooled": p_at_1(score(text, tokens, "pooled"), relevant)}
     for how, first_patch in (("kept", 1), ("dropped", 0)):
-        scores, winner = maxsim(text, tokens[:, 1 - first_patch :], return_argmax=True)
+        scores, argmax = maxsim(text, tokens[:, 1 - first_patch :], return_argmax=True)
         result[f"p_at_1_{how}"] = p_at_1(scores, relevant)
-        own = winner[torch.arange(len(owner)), owner][:, NOUNS].long()
+        own = argmax[torch.arange(len(owner)), owner][:, NOUNS].long()
         result[f"pointing_{how}"] = pointing(own - first_patch, quadrants, grid)
     groups, pairs_counted = token_groups(tokens.shape[1] - 1), own_pairs(owner, n)
     nouns = text[:, NOUNS]
@@ -246,9 +281,10 @@ def evaluate(model: Retriever, encoder: PatchEncoder, inputs: Tensor, photos: Te
 
 
 @torch.no_grad()
-def noun_maps(model: Retriever, encoder: PatchEncoder, inputs: Tensor, photos: Tensor, n: int = N_MAPS) -> list[dict]:
-    """For a picture: on canvas c of the first n, the cosines of all tokens, CLS first, with the name of its photo in
-    quadrant c % 4."""
+def noun_maps(
+    model: Retriever, encoder: PatchEncoder, inputs: Tensor, photos: Tensor, n: int = N_MAPS
+) -> list[dict[str, Any]]:
+    """Returns the cosines for the picture: all tokens of canvas c, CLS first, with the name of its photo c % 4."""
     tokens = with_prefix(encoder, inputs[:n])
     quadrant = torch.arange(len(tokens)) % 4
     name = photos[: len(tokens)].gather(1, quadrant[:, None])[:, 0]
@@ -259,16 +295,16 @@ def noun_maps(model: Retriever, encoder: PatchEncoder, inputs: Tensor, photos: T
     ]
 
 
-def run_one(vit: nn.Module, n_names: int, data: tuple[Canvases, Canvases], how: str, use_lora: bool, seed: int,
-            s: Settings, tick=lambda: None) -> dict:  # fmt: skip
-    """Trains once and evaluates: a row of the table."""
+def run_one(vit: Any, n_names: int, data: tuple[Canvases, Canvases], how: str, use_lora: bool, seed: int,
+            s: Settings, tick: Callable[[], Any] = lambda: None) -> dict[str, Any]:  # fmt: skip
+    """Trains once and evaluates; returns one row of the table."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     seen, unseen = data
     model = Retriever(n_names, seen.final.shape[-1], s.dim)
 
-    def encoder_of(*tail) -> PatchEncoder:
-        return PatchEncoder(Tail(*tail, seen.grid), n_prefix=1, projection=model.projection)
+    def encoder_of(blocks: Iterable[nn.Module], norm: nn.Module) -> PatchEncoder:
+        return PatchEncoder(Tail(blocks, norm, seen.grid), n_prefix=1, projection=model.projection)
 
     frozen = encoder_of([], nn.Identity())
     losses = train(model, frozen, seen.final, seen.photos, how, s.warm_steps, s.warm_lr, s, generator, tick=tick)
@@ -282,26 +318,28 @@ def run_one(vit: nn.Module, n_names: int, data: tuple[Canvases, Canvases], how: 
     row["maps"] = noun_maps(model, encoder, test, unseen.photos)
     row["losses"] = [round(statistics.mean(losses[i : i + LOSS_STEPS]), 4) for i in range(0, len(losses), LOSS_STEPS)]
     if lora is not None:
-        # The next run starts from the same ViT.
+        # the next run starts from the same ViT
         lora.remove()
     return row
 
 
-def run(seeds: list[int], s: Settings, encoder: PatchEncoder, photos: list[Photo], progress: bool = True) -> dict:
-    """Every objective with and without LoRA for every seed; a seed draws canvases, crops, captions and weights."""
+def run(
+    seeds: list[int], s: Settings, encoder: PatchEncoder, photos: list[Photo], progress: bool = True
+) -> dict[str, Any]:
+    """Runs every objective with and without LoRA for every seed; a seed draws canvases, crops, captions and weights."""
     from tqdm import tqdm
 
     start, cpu_start = time.perf_counter(), time.process_time()
     n_runs = len(seeds) * len(OBJECTIVES) * 2
     rows = []
-    # None: no bar where stderr is no terminal.
+    # disable=None draws no bar if stderr is not a terminal
     with tqdm(total=n_runs * (s.warm_steps + s.steps), unit="step", disable=None if progress else True) as bar:
         for seed in seeds:
             bar.set_description(f"seed {seed}: encoding canvases")
-            # Even seeds for training, odd for testing, so that no two of them ever agree.
-            data = tuple(
-                encode(encoder, *compose(photos, n, s.size, 2 * seed + part), s)
-                for part, n in enumerate((s.n_train, s.n_test))
+            # even seeds for training, odd seeds for testing: no two are equal
+            data = (
+                encode(encoder, *compose(photos, s.n_train, s.size, 2 * seed), s),
+                encode(encoder, *compose(photos, s.n_test, s.size, 2 * seed + 1), s),
             )
             for how in OBJECTIVES:
                 for use_lora in (False, True):
@@ -327,8 +365,8 @@ def run(seeds: list[int], s: Settings, encoder: PatchEncoder, photos: list[Photo
     }  # fmt: skip
 
 
-def summarise(rows: list[dict]) -> list[dict]:
-    """Mean and standard deviation over the seeds (0 for one seed), a row an objective with or without LoRA."""
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns mean and standard deviation over the seeds (0 for one seed), a row per objective and use of LoRA."""
     table = []
     for how in OBJECTIVES:
         for use_lora in (False, True):
@@ -343,7 +381,8 @@ def summarise(rows: list[dict]) -> list[dict]:
     return table
 
 
-def print_table(result: dict) -> None:
+def print_table(result: dict[str, Any]) -> None:
+    """Prints the summary and the chances."""
     chance = result["chance"]
     heads = ("P@1 CLS", "P@1 kept", "P@1 dropped", "point kept", "point dropped", "CLS wins")
     print(f"\n{'trained by':<40}{'LoRA':<6}", *(f"{head:>14}" for head in heads))
@@ -357,19 +396,20 @@ def print_table(result: dict) -> None:
           f"{result['cpu_seconds']:.0f} s of processor time on {result['machine']['threads']} threads")  # fmt: skip
 
 
-def as_json(result: dict) -> str:
-    """Indented, but with one row a line."""
+def as_json(result: dict[str, Any]) -> str:
+    """Formats the result as indented JSON with one row per line."""
     head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
     rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
     return f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Runs the command line and returns the result."""
+    parser = argparse.ArgumentParser(description="Fine-tune a ViT for late interaction.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", default="dinov2-small", help="a DINOv2 folder or hub name (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a few steps only, to see it run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
+    parser.add_argument("--quick", action="store_true", help="a few steps only, as a trial run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to this file")
     options = parser.parse_args(arguments)
     encoder = PatchEncoder.from_pretrained(options.model, normalize=False)
     encoder.requires_grad_(False)

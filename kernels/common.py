@@ -3,6 +3,12 @@
 import triton
 import triton.language as tl
 
+# How a forward build normalizes: not at all; each tile computes the norms of its own rows (for rows read once); or the
+# norms were computed before and are read (for rows read again and again).
+NO_NORM = tl.constexpr(0)
+NORM_IN_TILE = tl.constexpr(1)
+NORM_BEFORE = tl.constexpr(2)
+
 
 @triton.jit
 def wide(i):
@@ -12,8 +18,11 @@ def wide(i):
 
 @triton.jit
 def aligned(stride, ALIGN: tl.constexpr):
-    """The stride itself, as a product the compiler can see to be a multiple of ALIGN (tl.multiple_of has no effect on
-    a kernel argument: without this no load is 16 bytes wide, nothing is copied asynchronously, registers spill)."""
+    """The stride itself, as a product that the compiler sees to be a multiple of ALIGN.
+
+    tl.multiple_of has no effect on a kernel argument. Without this no load is 16 bytes wide, nothing is copied
+    asynchronously and registers spill.
+    """
     return stride // ALIGN * ALIGN
 
 
@@ -30,7 +39,7 @@ def row_max(x, AXIS: tl.constexpr):
 
 @triton.jit
 def same_bits(a, b):
-    """Bitwise equality: NaN equals NaN, so the one that turned a running maximum to NaN is recorded as its winner."""
+    """Bitwise equality. NaN equals NaN, so the element that turned a running maximum to NaN is recorded as argmax."""
     if a.dtype == tl.float64:
         return a.to(tl.int64, bitcast=True) == b.to(tl.int64, bitcast=True)
     else:
@@ -43,7 +52,8 @@ def load_rows(
 ):
     """[rows, columns] tile of a [*, DIM] matrix with row stride ``stride`` and unit column stride.
 
-    Rows are int64, so that tensors of over 2^31 elements are addressed right. Outside rows and columns read as 0.
+    Rows are int64, so that tensors of over 2^31 elements are addressed correctly. Elements outside rows and columns
+    read as 0.
     """
     ptrs = base + rows[:, None] * stride + columns[None, :]
     if ROWS_FULL:
@@ -77,21 +87,24 @@ def inverse_norm(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def slot_owner(cu_ptr, slot, n, BLOCK: tl.constexpr):
-    """Which of n items of tokens end to end owns a slot. Item a owns slots cu[a] // BLOCK + a on, one for each BLOCK of
-    its tokens, and at most one more that is empty: numbered so, nobody has to count tiles beforehand."""
+def slot_owner(offsets_ptr, slot, n, BLOCK: tl.constexpr):
+    """Which of n ragged items owns a slot.
+
+    Item a owns the slots from offsets[a] // BLOCK + a on: one for each BLOCK of its tokens and at most one more, which
+    is empty. With this numbering nobody counts tiles beforehand.
+    """
     lo = slot * 0
     hi = n - 1
     while lo < hi:
         middle = (lo + hi + 1) // 2
-        before = tl.load(cu_ptr + middle) // BLOCK + middle <= slot
+        before = tl.load(offsets_ptr + middle) // BLOCK + middle <= slot
         lo = tl.where(before, middle, lo)
         hi = tl.where(before, hi, middle - 1)
     return lo
 
 
 @triton.jit
-def span(cu_ptr, i, ok, total):
-    """First and past-the-last token of item i, int64, kept inside ``total`` tokens whatever the offsets hold."""
-    first = tl.minimum(tl.maximum(tl.load(cu_ptr + i, mask=ok, other=0), 0), total)
-    return first, tl.minimum(tl.maximum(tl.load(cu_ptr + i + 1, mask=ok, other=0), first), total)
+def span(offsets_ptr, i, ok, total):
+    """First token and end of item i, int64, clamped to ``total`` tokens whatever the offsets hold."""
+    first = tl.minimum(tl.maximum(tl.load(offsets_ptr + i, mask=ok, other=0), 0), total)
+    return first, tl.minimum(tl.maximum(tl.load(offsets_ptr + i + 1, mask=ok, other=0), first), total)

@@ -1,4 +1,4 @@
-"""A progress bar on stderr for whatever takes a while."""
+"""A progress bar on stderr for work that takes more than a moment."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import sys
 
 
 class Bar:
-    """A bar of ``total`` steps on stderr, redrawn in place on a terminal and silent elsewhere."""
+    """A progress bar on stderr, redrawn in place on a terminal and silent everywhere else.
 
-    def __init__(self, total: int, label: str = ""):
+    Args:
+        total: the number of steps.
+        label: text printed before the bar.
+    """
+
+    def __init__(self, total: int, label: str = "") -> None:
         self.total, self.done, self.label = total, 0, label
 
     def tick(self, steps: int = 1) -> None:
+        """Moves the bar forward by ``steps``."""
         self.done += steps
         if sys.stderr.isatty():
             filled = 30 * self.done // self.total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ __all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "warm
 # a dense or jagged tensor, or a list of [l_i, dim]
 Tokens = Tensor | Sequence[Tensor]
 Masks = Tensor | Sequence[Tensor | None] | None
-# with return_argmax also the argmax
-Scores = Tensor | tuple[Tensor, Tensor]
+# a tensor; with return_argmax (scores, argmax). Not the union of both, which every caller would have to narrow
+Scores = Any
 
 
 def maxsim(
@@ -36,31 +37,32 @@ def maxsim(
     """Late interaction: ``score = Σ_{i valid} max_{j valid} <q_i, d_j>``.
 
     The formula is ColBERT's (Khattab and Zaharia, SIGIR 2020, eq. 3). The [l_q, l_d] similarities are never written to
-    memory. Differentiable once in q and d; the gradient of every maximum goes to its recorded winner.
+    memory. Differentiable once in q and d; the gradient of every maximum goes to its recorded argmax.
 
     Args:
         q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor
-            [n_q, l_i, dim]. Lists are joined end to end, nested tensors taken as they lie; neither is padded.
+            [n_q, l_i, dim]. The items of a list are concatenated, those of a nested tensor are used in place; nothing
+            is padded.
         d: document (image patch) tokens [l_d, dim], [n_d, l_d, dim], or own candidates of every query
             [n_q, k, l_d, dim]; or a list of n_d tensors [l_j, dim]; or a jagged nested tensor. float16, bfloat16,
             float32 or float64, promoted together with q; both on one device.
-        q_mask: bool, int or float of shape ``q.shape[:-1]``; nonzero = keep. Beside a list or a nested tensor: a list
-            of [l_i] or None.
-        d_mask: likewise ``d.shape[:-1]``. Masked tokens influence nothing, whatever they hold.
+        q_mask: bool, int or float of shape ``q.shape[:-1]``; nonzero = keep. With a list or a nested tensor: a list of
+            [l_i] or None.
+        d_mask: likewise, of shape ``d.shape[:-1]``. Masked tokens influence nothing, whatever their values.
         normalize: score unit vectors: every token divided by ``max(‖token‖₂, 1e-12)``, in float32.
         empty_score: the score of a document without a valid token.
-        return_argmax: also return which document token won for each query token.
-        backend: "auto", "triton", "cuda", "cpu" or "reference". Never falls back in silence: see ``explain``.
+        return_argmax: also return the index of the best document token for each query token.
+        backend: "auto", "triton", "cuda", "cpu" or "reference". There is no silent fallback: see ``explain``.
 
     Returns:
         scores, float32 (float64 if the promoted dtype is): [n_q, n_d], or [n_q, k] for own candidates; the axis of a
         2-D side is dropped. With return_argmax also int32 [..., l_q]: ties go to the lowest index; -1 for masked query
-        tokens, for documents without a valid token and behind the end of a list's shorter queries. A query without a
+        tokens, for documents without a valid token and after the end of a list's shorter queries. A query without a
         valid token scores 0.
 
     Raises:
-        TypeError: q, d or a mask is no tensor, of another dtype or layout; an option of another type.
-        ValueError: shapes, devices or dims that do not go together; an unknown backend.
+        TypeError: q, d or a mask is not a tensor, or has an unsupported dtype or layout; an option of another type.
+        ValueError: shapes, devices or dims that do not match; an unknown backend.
         RuntimeError: the backend asked for cannot run here (the message says why).
 
     Example:
@@ -91,7 +93,7 @@ def maxsim_pairs(
     return_argmax: bool = False,
     backend: str = "auto",
 ) -> Scores:
-    """Row b of q against row b of d alone: the diagonal of ``maxsim``, without the b × b product.
+    """Row b of q against row b of d only: the diagonal of ``maxsim``, without the b × b product.
 
     Args:
         q: [b, l_q, dim], or a list of b tensors [l_i, dim], or a jagged nested tensor.
@@ -123,28 +125,28 @@ def maxsim_varlen(
     return_argmax: bool = False,
     backend: str = "auto",
 ) -> Scores:
-    """``maxsim`` of queries and documents whose tokens lie end to end, in FlashAttention's convention.
+    """``maxsim`` of ragged queries and documents, concatenated in FlashAttention's convention.
 
     Nothing is padded: the cost follows the real tokens. Differentiable once in q and d.
 
     Args:
         q: query tokens [t_q, dim]. Query a holds rows ``cu_seqlens_q[a]`` to ``cu_seqlens_q[a + 1]``.
         d: document tokens [t_d, dim]; document b likewise.
-        cu_seqlens_q: int32 or int64 [n_q + 1], from 0 on, never falling, within q. Rows behind the last offset belong
-            to nobody. An empty query scores 0, an empty document empty_score.
+        cu_seqlens_q: int32 or int64 [n_q + 1], starting at 0, never falling, within q. Rows after the last offset
+            belong to no query. An empty query scores 0, an empty document ``empty_score``.
         cu_seqlens_d: likewise [n_d + 1].
         q_mask: bool, int or float [t_q]; nonzero = keep. d_mask: [t_d].
         normalize, empty_score, backend: as ``maxsim``.
-        return_argmax: also return which token of its document won for each query token.
+        return_argmax: also return the index of the best token in each document for each query token.
 
     Returns:
         scores [n_q, n_d], float32 (float64 if the promoted dtype is). With return_argmax also int32 [t_q, n_d], counted
-        from the document's first token; ties go to the lowest, -1 for masked query tokens and empty documents.
+        from the document's first token; ties go to the lowest index, -1 for masked query tokens and empty documents.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``maxsim``; offsets of another dtype or shape; on the CPU also offsets
-            that do not start at 0, fall, or leave the tokens. On a GPU reading them would wait for the device: there
-            the kernel keeps itself inside the tokens, and such documents count as cut or empty.
+            that do not start at 0, fall, or leave the tokens. On a GPU reading them would need a device sync: there
+            the kernel stays inside the tokens and treats such documents as truncated or empty.
 
     Example:
         >>> scores = maxsim_varlen(q, d, torch.tensor([0, 12, 40]), torch.tensor([0, 196, 452, 1476]))  # [2, 3]
@@ -169,26 +171,26 @@ def rerank(
     return_argmax: bool = False,
     backend: str = "auto",
 ) -> Scores:
-    """Score every query against its own candidates, where they lie in a packed corpus: no gathered copy.
+    """Score every query against its own candidates, in place in a ragged corpus: nothing is gathered or copied.
 
     Args:
         q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor.
-        tokens: the corpus [t_d, dim], documents end to end; on the CPU a memory-mapped tensor too.
+        tokens: the corpus [t_d, dim], documents concatenated; on the CPU it may be memory-mapped.
         offsets: int32 or int64 [n_d + 1]: document b holds rows ``offsets[b]`` to ``offsets[b + 1]``.
-        candidates: int32 or int64 [n_q, k] ([k] beside a 2-D q): numbers of documents in any order, repeated or not;
-            -1 is an empty slot and scores empty_score.
+        candidates: int32 or int64 [n_q, k] ([k] with a 2-D q): document numbers in any order, repeated or not; -1 is an
+            empty slot and scores ``empty_score``.
         q_mask: as ``maxsim``.
         normalize, empty_score, backend: as ``maxsim``.
-        return_argmax: also return which token of its document won for each query token.
+        return_argmax: also return the index of the best token in each document for each query token.
 
     Returns:
-        scores [n_q, k], or [k] beside a 2-D q; with return_argmax also int32 [n_q, k, l_q], counted from the
+        scores [n_q, k], or [k] with a 2-D q; with return_argmax also int32 [n_q, k, l_q], counted from the
         document's first token. Dtypes as ``maxsim``. Differentiable once in q and tokens.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``maxsim``; offsets or candidates of another dtype or shape; on the CPU
-            also unsorted offsets and numbers that are no document. On a GPU reading them would wait for the device:
-            there a number that is no document scores NaN.
+            also unsorted offsets and candidates that are no document. On a GPU reading them would need a device sync:
+            there an invalid candidate scores NaN.
 
     Example:
         >>> first = (corpus_means @ q.mean(0)).topk(1000).indices
@@ -217,8 +219,8 @@ def explain(
     """Which backend and tile ``maxsim`` would run for these arguments, and why. Runs nothing.
 
     Returns:
-        Choice(backend, why, tile, notes): tile is None outside the Triton backend; notes say why a faster way is not
-        taken.
+        Choice(backend, why, tile, notes, native): tile is None outside the Triton backend; notes say why each other
+        backend does not run.
 
     Raises:
         As ``maxsim``.
@@ -245,8 +247,8 @@ def warmup(
     train: bool = False,
     backend: str = "auto",
 ) -> Choice:
-    """Compile ahead what ``maxsim`` will launch for these shapes, so that the first real call, inside a CUDA-graph
-    capture too, compiles nothing. The number and length of documents do not matter to it.
+    """Compile what ``maxsim`` will launch for these shapes, so that the first real call compiles nothing, also inside a
+    CUDA-graph capture. The number and length of documents do not matter.
 
     Args:
         dim, l_q, n_q: as in q [n_q, l_q, dim]; of layout "varlen" l_q is the mean length.
@@ -257,7 +259,7 @@ def warmup(
         normalize, return_argmax, backend: as the calls will pass. train: also the backward kernels of both sides.
 
     Returns:
-        The choice made, as ``explain`` gives it.
+        The choice, as ``explain`` returns it.
 
     Raises:
         As ``maxsim``.

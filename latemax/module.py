@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from latemax.api import maxsim
+from latemax.api import Masks, Scores, Tokens, maxsim
 
 
 class MaxSim(nn.Module):
@@ -23,7 +23,7 @@ class MaxSim(nn.Module):
         empty_score: float = -math.inf,
         return_argmax: bool = False,
         backend: str = "auto",
-    ):
+    ) -> None:
         super().__init__()
         self.normalize, self.empty_score, self.return_argmax, self.backend = (
             normalize,
@@ -32,7 +32,7 @@ class MaxSim(nn.Module):
             backend,
         )
 
-    def forward(self, q, d, q_mask=None, d_mask=None):
+    def forward(self, q: Tokens, d: Tokens, q_mask: Masks = None, d_mask: Masks = None) -> Scores:
         """Shapes, dtypes and errors as ``latemax.maxsim``."""
         return maxsim(
             q,

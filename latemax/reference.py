@@ -1,44 +1,75 @@
-"""The oracle: late interaction in plain PyTorch, any float dtype, any device, no tricks.
+"""The oracle: late interaction in plain PyTorch, for any float dtype and device.
 
-It writes every similarity to memory and exists to be obviously right. The fast backends are tested against it.
+It writes every similarity to memory and exists to be obviously correct. The fast backends are tested against it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 __all__ = ["maxsim"]
 
+Tokens = Tensor | Sequence[Tensor]
+Mask = Tensor | Sequence[Tensor | None] | None
+Scores = Tensor | tuple[Tensor, Tensor]
 
-def maxsim(q, d, q_mask=None, d_mask=None, *, normalize=False, empty_score=-math.inf, return_argmax=False):
+
+def maxsim(
+    q: Tokens,
+    d: Tokens,
+    q_mask: Mask = None,
+    d_mask: Mask = None,
+    *,
+    normalize: bool = False,
+    empty_score: float = -math.inf,
+    return_argmax: bool = False,
+) -> Scores:
     """Score queries against documents: ``score = Σ_{i valid} max_{j valid} <q_i, d_j>``.
 
-    The formula is ColBERT's late interaction (Khattab and Zaharia, SIGIR 2020, eq. 3).
+    The formula is ColBERT's late interaction (Khattab and Zaharia, SIGIR 2020, eq. 3). Inputs are not checked: a wrong
+    shape raises whatever torch raises.
 
     Args:
-        q: [l_q, dim] or [n_q, l_q, dim] float tokens, or a list of [l_i, dim].
-        d: [l_d, dim], [n_d, l_d, dim], own candidates [n_q, k, l_d, dim], or a list of [l_j, dim].
-        q_mask: ``q.shape[:-1]``, nonzero = keep (a list of [l_i] beside a list of queries).
-        d_mask: ``d.shape[:-1]``, nonzero = keep (a list of [l_j] beside a list of documents).
+        q: float tokens ``[l_q, dim]`` or ``[n_q, l_q, dim]``, or a list of ``[l_i, dim]``.
+        d: float tokens ``[l_d, dim]`` or ``[n_d, l_d, dim]``, own candidates ``[n_q, k, l_d, dim]``, or a list of
+            ``[l_j, dim]``.
+        q_mask: ``q.shape[:-1]``, nonzero = keep; for a list of queries a list of ``[l_i]`` or None.
+        d_mask: ``d.shape[:-1]``, nonzero = keep; for a list of documents a list of ``[l_j]`` or None.
         normalize: divide every token by ``max(‖token‖₂, 1e-12)`` first, as ``torch.nn.functional.normalize`` does.
-        empty_score: score of a document without a valid token.
-        return_argmax: also return the winning document token of each query token.
+        empty_score: the score of a document without a valid token.
+        return_argmax: also return the index of the best document token of each query token.
 
     Returns:
-        scores [n_q, n_d] or [n_q, k], with the axis of a 2-D side dropped; float64 if the promoted dtype of q and d
-        is float64, else float32. With ``return_argmax`` also int32 [..., l_q]: ties go to the lowest index, -1 stands
-        for a masked query token and for a document without a valid token.
+        Scores ``[n_q, n_d]`` or ``[n_q, k]``, without the axis of a 2-D side; float64 if the promoted dtype of ``q``
+        and ``d`` is float64, else float32. With ``return_argmax`` also int32 ``[..., l_q]``: ties go to the lowest
+        index; -1 marks a masked query token, or a document without a valid token.
+
+    Example:
+        >>> maxsim(torch.eye(2), torch.eye(2))
+        tensor(2.)
     """
-    if isinstance(q, (list, tuple)) or isinstance(d, (list, tuple)):
+    if not (isinstance(q, Tensor) and isinstance(d, Tensor)):
         return _lists(q, d, q_mask, d_mask, normalize, empty_score, return_argmax)
+    masks = cast("tuple[Tensor | None, Tensor | None]", (q_mask, d_mask))
     with torch.autocast(q.device.type, enabled=False):
-        return _dense(q, d, q_mask, d_mask, normalize, empty_score, return_argmax)
+        return _dense(q, d, *masks, normalize, empty_score, return_argmax)
 
 
-def _dense(q, d, q_mask, d_mask, normalize, empty_score, return_argmax):
+def _dense(
+    q: Tensor,
+    d: Tensor,
+    q_mask: Tensor | None,
+    d_mask: Tensor | None,
+    normalize: bool,
+    empty_score: float,
+    return_argmax: bool,
+) -> Scores:
     dtype = torch.float64 if torch.promote_types(q.dtype, d.dtype) == torch.float64 else torch.float32
     one_query, one_document, own = q.dim() == 2, d.dim() == 2, d.dim() == 4
     q_keep = torch.ones(q.shape[:-1], dtype=torch.bool, device=q.device) if q_mask is None else q_mask != 0
@@ -50,7 +81,7 @@ def _dense(q, d, q_mask, d_mask, normalize, empty_score, return_argmax):
     if one_document:
         d, d_keep = d.unsqueeze(0), d_keep.unsqueeze(0)
     if d.shape[-2] == 0:
-        # a masked token in place of none, so that every reduction below has something to reduce
+        # one masked token, so that no reduction below is over an empty axis
         d, d_keep = F.pad(d, (0, 0, 0, 1)), F.pad(d_keep, (0, 1))
     if normalize:
         q, d = F.normalize(q, dim=-1, eps=1e-12), F.normalize(d, dim=-1, eps=1e-12)
@@ -61,15 +92,15 @@ def _dense(q, d, q_mask, d_mask, normalize, empty_score, return_argmax):
     best = sims.detach().amax(-1, keepdim=True)
     positions = torch.arange(sims.shape[-1], device=sims.device)
     hit = ((sims == best) | sims.isnan()) & valid
-    winner = torch.where(hit, positions, sims.shape[-1]).amin(-1)  # [n_q, n_d, l_q]; l_d where no token is valid
-    has_winner = winner < sims.shape[-1]
-    value = sims.gather(-1, torch.where(has_winner, winner, 0).unsqueeze(-1)).squeeze(-1)
+    index = torch.where(hit, positions, sims.shape[-1]).amin(-1)  # [n_q, n_d, l_q]; l_d where no token is valid
+    found = index < sims.shape[-1]
+    value = sims.gather(-1, torch.where(found, index, 0).unsqueeze(-1)).squeeze(-1)
 
-    counted = q_keep.unsqueeze(1) & has_winner
+    counted = q_keep.unsqueeze(1) & found
     scores = torch.where(counted, value, 0.0).sum(-1)
     empty = ~valid.any(-1).squeeze(-1) & q_keep.any(-1, keepdim=True)  # [n_q, n_d]
     scores = torch.where(empty, empty_score, scores)
-    argmax = torch.where(counted, winner, -1).to(torch.int32)
+    argmax = torch.where(counted, index, -1).to(torch.int32)
     if one_document:
         scores, argmax = scores.squeeze(1), argmax.squeeze(1)
     if one_query:
@@ -77,13 +108,15 @@ def _dense(q, d, q_mask, d_mask, normalize, empty_score, return_argmax):
     return (scores, argmax) if return_argmax else scores
 
 
-def _lists(q, d, q_mask, d_mask, normalize, empty_score, return_argmax):
-    """A list on either side: every pair alone, so that no padding exists to be wrong about."""
+def _lists(
+    q: Tokens, d: Tokens, q_mask: Mask, d_mask: Mask, normalize: bool, empty_score: float, return_argmax: bool
+) -> Scores:
+    """A list on either side: scores each pair separately, so that padding cannot be a source of error."""
 
-    def items(tokens, mask):
-        if not isinstance(tokens, (list, tuple)) and tokens.dim() == 2:
-            return [tokens], [mask], True
-        return tokens, [None] * len(tokens) if mask is None else mask, False
+    def items(tokens: Tokens, mask: Mask) -> tuple[Sequence[Tensor], Sequence[Tensor | None], bool]:
+        if isinstance(tokens, Tensor) and tokens.dim() == 2:
+            return [tokens], [cast("Tensor | None", mask)], True
+        return list(tokens), [None] * len(tokens) if mask is None else list(mask), False
 
     queries, q_masks, one_query = items(q, q_mask)
     documents, d_masks, one_document = items(d, d_mask)

@@ -1,4 +1,4 @@
-"""`latemax.analysis` on tokens whose winners are known by construction."""
+"""``latemax.analysis`` on tokens whose argmax is known by construction."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ GROUPS = token_groups(3, n_registers=1)  # CLS, one register, three patches
 
 
 def axis(*which):
-    """Unit vectors of a 6-d space, one a row."""
+    """Unit vectors of a 6-d space, one per row."""
     return torch.eye(6)[list(which)]
 
 
 @pytest.fixture
 def scene():
-    """Two queries of two tokens, two documents [CLS, register, p0, p1, p2]; winners by hand in `WINNERS`."""
+    """Two queries of two tokens, two documents [CLS, register, p0, p1, p2]; `ARGMAX` is worked out by hand."""
     q = torch.stack([axis(0, 1), axis(2, 3)])
     d0 = torch.stack([3 * axis(0)[0], axis(5)[0], 2 * axis(0)[0], 0.5 * axis(1)[0], axis(2)[0]])
     d1 = torch.stack([axis(4)[0], 4 * axis(3)[0], axis(1)[0], 2 * axis(2)[0], axis(3)[0]])
@@ -37,12 +37,12 @@ def scene():
 
 
 # Raw dot products; ties go to the lowest index. [query, document, token]
-WINNERS = [[[0, 3], [0, 2]], [[4, 0], [3, 1]]]
+ARGMAX = [[[0, 3], [0, 2]], [[4, 0], [3, 1]]]
 
 
 def test_scene_is_as_written(scene):
     _, argmax = maxsim(*scene, return_argmax=True)
-    assert argmax.tolist() == WINNERS
+    assert argmax.tolist() == ARGMAX
 
 
 class TestTokenGroups:
@@ -83,7 +83,7 @@ class TestArgmaxShare:
         assert argmax_share(*scene, GROUPS, pairs=own).wins.tolist() == [1, 1, 2]
         assert argmax_share(*scene, GROUPS, pairs=~own).wins.tolist() == [2, 0, 2]
 
-    def test_normalize_takes_the_norm_away(self, scene):
+    def test_normalize_removes_the_norm(self, scene):
         q, d = scene
         # By cosine (0,0,0) ties between CLS and p0 and goes to CLS; (1,1,1) ties register and p2, to the register.
         assert argmax_share(q, d, GROUPS, normalize=True).wins.tolist() == [3, 1, 4]
@@ -132,8 +132,8 @@ class TestArgmaxShare:
     @pytest.mark.parametrize(
         ("groups", "text"),
         [
-            ({"a": slice(0, 4)}, "exactly once, position 4 lies in 0 groups"),
-            ({"a": slice(0, 5), "b": [2]}, "exactly once, position 2 lies in 2 groups"),
+            ({"a": slice(0, 4)}, "exactly once, position 4 is in 0 groups"),
+            ({"a": slice(0, 5), "b": [2]}, "exactly once, position 2 is in 2 groups"),
             ({"a": [0, 9]}, r"groups\['a'\] must hold positions within 0\.\.4"),
             ({"a": torch.ones(3, dtype=torch.bool)}, r"groups\['a'\] as a mask must have shape \[5\], got \[3\]"),
             ({}, "groups must name at least one group"),
@@ -338,7 +338,7 @@ SMALL = {"n_images": 8, "n_patches": 32, "trials": 2, "dim": 32}
 
 class TestSimulation:
     def test_clean_extremes(self):
-        """Without noise and shared part the model is decided exactly."""
+        """Without noise and shared part the outcome is exact."""
         clean = {**SMALL, "noise": 0.0, "shared": 0.0}
         result = simulate_cls_dominance("alignment", [0.0, 1.0], absorbed=1.0, **clean)
         # A query token that is its object's very direction has cosine 1 with that object's patches; a query token that
@@ -391,7 +391,7 @@ class TestSimulation:
         [
             ({"knob": "colour"}, "knob must be one of absorbed, alignment, shared, norm_ratio, noise, n_patches"),
             ({"values": []}, "values and trials must not be empty, got 0 values"),
-            ({"values": [0.5, 1.5]}, r"alignment must lie in 0\.\.1, got 1\.5"),
+            ({"values": [0.5, 1.5]}, r"alignment must be in 0\.\.1, got 1\.5"),
             ({"noise": -1}, "noise must be 0 or more, got -1"),
             ({"n_patches": 4}, "n_patches must be at least n_objects=8, got 4"),
             ({"l_q": 9}, "the scene needs 1 <= l_q <= n_objects <= n_concepts, got l_q=9"),

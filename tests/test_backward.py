@@ -85,7 +85,7 @@ def test_only_the_side_that_needs_a_gradient_costs_one(where, monkeypatch):
 
 @pytest.mark.parametrize("where", BACKENDS)
 def test_gradients_through_views_and_squeezed_shapes(where):
-    """Expanded and transposed leaves, 2-D sides and pairs hand gradients back in their own shapes."""
+    """Expanded and transposed leaves, 2-D sides and pairs get gradients in their own shapes."""
     backend, device = where
     q, d = problem((2, 2, 5, 12, 16), device=device)
     cases = [
@@ -107,7 +107,7 @@ def test_gradients_through_views_and_squeezed_shapes(where):
 
 
 @pytest.mark.parametrize("where", BACKENDS)
-def test_a_tied_maximum_gives_its_whole_gradient_to_the_recorded_winner(where):
+def test_a_tied_maximum_gives_its_whole_gradient_to_its_argmax(where):
     backend, device = where
     d = torch.ones(3, 4, device=device, requires_grad=True)
     latemax.maxsim(torch.ones(2, 4, device=device), d, backend=backend).backward()
@@ -146,8 +146,8 @@ def test_argmax_carries_no_gradient():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", BACKENDS)
-def test_a_broken_incoming_gradient_stays_with_the_winners(where, value):
-    """Masked tokens and tokens that won nothing get exactly 0, whatever g holds."""
+def test_a_non_finite_incoming_gradient_reaches_only_the_argmax(where, value):
+    """Masked tokens and tokens that are no argmax get exactly 0, whatever g is."""
     backend, device = where
     q, d = problem((2, 2, 3, 9, 8), device=device)
     keep = torch.ones(2, 9, dtype=torch.bool, device=device)

@@ -1,4 +1,4 @@
-"""The `latemax` command: what `info` tells, what `demo` hands on, and how errors end."""
+"""The ``latemax`` command: what ``info`` reports, what ``demo`` passes on, and how errors end."""
 
 import json
 import sys
@@ -8,19 +8,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from latemax import _info, cli
+from latemax import cli
+from latemax.cli import bench, info
 
-STATUS = {"triton": (False, "no CUDA device"), "cpu": (True, "always"), "reference": (True, "always")}
+STATUS = {
+    "triton": {"usable": False, "reason": "no CUDA device"},
+    "cpu": {"usable": True, "reason": "always"},
+    "reference": {"usable": True, "reason": "always"},
+}
 
 
 @pytest.fixture
 def status(monkeypatch):
-    monkeypatch.setattr("latemax.ops.dispatch.backend_status", lambda: STATUS)
+    monkeypatch.setattr(info, "_backends", lambda: STATUS)
 
 
 @pytest.fixture
 def demo(monkeypatch):
-    """Calls to the demo are recorded; what `demo.error` holds is raised."""
+    """Records calls to the demo, and raises ``demo.error`` if it is set."""
     seen = SimpleNamespace(calls=[], error=None)
 
     def run(out_dir, *, model=None, seed=0):
@@ -37,23 +42,19 @@ def info_json(capsys):
     return json.loads(capsys.readouterr().out)
 
 
-def test_info_json_tells_versions_and_devices(status, capsys):
-    info = info_json(capsys)
-    assert info["packages"]["torch"] == metadata.version("torch")
-    assert info["packages"]["numpy"] == metadata.version("numpy")
-    assert info["cpu"]["torch_threads"] == torch.get_num_threads()
-    assert info["cpu"]["cores"] >= 1
-    assert info["cpu"]["model"]
-    assert len(info["cuda"]["devices"]) == torch.cuda.device_count()
-    assert bool(info["cuda"]["devices"]) != bool(info["cuda"]["reason"])
+def test_info_json_has_versions_and_devices(status, capsys):
+    found = info_json(capsys)
+    assert found["packages"]["torch"] == metadata.version("torch")
+    assert found["packages"]["numpy"] == metadata.version("numpy")
+    assert found["cpu"]["torch_threads"] == torch.get_num_threads()
+    assert found["cpu"]["cores"] >= 1
+    assert found["cpu"]["model"]
+    assert len(found["cuda"]["devices"]) == torch.cuda.device_count()
+    assert bool(found["cuda"]["devices"]) != bool(found["cuda"]["reason"])
 
 
-def test_info_tells_which_backends_work_and_why_not(status, capsys):
-    assert info_json(capsys)["backends"] == {
-        "triton": {"usable": False, "reason": "no CUDA device"},
-        "cpu": {"usable": True, "reason": "always"},
-        "reference": {"usable": True, "reason": "always"},
-    }
+def test_info_reports_which_backends_work_and_why_not(status, capsys):
+    assert info_json(capsys)["backends"] == STATUS
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert "  triton     no     no CUDA device\n" in text
@@ -68,7 +69,7 @@ def test_info_of_the_real_backends(capsys):
 
 
 def test_info_names_an_absent_package(status, monkeypatch, capsys):
-    monkeypatch.setattr(_info, "OPTIONAL", ("no-such-package",))
+    monkeypatch.setattr(info, "OPTIONAL", ("no-such-package",))
     assert info_json(capsys)["packages"]["no-such-package"] is None
     cli.main(["info"])
     assert "  no-such-package  not installed\n" in capsys.readouterr().out
@@ -111,11 +112,11 @@ def test_cpu_model(text, model, tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr("platform.processor", lambda: "")
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert _info._cpu_model(tmp_path / "cpuinfo") == model
-    assert _info._cpu_model(tmp_path / "absent") == "aarch64"
+    assert info._cpu_model(tmp_path / "cpuinfo") == model
+    assert info._cpu_model(tmp_path / "absent") == "aarch64"
 
 
-def test_demo_hands_its_options_on(demo):
+def test_demo_passes_its_options_on(demo):
     assert cli.main(["demo"]) == 0
     assert cli.main(["demo", "--out", "there", "--model", "some/vit", "--seed", "3"]) == 0
     assert demo.calls == [("demo_out", None, 0), ("there", "some/vit", 3)]
@@ -153,18 +154,33 @@ def test_wrong_usage_exits_with_2(argv, message, capsys):
 
 
 def test_bench_prints_the_quick_table(monkeypatch, capsys):
-    from latemax import _bench
+    """With a fake clock: matmul at 1 TFLOP/s, reading at 10 GB/s, latemax 2 ms, eager 6 ms."""
 
-    limits = dict(matmul_float32_tflops=1.0, matmul_bfloat16_tflops=1.0, read_gbs=10.0)
-    monkeypatch.setattr(_bench, "limits", lambda device, rounds: limits)
-    monkeypatch.setattr(_bench.quick, "__defaults__", (2,))
+    def times(runs, device, rounds):
+        found = {"latemax": [2e-3] * rounds, "eager": [6e-3] * rounds}
+        for name, run in runs.items():
+            if name.startswith("matmul "):
+                found[name] = [2 * int(name.removeprefix("matmul ")) ** 3 / 1e12] * rounds
+            elif name not in found:
+                # sum is a method of the documents; the other two are slower
+                found[name] = [run.__self__.numel() * 4 / 10e9 if name == "sum" else 1.0] * rounds
+        return found
+
+    monkeypatch.setattr(bench, "interleaved", times)
     assert cli.main(["bench", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 3
-    for row in rows:
-        assert row["latemax_ms"] > 0 and row["eager_ms"] > 0 and row["error"] < 0.1
-        assert row["binding"] in ("matmul", "read")
-    # 2 · 1000 · 32 · 196 · 128 FLOPs at 1 TFLOP/s, or its documents at 10 GB/s
-    assert rows[0]["allowed_ms"] == pytest.approx(1000 * 196 * 128 * 4 / 10e9 * 1e3, rel=0.01)
+    assert [row["binding"] for row in rows] == ["read", "read", "matmul"]
+    assert rows[0]["reference_ms"] == pytest.approx((1000 * 196 + 32) * 128 * 4 / 10e9 * 1e3)
+    assert rows[2]["reference_ms"] == pytest.approx(2 * 32 * 32 * 32 * 196 * 128 / 1e12 * 1e3)
+    assert all(row["error"] < 0.1 and row["backend"] == "cpu" for row in rows)
     assert cli.main(["bench"]) == 0
-    assert "of limit" in capsys.readouterr().out
+    assert "    2.00 ms    6.00 ms   3.00x" in capsys.readouterr().out
+
+
+def test_limits_are_the_best_of_several_shapes(monkeypatch):
+    seconds = {"sum": [0.02, 0.03], "amax": [0.05, 0.01], "mv": [0.04, 0.04], "copy": [0.1, 0.2], "": [0.1, 0.2]}
+    monkeypatch.setattr(bench, "interleaved", lambda runs, device, rounds: {name: seconds[name] for name in runs})
+    found = bench.limits("cpu")
+    assert found["read_gbs"] == pytest.approx((1 << 28) / 0.01 / 1e9)
+    assert found["copy_gbs"] == pytest.approx(2 * (1 << 28) / 0.1 / 1e9)
+    assert found["matmul_float32_tflops"] == pytest.approx(2 * 1536**3 / 0.1 / 1e12)

@@ -20,7 +20,7 @@ def test_opcheck(where, train, own):
     q_mask, d_mask = masks(q, d)
     q.requires_grad_(train), d.requires_grad_(train)
     for normalize, q_keep, d_keep in ((False, None, None), (True, q_mask, d_mask)):
-        # what the dispatcher ends in when a gradient is needed is tested together with it
+        # with gradients, opcheck covers the backward operator too
         torch.library.opcheck(op, (q, d, q_keep, d_keep, normalize, -1.0, train, backend))
 
 
@@ -42,7 +42,8 @@ def test_compile_fullgraph(dynamic):
         scores, argmax = latemax.maxsim(q * 2, d, q_mask, d_mask, normalize=True, return_argmax=True)
         return torch.logsumexp(scores, -1).sum(), argmax
 
-    for shape in ((2, 3, 4, 9, 16), (3, 4, 5, 17, 16), (5, 2, 8, 30, 16)):
+    # static: another shape would only compile the same code again, which takes 7 s
+    for shape in ((2, 3, 4, 9, 16), (3, 4, 5, 17, 16), (5, 2, 8, 30, 16))[: None if dynamic else 1]:
         q, d = problem(shape)
         q_mask, d_mask = masks(q, d, keep=0.9)
         d_mask[:, 1] = True
@@ -101,7 +102,7 @@ def test_fake_tensors_give_shapes_and_dtypes_without_running():
 
 @pytest.mark.parametrize("where", BACKENDS)
 def test_autocast_changes_nothing(where):
-    """Tokens are scored in the dtype they come in; a region of autocast rounds no similarity."""
+    """Tokens are scored in their own dtype; autocast rounds no similarity."""
     backend, device = where
     q, d = problem((2, 3, 4, 9, 16), device=device)
     q.requires_grad_(), d.requires_grad_()
@@ -114,7 +115,7 @@ def test_autocast_changes_nothing(where):
             assert torch.equal(a, b)
 
 
-def test_the_oracle_is_deaf_to_autocast():
+def test_autocast_does_not_change_the_oracle():
     q, d = problem((2, 3, 4, 9, 16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = latemax.maxsim(q, d, backend="reference")
@@ -159,7 +160,7 @@ def test_second_derivative_is_refused_through_the_operator():
         grad.sum().backward()
 
 
-def test_the_operator_tells_when_it_lacks_the_winners():
+def test_the_operator_raises_if_it_needs_the_argmax():
     q, d = problem((1, 2, 3, 5, 8))
     with pytest.raises(RuntimeError, match="argmax=True where a gradient is needed"):
         op(q.requires_grad_(), d, None, None, False, 0.0, False, "auto")

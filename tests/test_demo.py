@@ -1,4 +1,4 @@
-"""`latemax.demo` with a tiny random DINOv2 and the bundled photos; no network."""
+"""``latemax.demo`` with a tiny random DINOv2 and the bundled photos; no network."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from latemax.demo.progress import Stages
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny matrices: on busy cores a second thread costs more than the work."""
+    """The matrices are tiny: on busy cores a second thread costs more than the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -96,7 +96,7 @@ class TestPhotos:
 
 
 class TestPointing:
-    """A 4 x 4 photo grid and a 2 x 2 query cut from its top right quarter."""
+    """A 4 x 4 photo grid and a 2 x 2 query, cropped from its top right quarter."""
 
     CROP = Crop(0, (0.5, 0.0, 1.0, 0.5), None)
 
@@ -109,7 +109,7 @@ class TestPointing:
         assert result["near_chance"] == pytest.approx((6 + 4 + 9 + 6) / 64)
 
     def test_wrong_and_near_places(self):
-        # Token 0 belongs at 2: 1 is near but outside, 12 is neither; 7 lies inside the box and near its place 6.
+        # The true place of token 0 is 2: 1 is near but outside the box, 12 neither. 7 is in the box and near place 6.
         result = retrieval.pointing(torch.tensor([[1, 12, 7, 12]]), [self.CROP], (4, 4), (2, 2))
         assert result["in_box"] == 0.25
         assert result["near"] == 0.5
@@ -121,7 +121,7 @@ class TestPointing:
 
 
 def shorten(patch):
-    """Eight photos, one crop each and one trial of the simulation: the whole path, in seconds."""
+    """Eight photos, one crop each and one trial of the simulation: the whole demo in seconds."""
     patch.setattr(photos_module, "_FILES", photos_module._FILES[:8])
     patch.setattr(pipeline, "CROPS_PER_PHOTO", 1)
     simulations = pipeline.study.simulations
@@ -154,7 +154,7 @@ class TestRun:
         out, result = demo
         assert json.loads((out / "demo.json").read_text()) == json.loads(json.dumps(result))
 
-    def test_numbers_hang_together(self, demo, tiny_model):
+    def test_numbers_agree(self, demo, tiny_model):
         _, result = demo
         assert result["model"] == str(tiny_model)
         assert len(result["photos"]) == len(result["queries"]) == 8
@@ -165,7 +165,7 @@ class TestRun:
         right = result["cls_share"]["cosine, right photo"]
         assert right["CLS"]["wins"] + right["patches"]["wins"] == 8 * 16
         assert right["CLS"]["chance"] == pytest.approx(1 / 65)
-        # With CLS kept a query can only score as much or more.
+        # A query scores at least as much with CLS kept.
         total = right["CLS"]["score"] + right["patches"]["score"]
         assert total >= sum(q["score"] for q in result["queries"]) - 1e-3
         assert result["norms"]["patches"] == 8 * 64
@@ -206,7 +206,7 @@ def test_missing_extra_is_named_before_any_work(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_unreachable_weights_say_how_to_go_on(monkeypatch, tmp_path):
+def test_unreachable_weights_say_how_to_continue(monkeypatch, tmp_path):
     pytest.importorskip("transformers", reason="the demo's encoder is a transformers model")
     from latemax.encoders import weights
 

@@ -1,4 +1,4 @@
-"""The same call gives the same bits, and asks nothing of the caller's global state."""
+"""The same call gives the same bits, and leaves its inputs and the global state unchanged."""
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """Tables in README.md and docs/ are what benchmarks/results/*.json says."""
 
+import pytest
+
 from benchmarks import report
 
 
@@ -10,8 +12,10 @@ def test_tables_are_fresh(monkeypatch):
 
 def test_a_stale_table_is_seen():
     text = "before\n<!-- table:aot -->\n| old |\n<!-- /table -->\nafter\n"
-    assert "| old |" not in report.render(text) and report.render(text).startswith(
-        "before\n<!-- table:aot -->\n| kernel |"
-    )
-    unknown = text.replace("aot", "unheard-of")
-    assert report.render(unknown) == unknown
+    known = report.tables()
+    fresh, stale = report.refresh(text, "a page", known)
+    assert stale == ["aot"] and "| old |" not in fresh and fresh.endswith("<!-- /table -->\nafter\n")
+    assert fresh.startswith("before\n<!-- table:aot -->\n| kernel |")
+    assert report.refresh(fresh, "a page", known) == (fresh, [])
+    with pytest.raises(ValueError, match="a page: no table is called unheard-of; aot, "):
+        report.refresh(text.replace("aot", "unheard-of"), "a page", known)

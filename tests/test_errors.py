@@ -1,4 +1,4 @@
-"""Bad input: the error names the argument, the rule and what came, before anything is launched."""
+"""Bad input: the error names the argument, the rule and the value, before anything is launched."""
 
 import numpy
 import pytest
@@ -72,7 +72,7 @@ CASES = {
         ValueError,
         r"all tensors of d must have one dtype.*d\[1\] has torch\.float16",
     ),
-    "mask beside a list": (
+    "tensor mask for a list": (
         dict(d=[D[0]], d_mask=torch.ones(1, 6)),
         ValueError,
         r"d_mask must be a list of 1 masks .*got Tensor",
@@ -105,7 +105,7 @@ def test_pairs_refuse(case):
 
 
 @pytest.mark.parametrize("q, d", [(Q[0], D[:2]), (Q, OWN)], ids=["2-D q", "4-D d"])
-def test_pairs_take_3d_alone(q, d):
+def test_pairs_take_only_3d(q, d):
     with pytest.raises(ValueError, match=r"must be \[b, l_. dim\]|must be \[b, l_[qd], dim\]"):
         latemax.maxsim_pairs(q, d)
 
@@ -130,7 +130,7 @@ def test_a_backend_that_cannot_run_says_why():
         latemax.maxsim(META, META)
 
 
-def test_an_empty_list_needs_the_other_side_to_tell_the_dim():
+def test_an_empty_list_takes_the_dim_of_the_other_side():
     with pytest.raises(ValueError, match="q is an empty list"):
         latemax.maxsim([], [D[0]][:0])
     assert latemax.maxsim([Q[0]], []).shape == (1, 0)

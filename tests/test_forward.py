@@ -1,4 +1,4 @@
-"""Scores and winners of every backend against the float64 oracle."""
+"""Scores and argmax of every backend against the float64 oracle."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_scores_and_argmax(where, shape, own, normalize):
     assert scores.dtype == torch.float32
     assert_exact(scores, exact(q, d, normalize=normalize), plain_torch(q, d, normalize))
     assert_argmax(argmax, q, d, normalize=normalize)
-    # without the winners another build of the kernel runs: its scores are the same, bit for bit at one tile
+    # without argmax another build of the kernel runs: its scores are bitwise equal if the tile is
     again = latemax.maxsim(q, d, normalize=normalize, backend=backend)
     tiles = [latemax.explain(q, d, return_argmax=want, backend=backend).tile for want in (True, False)]
     assert torch.equal(again, scores) or normalize or tiles[0] != tiles[1]
@@ -120,21 +120,21 @@ def test_ties_take_the_lowest_index(where):
 
 
 @pytest.mark.parametrize("where", BACKENDS)
-def test_a_score_does_not_depend_on_batch_mates_or_padding(where):
+def test_a_score_does_not_depend_on_other_documents_or_padding(where):
     backend, device = where
     q, d = problem((2, 5, 12, 70, 64), device=device)
     scores = latemax.maxsim(q, d, backend=backend)
-    alone = latemax.maxsim(q, d[3:4], backend=backend)
+    single = latemax.maxsim(q, d[3:4], backend=backend)
     padded = torch.full((5, 200, 64), torch.nan, device=device)
     padded[:, :70] = d
     keep = torch.arange(200, device=device).expand(5, -1) < 70
-    behind = latemax.maxsim(q, padded, None, keep, backend=backend)
+    with_padding = latemax.maxsim(q, padded, None, keep, backend=backend)
     if backend == "triton":
-        assert torch.equal(scores[:, 3:4], alone) and torch.equal(scores, behind)
+        assert torch.equal(scores[:, 3:4], single) and torch.equal(scores, with_padding)
     else:
-        # torch's matmul sums in an order of its own for each shape
-        torch.testing.assert_close(scores[:, 3:4], alone)
-        torch.testing.assert_close(scores, behind)
+        # torch's matmul sums in another order for each shape
+        torch.testing.assert_close(scores[:, 3:4], single)
+        torch.testing.assert_close(scores, with_padding)
 
 
 @pytest.mark.parametrize("where", BACKENDS)

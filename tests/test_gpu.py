@@ -5,6 +5,8 @@ import torch
 from common import GPU, assert_argmax, exact, masks, problem
 
 import latemax
+from latemax.ops.backends import cuda
+from latemax.ops.backends.base import capability
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
 
@@ -24,6 +26,61 @@ def test_real_sizes(shape, dtype):
         scores, argmax = latemax.maxsim(q, d, *masked, return_argmax=True)
         torch.testing.assert_close(scores, exact(q, d, *masked).float(), rtol=1e-4, atol=1e-1)
         assert_argmax(argmax, q, d, *masked)
+
+
+def assert_close_to_exact(q, d, q_mask=None, d_mask=None, *, backend, normalize=False):
+    scores, argmax = latemax.maxsim(
+        q, d, q_mask, d_mask, normalize=normalize, return_argmax=True, backend=backend, empty_score=-1.0
+    )
+    clean = [x if keep is None else x.masked_fill(~keep[..., None], 0) for x, keep in ((q, q_mask), (d, d_mask))]
+    truth = exact(*clean, q_mask, d_mask, normalize=normalize, empty_score=-1.0)
+    torch.testing.assert_close(scores.double(), truth, rtol=1e-4, atol=2e-2)
+    assert_argmax(argmax, *clean, q_mask, d_mask, normalize)
+
+
+# every dim with a ring of its own, on both sides of each group of query tokens
+@pytest.mark.skipif(not cuda.status()[0], reason=cuda.status()[1])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("l_q", [20, 40, 100, 200])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256, 320, 512, 640, 704])
+def test_every_dim_of_the_cuda_kernels(dim, l_q, own):
+    if dim > cuda.most_dims(capability(torch.device("cuda"))):
+        pytest.skip(f"dim {dim} does not fit this GPU's shared memory")
+    q, d = problem((5, 40, l_q, 300, dim), own=own, dtype=torch.bfloat16, device="cuda")
+    for masked in ((None, None), masks(q, d, keep=0.9)):
+        for normalize in (False, True):
+            assert_close_to_exact(q, d, *masked, backend="cuda", normalize=normalize)
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
+@pytest.mark.parametrize(
+    "shape", [(3, 2, 15, 33, 96), (5, 2, 32, 129, 64), (2, 3, 17, 196, 128), (1, 2, 140, 70, 48)], ids=str
+)
+def test_masked_bfloat16_on_triton(shape, normalize):
+    """Masks, poison and tile boundaries on the tensor cores: in float32 the products are not wgmma's."""
+    for own in (False, True):
+        q, d = problem(shape, own=own, dtype=torch.bfloat16, device="cuda")
+        q_mask, d_mask = masks(q, d)
+        d_mask[..., 1, :] = False
+        q[~q_mask], d[~d_mask] = float("nan"), float("inf")
+        assert_close_to_exact(q, d, q_mask, d_mask, backend="triton", normalize=normalize)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_bfloat16_nan_and_infinities_on_triton(value):
+    q, d = problem((2, 3, 20, 200, 64), dtype=torch.bfloat16, device="cuda")
+    d[1, 77, 3], d[2, 190] = value, value
+    scores, argmax = latemax.maxsim(q, d, return_argmax=True, backend="triton")
+    truth, where = exact(q, d, return_argmax=True)
+    torch.testing.assert_close(scores.double(), truth, equal_nan=True, rtol=1e-4, atol=2e-2)
+    assert torch.equal(argmax[:, 1:], where[:, 1:])
+
+
+def test_bfloat16_edges_on_triton():
+    for shape in ((1, 1, 1, 1, 8), (2, 3, 1, 1, 64), (3, 1, 33, 513, 72), (1, 2, 513, 15, 128), (2, 0, 4, 4, 16)):
+        assert_close_to_exact(*problem(shape, dtype=torch.bfloat16, device="cuda"), backend="triton")
+    q, d = problem((2, 3, 20, 40, 64), dtype=torch.bfloat16, device="cuda")
+    assert (latemax.maxsim(q, d[:, :0], empty_score=-2.0, backend="triton") == -2).all()
 
 
 @pytest.mark.parametrize("masked", [False, True])

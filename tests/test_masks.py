@@ -1,4 +1,4 @@
-"""Masked tokens influence nothing, whatever they hold; documents and queries without a token have their own rules."""
+"""Masked tokens influence nothing, whatever their values; rules for those without a valid token."""
 
 import math
 
@@ -63,7 +63,7 @@ def test_document_without_a_valid_token(where):
     scores, argmax = latemax.maxsim(q, d, None, d_mask, return_argmax=True, backend=backend)
     assert (scores[:, 1] == -math.inf).all() and scores[:, [0, 2]].isfinite().all()
     assert (argmax[:, 1] == -1).all()
-    # a softmax over scores hands such a document a gradient, NaN at worst: none of it arrives
+    # a softmax over scores gives such a document a gradient, NaN at worst: none of it reaches the tokens
     scores.backward(torch.tensor([[1.0, math.nan, 1.0]] * 2, device=device))
     assert (d.grad[1] == 0).all() and q.grad.isfinite().all() and d.grad.isfinite().all()
     custom = latemax.maxsim(q, d, None, d_mask, empty_score=-3, backend=backend)
@@ -77,7 +77,7 @@ def test_empty_query_scores_zero_even_against_an_empty_document(where, l_q):
     q, d = problem((3, 2, l_q, 20, 16), device=device)
     q_mask = torch.ones(3, l_q, device=device)
     q_mask[1] = 0
-    q_mask[2, : l_q - 1] = 0  # its only token lies in the last chunk
+    q_mask[2, : l_q - 1] = 0  # its only token is in the last chunk
     d_mask = torch.ones(2, 20, device=device)
     d_mask[0] = 0
     scores, argmax = latemax.maxsim(q, d, q_mask, d_mask, empty_score=-5.0, return_argmax=True, backend=backend)
@@ -88,7 +88,7 @@ def test_empty_query_scores_zero_even_against_an_empty_document(where, l_q):
 
 
 @pytest.mark.parametrize("where", BACKENDS)
-def test_masks_of_strange_strides(where):
+def test_masks_with_unusual_strides(where):
     backend, device = where
     q, d = problem((2, 3, 8, 40, 32), own=True, device=device)
     q_mask, d_mask = masks(q, d)

@@ -1,4 +1,4 @@
-"""NaN and infinity at valid tokens: what they touch becomes NaN or inf as torch.amax says, and nothing else does."""
+"""NaN and infinity at valid tokens: their scores become NaN or inf as in torch.amax, and no other score does."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_infinite_similarities(where, value):
 
 
 @pytest.mark.parametrize("where", BACKENDS)
-def test_minus_infinity_everywhere_still_has_a_valid_winner(where):
+def test_minus_infinity_everywhere_still_has_a_valid_argmax(where):
     backend, device = where
     q = torch.ones(1, 1, 1, device=device)
     d = torch.full((1, 140, 1), -math.inf, device=device)
@@ -72,7 +72,7 @@ def test_denormals(where):
 
 
 @pytest.mark.parametrize("where", BACKENDS)
-def test_nan_gradient_stays_with_the_tokens_of_its_pair(where):
+def test_nan_gradient_reaches_only_the_tokens_of_its_pair(where):
     """A NaN score has a NaN gradient; the gradients of documents that met no NaN stay finite."""
     backend, device = where
     q, d = problem((1, 2, 3, 20, 8), device=device)
@@ -82,5 +82,5 @@ def test_nan_gradient_stays_with_the_tokens_of_its_pair(where):
     scores = latemax.maxsim(q, d, backend=backend)
     scores[:, 1].sum().backward()
     assert d.grad[1].isfinite().all() and d.grad[0].isfinite().all()
-    # the document that holds the NaN met the query with a gradient of 0: 0 · NaN, as torch has it too
+    # the document with the NaN has an incoming gradient of 0: 0 · NaN, as in torch
     assert q.grad.isnan().any() and (d.grad[0] == 0).all()

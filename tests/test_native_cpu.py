@@ -1,6 +1,6 @@
 """The native CPU kernel: every instruction set that runs here, threads, and how it is chosen.
 
-The operator's own tests run over it too (id "cpu-native"), and over the torch path beside it (id "cpu-torch").
+The operator's tests run on it too (id "cpu-native") and on the torch path (id "cpu-torch").
 """
 
 import math
@@ -53,8 +53,8 @@ def test_every_instruction_set(shape, own, dtype, level):
 
 
 @needs_native
-def test_the_short_way_is_the_long_way():
-    """Plain calls skip what checks and arranges the others: the same bits, and nothing it must not take."""
+def test_the_fast_path_equals_the_full_path():
+    """The fast path skips validation: the same bits, and None for every call that it must not take."""
     q, d = problem((3, 5, 33, 40, 64))
     whole = latemax.maxsim(q, d, return_argmax=True)[0]
     for x, y, at in ((q, d, ...), (q[1], d, 1), (q, d[2], (..., 2)), (q[1], d[2], (1, 2))):
@@ -103,7 +103,7 @@ def test_threads_change_no_bit():
 
 
 @needs_native
-def test_a_score_depends_neither_on_padding_nor_on_batch_mates():
+def test_a_score_depends_neither_on_padding_nor_on_other_documents():
     q, d = problem((2, 5, 12, 70, 64))
     scores = latemax.maxsim(q, d)
     padded = torch.full((5, 200, 64), torch.nan)
@@ -114,7 +114,7 @@ def test_a_score_depends_neither_on_padding_nor_on_batch_mates():
 
 
 @needs_native
-def test_explain_names_the_kernel_and_float64_stays_with_torch():
+def test_explain_names_the_kernel_and_torch_takes_float64():
     q, d = problem((1, 2, 3, 5, 8))
     choice = latemax.explain(q, d)
     assert choice.backend == "cpu" and choice.native and LEVELS[-1][1] in choice.why

@@ -1,4 +1,4 @@
-"""The native CPU kernel over tokens that lie end to end, in every combination with dense ones, against lists."""
+"""The native CPU kernel on ragged sides, in every combination with dense ones, against lists."""
 
 import math
 
@@ -51,7 +51,7 @@ class Case:
             queries = list(zip(self.q, self.masks(self.q, self.q_mask), strict=True))
         else:
             self.cu_q = cu(Q_LENGTHS)
-            # two tokens behind the last query, which belong to none
+            # two tokens after the last query, which belong to none
             self.q, self.q_mask = self.tokens((sum(Q_LENGTHS) + 2,), masked)
             self.q[-2:] = math.nan
             queries = self.cut(self.q, self.q_mask, self.cu_q)
@@ -94,7 +94,7 @@ class Case:
         bounds = list(zip(offsets.tolist(), offsets.tolist()[1:], strict=False))
         return [(x[a:b], self.masks(x, mask)[a:b]) for a, b in bounds]
 
-    def winners(self, argmax, a, c):
+    def argmax_of(self, argmax, a, c):
         if self.cu_q is None:
             return argmax[a, c]
         return argmax[c, self.cu_q[a] : self.cu_q[a + 1]]
@@ -157,7 +157,7 @@ def test_every_combination(form, normalize, masked, dtype, level):
     torch.testing.assert_close(scores.double(), truth, rtol=1e-5, atol=1e-4)
     for a, row in enumerate(case.pairs):
         for c, ((_, x_mask), (_, y_mask)) in enumerate(row):
-            won = case.winners(argmax, a, c).long()
+            won = case.argmax_of(argmax, a, c).long()
             assert torch.equal(won < 0, ~x_mask | ~y_mask.any())
             assert y_mask[won[won >= 0]].all()
     if case.cu_q is not None:
@@ -170,7 +170,7 @@ def test_every_combination(form, normalize, masked, dtype, level):
 
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
-def test_strided_gradients_and_one_side_alone(form):
+def test_strided_gradients_and_gradients_of_one_side(form):
     case = Case(*form, masked=True)
     argmax = case.argmax()
     case.forward(argmax)
@@ -248,7 +248,7 @@ def test_ties_go_to_the_lowest_number_within_the_document():
     assert argmax.tolist() == [[0] * 4, [-1] * 4, [0] * 4]
 
 
-def test_nan_spoils_its_own_pair_alone():
+def test_nan_affects_only_its_pair():
     case = Case("ragged", "ragged")
     clean = case.forward()
     case.d[7, 3] = math.nan
@@ -272,7 +272,7 @@ def test_nan_spoils_its_own_pair_alone():
         (r"candidates must be -1 or below 5 documents; got -2 at \[3, 0\]", dict(candidates=[[0], [4], [0], [-2]])),
     ],
 )  # fmt: skip
-def test_what_leads_out_of_the_tokens_is_refused_before_anything_is_written(name, values):
+def test_offsets_and_candidates_out_of_range_are_refused_before_anything_is_written(name, values):
     case = Case("ragged", "candidates")
     for attribute, value in values.items():
         setattr(case, attribute, torch.tensor(value))
@@ -295,7 +295,7 @@ def test_what_leads_out_of_the_tokens_is_refused_before_anything_is_written(name
     ],
     ids=str,
 )  # fmt: skip
-def test_nothing_anywhere(q_lengths, d_lengths, k):
+def test_empty_sides(q_lengths, d_lengths, k):
     q, d = torch.randn(sum(q_lengths), 8), torch.randn(sum(d_lengths), 8)
     n_c = len(d_lengths) if k is None else k
     candidates = None if k is None else torch.full((len(q_lengths), k), -1)
@@ -314,7 +314,7 @@ def test_nothing_anywhere(q_lengths, d_lengths, k):
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-def test_a_corpus_mapped_from_a_file_that_may_only_be_read(tmp_path):
+def test_a_corpus_mapped_from_a_read_only_file(tmp_path):
     documents = torch.randn(60, 16)
     documents.numpy().tofile(tmp_path / "tokens")
     mapped = torch.from_numpy(numpy.memmap(tmp_path / "tokens", numpy.float32, "r", shape=(60, 16)))

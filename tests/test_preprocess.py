@@ -13,7 +13,8 @@ from encoder_models import ROWS, SHIMMED
 
 from latemax.encoders import PatchEncoder, Preprocess
 from latemax.encoders.images import load_image
-from latemax.encoders.preprocess import fit_patches, from_processor_config, from_torchvision_transforms
+from latemax.encoders.pixels import fit_patches
+from latemax.encoders.preprocess import from_processor_config, from_torchvision_transforms
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 PLAIN = Preprocess((8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -163,12 +164,12 @@ def test_missing_files_and_folders(tmp_path):
         (np.zeros((3, 8, 8), np.uint8), ValueError, r"an array must be .* got \(3, 8, 8\)"),
         (torch.zeros(8, 8, 3, dtype=torch.uint8), ValueError, r"a tensor must be \[channels, h, w\].*got \(8, 8, 3\)"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, "at least one pixel"),
-        (np.full((4, 4, 3), 255.0), ValueError, r"float values must lie in \[0, 1\], got 255 to 255"),
+        (np.full((4, 4, 3), 255.0), ValueError, r"float values must be in \[0, 1\], got 255 to 255"),
         (np.full((4, 4, 3), -0.5), ValueError, "call the encoder on them directly"),
-        (np.full((4, 4, 3), np.nan), ValueError, r"float values must lie in \[0, 1\], got nan"),
+        (np.full((4, 4, 3), np.nan), ValueError, r"float values must be in \[0, 1\], got nan"),
         (np.zeros((4, 4, 3), np.int64), TypeError, "must be uint8, uint16, bool or floats .* got int64"),
         (Image.new("F", (2, 2)), ValueError, "a float image has no fixed range"),
-        (Image.fromarray(np.full((2, 2), 70000, np.int32)), ValueError, r"must lie in 0..65535, got 70000"),
+        (Image.fromarray(np.full((2, 2), 70000, np.int32)), ValueError, r"must be in 0..65535, got 70000"),
         (12, TypeError, r"images\[0\] must be a Pillow image, a path, an array or a tensor, got int"),
         (None, TypeError, "got NoneType"),
     ],
@@ -252,7 +253,7 @@ def test_models_tell_their_own_preprocessing():
             continue
         model, _ = row.make()
         try:
-            found[row.library, row.name] = PatchEncoder(model).image_transform
+            found[row.library, row.name] = PatchEncoder(model).image_transform.rule
         except ValueError as error:
             found[row.library, row.name] = str(error)
     if ("transformers", "ViT") in found:
@@ -280,7 +281,9 @@ def test_same_pixels_as_timm_and_torchvision():
     image = Image.fromarray(photo(301, 211))
     model = timm.create_model("test_vit").eval()
     expected = create_transform(**resolve_model_data_config(model), is_training=False)(image)
-    torch.testing.assert_close(PatchEncoder(model).preprocess(image)[0], expected, atol=1e-5, rtol=1e-5)
+    own = PatchEncoder(model).image_transform
+    torch.testing.assert_close(own(image)[0], expected)
+    torch.testing.assert_close(own.rule(image)[0], expected, atol=1e-5, rtol=1e-5)
     transforms = ViT_B_16_Weights.DEFAULT.transforms()
     ours = from_torchvision_transforms(transforms)
     assert (ours.size, ours.shortest_edge, ours.resample, ours.mean[0]) == ((224, 224), 256, 2, 0.485)
@@ -296,4 +299,6 @@ def test_same_pixels_as_open_clip():
     visual = _open_clip_vit()().visual
     image = Image.fromarray(photo(301, 211))
     expected = image_transform(64, is_train=False)(image)
-    torch.testing.assert_close(PatchEncoder(visual).preprocess(image)[0], expected, atol=1e-5, rtol=1e-5)
+    own = PatchEncoder(visual).image_transform
+    torch.testing.assert_close(own(image)[0], expected)
+    torch.testing.assert_close(own.rule(image)[0], expected, atol=1e-5, rtol=1e-5)

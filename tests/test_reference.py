@@ -1,4 +1,4 @@
-"""The oracle against numbers worked out by hand: everything else is tested against it."""
+"""The oracle against numbers computed by hand: all other tests compare with the oracle."""
 
 import math
 
@@ -11,7 +11,7 @@ Q = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
 D = torch.tensor([[[3.0, 1.0], [2.0, 4.0], [0.0, 0.0]], [[-1.0, -1.0], [-2.0, -3.0], [-5.0, -0.5]]])
 
 
-def test_scores_and_winners_by_hand():
+def test_scores_and_argmax_by_hand():
     # document 0: max(3, 2, 0) + 2·max(1, 4, 0) = 11
     # document 1, all negative: max(-1, -2, -5) + 2·max(-1, -3, -0.5) = -2
     scores, argmax = reference.maxsim(Q, D, return_argmax=True)
@@ -54,7 +54,7 @@ def test_empty_document_and_empty_query():
     assert reference.maxsim(Q, D[:, :0], empty_score=-7).tolist() == [-7.0, -7.0]
 
 
-def test_nan_stays_with_its_pair():
+def test_nan_affects_only_its_pair():
     d = D.clone()
     d[0, 1, 0] = math.nan
     scores = reference.maxsim(Q, d)
@@ -62,7 +62,7 @@ def test_nan_stays_with_its_pair():
     assert reference.maxsim(Q, d, None, torch.tensor([[1, 0, 1], [1, 1, 1]])).tolist() == [5.0, -2.0]
 
 
-def test_minus_infinity_at_a_valid_token_still_has_a_winner():
+def test_minus_infinity_at_a_valid_token_still_has_an_argmax():
     d = torch.tensor([[[5.0], [-math.inf]]])
     _, argmax = reference.maxsim(torch.ones(1, 1), d, None, torch.tensor([[0, 1]]), return_argmax=True)
     assert argmax.tolist() == [[1]]

@@ -194,7 +194,7 @@ def test_short_queries_are_packed_where_they_share_documents():
     assert triton.queries_per_tile(tile, l_q=32, n_q=1, own=False) == 1
 
 
-def test_warmup_runs_what_it_is_told():
+def test_warmup_runs_the_given_form():
     choice = latemax.warmup(
         dim=32, l_q=8, n_q=2, dtype=torch.float32, device=TRITON_DEVICE, q_masked=True, d_masked=True, own=True,
         normalize=True, train=True, backend="triton",

@@ -208,11 +208,11 @@ def test_verify_names_the_shard_with_a_flipped_bit(tmp_path):
 
 
 def test_a_killed_writer_loses_nothing_committed(tmp_path):
-    """As benchmarks/kill_writer.py, at fewer points."""
+    """As benchmarks/suites/kill_writer.py, at fewer points."""
     sys.path.insert(0, str(HERE.parent))
-    from benchmarks.kill_writer import run
+    from benchmarks.suites.kill_writer import kill_writers
 
-    result = run(tmp_path, kills=3, seed=0)
+    result = kill_writers(tmp_path, kills=3, seed=0)
     assert result["kills"] == 3 and result["documents"] > 0 and result["lost"] == 0 and result["unreadable"] == 0
 
 

@@ -1,5 +1,7 @@
-"""`examples/train_grounding.py` with a tiny random DINOv2 and the bundled photos, and the tables made from its results;
-no network."""
+"""``examples/train_grounding.py`` with a tiny random DINOv2 and the bundled photos, and the tables of its results.
+
+No network.
+"""
 
 import importlib.util
 import json
@@ -31,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 def load(name: str):
     spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
     module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up there.
+    # dataclasses look up their module there
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
@@ -43,7 +45,7 @@ SMALL = replace(example.QUICK, n_train=48, n_test=8, batch=12, rank=4, dim=32)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny matrices: on busy cores a second thread costs more than the work."""
+    """The matrices are tiny: on busy cores a second thread costs more than the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -99,7 +101,7 @@ class TestData:
         assert [c.tobytes() for c in first] == [c.tobytes() for c in again]
         assert first[0].tobytes() != other[0].tobytes()
 
-    def test_what_enters_the_last_blocks_ends_where_the_frozen_vit_does(self, encoder, canvases):
+    def test_the_last_blocks_turn_hidden_into_the_frozen_vits_output(self, encoder, canvases):
         assert canvases.grid == (4, 4) and canvases.hidden.shape == canvases.final.shape == (48, 17, 32)
         tail = example.Tail(encoder.model.encoder.layer[-SMALL.blocks :], encoder.model.layernorm, canvases.grid)
         out, grid = tail(canvases.hidden)
@@ -119,7 +121,7 @@ class TestData:
 
 
 class TestMetrics:
-    def test_relevance_asks_for_both_photos(self):
+    def test_relevance_needs_both_photos(self):
         shown = torch.tensor([[0, 1, 2, 3], [4, 1, 0, 5], [1, 2, 3, 4]])
         found = example.relevance(torch.tensor([[0, 1], [3, 1], [0, 6]]), shown)
         assert found.tolist() == [[True, True, False], [True, False, True], [False, False, False]]
@@ -131,9 +133,9 @@ class TestMetrics:
 
     def test_pointing(self):
         # Patches of a 4 x 4 grid: 0 1 | 2 3 / 4 5 | 6 7 // 8 9 | 10 11 / 12 13 | 14 15; -1 is CLS.
-        winners = torch.tensor([[0, 7], [9, 10], [5, 5], [-1, 12]])
+        argmax = torch.tensor([[0, 7], [9, 10], [5, 5], [-1, 12]])
         quadrants = torch.tensor([[0, 1], [2, 2], [0, 3], [0, 2]])
-        assert example.pointing(winners, quadrants, (4, 4)) == 5 / 8
+        assert example.pointing(argmax, quadrants, (4, 4)) == 5 / 8
         # 2 rows of 6: 0 1 2 | 3 4 5 // 6 7 8 | 9 10 11
         assert example.pointing(torch.tensor([[2, 3], [8, 9]]), torch.tensor([[0, 1], [2, 3]]), (2, 6)) == 1
 
@@ -147,7 +149,7 @@ class TestMetrics:
         for how, expected in (("pooled", pooled), ("kept", (7 * 0.8 + 0.8) / 8), ("dropped", (7 * 0.8 + 0.6) / 8)):
             assert example.score(text, tokens, how).item() == pytest.approx(expected, abs=1e-6)
 
-    def test_loss_leaves_out_other_right_answers(self):
+    def test_loss_ignores_other_right_answers(self):
         scores = torch.tensor([[0.5, 0.1], [0.3, 0.2]])
         scale = torch.tensor(10.0)
         own = torch.eye(2, dtype=torch.bool)
@@ -155,17 +157,17 @@ class TestMetrics:
         def softplus(x):
             return math.log1p(math.exp(x))
 
-        # Rows: 0.5 against 0.1, 0.2 against 0.3; columns: 0.5 against 0.3, 0.2 against 0.1.
+        # Rows: 0.5 and 0.1, 0.2 and 0.3; columns: 0.5 and 0.3, 0.2 and 0.1.
         plain = (softplus(-4) + softplus(1)) / 4 + (softplus(-2) + softplus(-1)) / 4
         assert example.contrastive_loss(scores, own, scale).item() == pytest.approx(plain, abs=1e-6)
-        # Canvas 0 also shows what caption 1 names: that pair counts in neither direction.
+        # Canvas 0 also shows both photos of caption 1: that pair counts in neither direction.
         also = own | torch.tensor([[False, False], [True, False]])
         masked = (softplus(-4) + 0) / 4 + (0 + softplus(-1)) / 4
         assert example.contrastive_loss(scores, also, scale).item() == pytest.approx(masked, abs=1e-6)
 
     @pytest.fixture
     def ideal(self):
-        """Names are unit directions, fillers point away; each of 2 x 2 patches is its photo's name."""
+        """Names are unit directions, fillers are opposite; each of the 2 x 2 patches equals its photo's name."""
         photos = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [3, 2, 5, 4]])
         model = example.Retriever(8, 9, 9)
         with torch.no_grad():
@@ -176,7 +178,7 @@ class TestMetrics:
         encoder = PatchEncoder(example.Tail([], nn.Identity(), (2, 2)), n_prefix=1)
         return model, encoder, patches, photos
 
-    def test_evaluate_where_patches_hold_the_names(self, ideal):
+    def test_evaluate_if_patches_equal_the_names(self, ideal):
         model, encoder, patches, photos = ideal
         nothing = torch.zeros(3, 1, 9)
         nothing[..., 8] = 1
@@ -184,14 +186,14 @@ class TestMetrics:
         assert result["p_at_1_kept"] == result["p_at_1_dropped"] == 1
         assert result["pointing_kept"] == result["pointing_dropped"] == 1
         assert result["cls_wins"] == 0
-        # Two captions a canvas, of which (4, 5), (3, 2), (2, 3) and (5, 4) fit two canvases each.
-        # A name's cosine with its own patch is 1, with the other three 0.
+        # There are two captions per canvas; (4, 5), (3, 2), (2, 3) and (5, 4) fit two canvases each.
+        # The cosine of a name is 1 with its own patch and 0 with the other three.
         assert result["cosine"] == {"CLS": 0, "patches": 0.25, "maximum": 1}
         assert result["chance"] == {"p_at_1": pytest.approx(10 / 18), "pointing": 0.25, "cls_wins": 0.2}
 
-    def test_evaluate_where_cls_takes_the_maximum(self, ideal):
+    def test_evaluate_if_cls_is_the_argmax(self, ideal):
         model, encoder, patches, photos = ideal
-        # The patches are half as close to their names as CLS is to each of its four.
+        # The patches are less close to their names than CLS is to each of its four.
         vague = 0.2 * patches
         vague[..., 8] = math.sqrt(1 - 0.2**2)
         cls = patches.sum(1, keepdim=True)
@@ -268,7 +270,7 @@ def test_the_whole_example(folder, tmp_path, capsys):
 
 
 def docs_tables(*arguments):
-    command = [sys.executable, "-m", "benchmarks.docs_tables", *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.report", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
@@ -277,7 +279,7 @@ class TestDocsTables:
         done = docs_tables("--check")
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def test_a_changed_number_is_found_out_and_put_right(self, tmp_path):
+    def test_a_changed_number_is_detected_and_corrected(self, tmp_path):
         text = (ROOT / "docs" / "why-drop-cls.md").read_text()
         row = text.index("| MaxSim, CLS dropped", text.index("<!-- table:trained -->"))
         copy = tmp_path / "copy.md"
@@ -293,4 +295,4 @@ class TestDocsTables:
         page.write_text("<!-- table:nothing -->\n<!-- /table -->\n")
         done = docs_tables("--file", page)
         assert done.returncode == 1
-        assert "page.md: no table is called nothing; trained, " in done.stderr
+        assert "page.md: no table is called nothing; aot, " in done.stderr

@@ -1,4 +1,4 @@
-"""Tokens end to end: maxsim_varlen, rerank and lists of every mixture against the oracle on each pair alone."""
+"""Ragged input: maxsim_varlen, rerank and every mixture of lists and dense tensors, compared pair by pair."""
 
 import math
 
@@ -13,7 +13,7 @@ Q_LENGTHS, D_LENGTHS = [3, 1, 0, 40, 17], [5, 130, 0, 1, 64, 33]
 
 
 def flat(lengths, dim=16, seed=0, dtype=torch.float32, device="cpu", spare=0):
-    """Tokens end to end and their offsets; ``spare`` rows of NaN behind the last one belong to nobody."""
+    """Concatenated tokens and their offsets; ``spare`` rows of NaN after the last item belong to no item."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(sum(lengths), dim, generator=generator).to(dtype)
     tokens = torch.cat([tokens, torch.full((spare, dim), torch.nan, dtype=dtype)])
@@ -81,7 +81,7 @@ def test_varlen_gradients(where, normalize):
     ]
     truth = torch.autograd.grad((torch.stack(pairs).view(5, 6) * g).sum(), (a, b))
     for x, y in zip(ours, truth, strict=True):
-        y = y.nan_to_num()  # rows of nobody
+        y = y.nan_to_num()  # rows of no item
         torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
     assert (ours[0][-2:] == 0).all() and (ours[1][-3:] == 0).all()
     only = latemax.maxsim_varlen(q, d.detach(), cu_q, cu_d, normalize=normalize, empty_score=0.0, backend=backend)
@@ -162,8 +162,8 @@ def test_rerank(where, dim, normalize):
 
 
 @pytest.mark.parametrize("where", BACKENDS)
-def test_scores_do_not_depend_on_where_tokens_lie(where):
-    """Of our own kernels bit for bit: the same documents dense, end to end and named as candidates."""
+def test_scores_do_not_depend_on_the_layout(where):
+    """The same documents dense, ragged and as candidates; one query of a ragged call bit for bit."""
     backend, device = where
     q, d = torch.randn(2, 12, 64, device=device), torch.randn(4, 70, 64, device=device)
     dense = latemax.maxsim(q, d, backend=backend)
@@ -174,9 +174,9 @@ def test_scores_do_not_depend_on_where_tokens_lie(where):
     named = latemax.rerank(q, d.flatten(0, 1), cu_d, numbers, backend=backend)
     for scores, expected in ((packed, dense), (varlen, dense), (named, dense.gather(1, numbers))):
         torch.testing.assert_close(scores, expected)
-    alone = latemax.maxsim_varlen(q[1], d.flatten(0, 1), cu_q[:2], cu_d, backend=backend)
+    single = latemax.maxsim_varlen(q[1], d.flatten(0, 1), cu_q[:2], cu_d, backend=backend)
     if backend == "triton":
-        assert torch.equal(alone[0], varlen[1])
+        assert torch.equal(single[0], varlen[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -192,7 +192,7 @@ def test_dtypes(where, dtype):
 
 
 @pytest.mark.parametrize("where", BACKENDS)
-def test_nothing_at_all(where):
+def test_empty_inputs(where):
     backend, device = where
     none = torch.zeros(1, dtype=torch.int64, device=device)
     tokens = torch.zeros(0, 16, device=device)
@@ -243,7 +243,7 @@ RERANK = {
     "tokens 3-D": (dict(tokens=D[None]), ValueError, r"tokens must be \[t_d, dim\], got shape \[1, 9, 8\]"),
     "integers": (dict(tokens=D.int()), TypeError, r"tokens must be float16, bfloat16, float32 or float64"),
     "unsorted": (dict(offsets=torch.tensor([0, 6, 4])), ValueError, r"offsets must never fall; got 6, 4 at 1"),
-    "past the end": (dict(candidates=torch.tensor([[0, 2]])), ValueError, r"0 to 1, or -1 for an empty slot; got 2"),
+    "after the end": (dict(candidates=torch.tensor([[0, 2]])), ValueError, r"0 to 1, or -1 for an empty slot; got 2"),
     "below -1": (dict(candidates=torch.tensor([[-2, 0]])), ValueError, r"or -1 for an empty slot; got -2"),
     "bool": (dict(candidates=torch.ones(1, 2) > 0), TypeError, r"candidates must be int32 or int64, got torch\.bool"),
     "1-D": (dict(candidates=torch.tensor([0, 1])), ValueError, r"candidates must be \[n_q, k\], got shape \[2\]"),

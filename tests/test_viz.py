@@ -1,9 +1,11 @@
-"""`latemax.viz`: what the figures show, that they can be saved, and that the user's matplotlib is left alone."""
+"""``latemax.viz``: what the figures show, that they can be saved, and that the user's settings are restored."""
 
+import os
 import subprocess
 import sys
 import warnings
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ import numpy as np  # noqa: E402
 from latemax import viz  # noqa: E402
 from latemax.viz import _style  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 GROUPS = token_groups(6, n_registers=1)
 GRID = (2, 3)
 
@@ -52,7 +55,7 @@ def image(height=28, width=42):
 
 
 def png(fig):
-    """Bytes of the figure; a missing glyph or a layout that does not fit is a failure."""
+    """PNG bytes of the figure. A missing glyph or a layout that does not fit fails the test."""
     buffer = BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -190,11 +193,57 @@ def test_grounding_blocks_are_true_patches(axes):
     assert alpha.shape == GRID
     assert (alpha > 0).tolist() == [[False, True, False], [False, False, True]]
     assert alpha[1, 2] > alpha[0, 1]
-    # One block a patch over the whole image, without smoothing between them.
+    # One block per patch over the whole image, without smoothing between them.
     assert shown.get_extent() == [-0.5, 41.5, 27.5, -0.5]
     assert shown.get_interpolation() == "nearest"
     assert ax.patches[0].get_width() == 28
-    assert "2 of 6 patches bring the score 3.0" in texts(fig)
+    assert "The score 3.0 comes from 2 of 6 patches" in texts(fig)
+
+
+def test_grounding_is_drawn_where_the_crop_was():
+    """The encoder saw the centre 400 x 400 pixels of a 600 x 400 photo."""
+    grounding = grounding_map(torch.eye(4)[[3]], torch.eye(4), (2, 2))
+    crop = torch.tensor([100 / 600, 0.0, 500 / 600, 1.0])
+    fig, ax = viz.plot_grounding(image(400, 600), grounding, crop=crop)
+    png(fig)
+    assert overlay(ax).get_extent() == pytest.approx([99.5, 499.5, 399.5, -0.5], abs=1e-3)
+    assert ax.get_xlim() == (-0.5, 599.5) and ax.get_ylim() == (399.5, -0.5)
+    argmax = torch.tensor([0, 1, 2, 3])
+    _, ax = viz.plot_correspondence(image(400, 600), argmax, (2, 2), (2, 2), crop=(0, 0, 0.5, 1))
+    assert overlay(ax).get_extent() == [-0.5, 299.5, 399.5, -0.5]
+    _, axes = viz.plot_ranking(
+        image(28, 28), (2, 2), [image(400, 600)], ["a"], [1.0], argmax[None], (2, 2), crops=[(0.5, 0, 1, 1)]
+    )
+    assert overlay(axes[1, 1]).get_extent() == [299.5, 599.5, 399.5, -0.5]
+
+
+@pytest.mark.parametrize("size", [(400, 600), (600, 400), (300, 400)])
+def test_an_image_of_another_aspect_than_the_grid_is_refused(size):
+    grounding = grounding_map(torch.eye(16)[:2], torch.eye(16), (4, 4))
+    height, width = size
+    with pytest.raises(ValueError, match=f"got {width} x {height} for a grid of 4 x 4 patches; pass crop="):
+        viz.plot_grounding(image(*size), grounding)
+    with pytest.raises(ValueError, match=f"got {width} x {height} for a grid of 4 x 4 patches"):
+        viz.plot_correspondence(image(*size), torch.tensor([1]), (4, 4), (1, 1))
+    # the whole image squashed to a square: said by the crop
+    _, ax = viz.plot_grounding(image(*size), grounding, crop=(0, 0, 1, 1))
+    assert overlay(ax).get_extent() == [-0.5, width - 0.5, height - 0.5, -0.5]
+
+
+@pytest.mark.parametrize("crop", [(0, 0, 0, 1), (-0.1, 0, 1, 1), (0, 0, 224, 224), (0.5, 0, float("nan"), 1)])
+def test_a_crop_that_is_no_part_of_the_image_is_refused(crop):
+    with pytest.raises(ValueError, match="crop must be"):
+        viz.plot_grounding(image(), grounding_map(torch.eye(6)[:2], torch.eye(6), GRID), crop=crop)
+
+
+def test_a_photo_is_drawn_upright():
+    pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    photo, buffer = pillow.fromarray(image(28, 42)), BytesIO()
+    exif = pillow.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photo.save(buffer, "png", exif=exif)
+    with pillow.open(buffer) as turned:
+        assert np.array_equal(_style.as_uint8(turned), np.rot90(image(28, 42), -1))
 
 
 def test_grounding_of_a_batch_is_refused():
@@ -203,14 +252,14 @@ def test_grounding_of_a_batch_is_refused():
         viz.plot_grounding(image(), result)
 
 
-def test_grounding_without_winners_draws_the_photo():
+def test_grounding_of_an_empty_query_draws_the_photo():
     result = grounding_map(torch.eye(6)[:2], torch.eye(6), GRID, q_mask=torch.zeros(2))
     fig, ax = viz.plot_grounding(image(), result)
     png(fig)
     assert not overlay(ax).get_array()[..., 3].any()
 
 
-def test_correspondence_colours_winners_by_the_query_patch():
+def test_correspondence_colours_the_argmax_by_the_query_patch():
     colors = viz.position_colors(1, 3)
     fig, ax = viz.plot_correspondence(image(), torch.tensor([4, 0, 0]), GRID, (1, 3))
     png(fig)
@@ -248,7 +297,7 @@ def test_ranking_names_ranks_and_scores():
     assert [ax.get_title("left") for ax in axes[0]] == ["query crop", "1. a", "2. b", "9. c"]
     assert [ax.get_xlabel() for ax in axes[0, 1:]] == ["score 3.00", "score 2.50", "score 1.25"]
     assert [len(ax.patches) for ax in axes.flat] == [0, 0, 0, 2, 0, 0, 0, 2]
-    with pytest.raises(ValueError, match="must be as many, got 3, 2, 3 and 3"):
+    with pytest.raises(ValueError, match="must have one length, got 3, 2, 3 and 3"):
         viz.plot_ranking(image(), (1, 2), [image()] * 3, ["a", "b"], [3.0, 2, 1], argmax, GRID)
 
 
@@ -269,7 +318,7 @@ def test_image_form_refused():
         _style.as_uint8(np.zeros((3, 28, 42)))
 
 
-def test_user_axes_and_settings_are_kept(simulation):
+def test_users_axes_and_settings_are_kept(simulation):
     before = dict(matplotlib.rcParams)
     own, ax = plt.subplots()
     fig, same = viz.plot_simulation({"a": simulation}, ax=ax)
@@ -285,15 +334,15 @@ def test_percent(value, text):
     assert _style.percent(value) == text
 
 
-def test_labels_stand_apart_and_in_order():
+def test_labels_keep_their_distance_and_order():
     heights = _style.spread_labels([0.5, 0.99, 0.5, 1.0], 0.1, 0.0, 1.0)
     assert heights == pytest.approx([0.5, 0.9, 0.6, 1.0])
     assert _style.spread_labels([], 0.1, 0, 1) == []
 
 
 def test_importing_viz_does_not_import_matplotlib():
-    code = "import sys, latemax.viz; assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    program = ROOT / "tests" / "programs" / "import_viz.py"
+    subprocess.run([sys.executable, program], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def test_without_matplotlib_the_extra_is_named(simulation, monkeypatch):

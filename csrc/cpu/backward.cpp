@@ -1,10 +1,11 @@
-/* Backward from the recorded winners. Every row of a gradient is summed by one thread in one order: repeatable bit for
- * bit, whatever the number of threads, and without atomics.
+/* Backward from the recorded argmax. One thread sums each row of a gradient, in a fixed order, so the result is
+ * repeatable bit for bit with any number of threads and needs no atomics.
  *
- *     grad_q[a, i]    = sum over c of            g[a, c] d[c, argmax[a, c, i]]     a gather
- *     grad_d[c, j]    = sum over a, i that j won  g[a, c] q[a, i]                  documents own their rows
+ *     grad_q[a, i]    = sum over c of                           g[a, c] d[c, argmax[a, c, i]]     a gather
+ *     grad_d[c, j]    = sum over a, i with argmax[a, c, i] = j  g[a, c] q[a, i]                   by document
  *
- * With normalize the same of unit vectors, then through x / max(norm, EPS); a clamped norm is a constant.
+ * With normalize the sums are over unit vectors, followed by the gradient of x / max(norm, EPS); a clamped norm is a
+ * constant.
  */
 #include <algorithm>
 #include <atomic>
@@ -18,9 +19,10 @@
 namespace latemax {
 namespace {
 
+/* multiply-adds that are worth a thread of their own */
 constexpr double THREAD_SUMS = 5e5;
 
-/* float32 to the gradient's dtype, to nearest, ties to even. */
+/* Round float32 to the gradient's dtype: to nearest, ties to even. */
 uint16_t to_bf16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
@@ -35,7 +37,7 @@ uint16_t to_f16(float x) {
     if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
     if (magnitude >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
     if (magnitude < 0x38800000) {
-        /* below 2^-14: 2^-24 apart; adding 0.5 rounds at that place */
+        /* subnormal, below 2^-14: values are 2^-24 apart, and adding 0.5 rounds at that bit */
         float y;
         std::memcpy(&y, &magnitude, 4);
         y += 0.5f;
@@ -43,7 +45,7 @@ uint16_t to_f16(float x) {
         std::memcpy(&rounded, &y, 4);
         return static_cast<uint16_t>(sign | (rounded - 0x3f000000));
     }
-    /* the carry of rounding up may reach the exponent, and infinity, as it should */
+    /* the carry of rounding up may reach the exponent, up to infinity, which is correct */
     return static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
@@ -56,7 +58,7 @@ void store(maxsim_dtype dtype, const float *x, int64_t n, void *out) {
     for (int64_t k = 0; k < n; ++k) half[k] = dtype == MAXSIM_BF16 ? to_bf16(x[k]) : to_f16(x[k]);
 }
 
-/* A query, and which of its candidates a document was. */
+/* Query a, and the slot c in which it names a document. */
 struct Pair {
     int64_t a, c;
 };
@@ -69,7 +71,7 @@ class Backward {
         threads_ = std::max(1, static_cast<int>(std::min<double>(threads, sums / THREAD_SUMS)));
     }
     void run() {
-        if (args_.normalize) measure_queries();
+        if (args_.normalize) compute_query_norms();
         if (out_.grad_q) queries();
         if (out_.grad_d && args_.candidates) sort_pairs();
         if (out_.grad_d) documents();
@@ -78,27 +80,27 @@ class Backward {
   private:
     template <class Body>
     void each(int64_t n, Body body);
-    void measure_queries();
+    void compute_query_norms();
     void queries();
     void sort_pairs();
     void documents();
     template <class Body>
-    void meeting(int64_t document, Body body) const;
+    void each_query(int64_t document, Body body) const;
     void through_norm(const float *x, float norm, float *grad) const;
 
     float g(int64_t a, int64_t c) const { return out_.g[a * out_.g_stride_q + c * out_.g_stride_c]; }
-    /* Rows of q count through all queries. */
+    /* A row of q is numbered across all queries. */
     int64_t query_begin(int64_t a) const { return args_.q.offsets ? args_.q.offsets[a] : a * args_.q.l; }
     const char *q(int64_t row) const {
         const int64_t a = args_.q.offsets ? 0 : row / args_.q.l, i = row - a * args_.q.l;
         return at(args_.q.tokens, args_.q.dtype, a * args_.q.stride_n + i * args_.q.stride_l);
     }
     const char *d(int64_t a, int64_t c, int64_t j) const {
-        const int64_t first = args_.d.offsets ? args_.d.offsets[packed_document(args_, a, c)] * args_.d.stride_l
+        const int64_t first = args_.d.offsets ? args_.d.offsets[document_number(args_, a, c)] * args_.d.stride_l
                                               : a * args_.d.stride_q + c * args_.d.stride_n;
         return at(args_.d.tokens, args_.d.dtype, first + j * args_.d.stride_l);
     }
-    /* Documents and rows as they lie in grad_d. */
+    /* Documents and rows in the order of grad_d. */
     int64_t n_documents() const { return args_.d.offsets ? args_.d.n : (own_ ? args_.n_q : 1) * args_.n_c; }
     int64_t document_begin(int64_t n) const { return args_.d.offsets ? args_.d.offsets[n] : n * args_.d.l; }
 
@@ -109,12 +111,12 @@ class Backward {
     const int64_t q_tokens_;
     int threads_;
     std::vector<float> q_norms_; /* [q_tokens_] */
-    /* With candidates: who names each document, in the order of queries and slots. */
+    /* With candidates: the pairs that name each document, ordered by query and slot. */
     std::vector<int64_t> pairs_begin_;
     std::vector<Pair> pairs_;
 };
 
-/* body(first, past) over chunks of 0 .. n, a few for each thread. */
+/* Runs body(first, end) on chunks of 0 .. n, about eight for each thread. */
 template <class Body>
 void Backward::each(int64_t n, Body body) {
     const int64_t share = std::max<int64_t>(1, n / (8 * threads_));
@@ -126,47 +128,47 @@ void Backward::each(int64_t n, Body body) {
     parallel(threads_, work);
 }
 
-void Backward::measure_queries() {
+void Backward::compute_query_norms() {
     q_norms_.resize(q_tokens_);
-    each(q_tokens_, [&](int64_t first, int64_t past) {
-        for (int64_t r = first; r < past; ++r)
+    each(q_tokens_, [&](int64_t first, int64_t end) {
+        for (int64_t r = first; r < end; ++r)
             q_norms_[r] = clamped_norm(level_.sum_of_squares(args_.q.dtype, q(r), args_.dim));
     });
 }
 
-/* grad = (grad - unit <unit, grad>) / norm; 0 where nothing was given, whatever x holds. */
+/* grad = (grad - unit <unit, grad>) / norm; a zero gradient stays zero even if x holds NaN or infinity. */
 void Backward::through_norm(const float *x, float norm, float *grad) const {
-    bool given = false;
-    float along = 0;
+    bool nonzero = false;
+    float dot = 0;
     for (int64_t k = 0; k < args_.dim; ++k) {
-        given |= grad[k] != 0;
-        along += x[k] / norm * grad[k];
+        nonzero |= grad[k] != 0;
+        dot += x[k] / norm * grad[k];
     }
-    if (!given) {
+    if (!nonzero) {
         std::fill_n(grad, args_.dim, 0.0f);
         return;
     }
-    if (!(norm > EPS)) along = 0;
-    for (int64_t k = 0; k < args_.dim; ++k) grad[k] = (grad[k] - x[k] / norm * along) / norm;
+    if (!(norm > EPS)) dot = 0;
+    for (int64_t k = 0; k < args_.dim; ++k) grad[k] = (grad[k] - x[k] / norm * dot) / norm;
 }
 
 void Backward::queries() {
     const int64_t dim = args_.dim;
-    each(q_tokens_, [&](int64_t first, int64_t past) {
+    each(q_tokens_, [&](int64_t first, int64_t end) {
         static thread_local Buffer<float> sums, wide_memory;
-        const int64_t rows = past - first;
+        const int64_t rows = end - first;
         float *sum = sums.get(rows * dim), *wide = wide_memory.get(dim);
         std::fill_n(sum, rows * dim, 0.0f);
         const int64_t *ends = args_.q.offsets ? args_.q.offsets + 1 : nullptr;
         int64_t a = ends ? std::upper_bound(ends, ends + args_.n_q, first) - ends : first / args_.q.l;
-        /* documents outside: each is gathered from while its tokens are in cache */
-        for (; a < args_.n_q && query_begin(a) < past; ++a)
+        /* documents in the outer loop: all gathers from one run while its tokens are in cache */
+        for (; a < args_.n_q && query_begin(a) < end; ++a)
             for (int64_t c = 0; c < args_.n_c; ++c) {
                 const int64_t begin = query_begin(a);
-                const int32_t *won = winners(args_, a, c);
+                const int32_t *best = argmax_row(args_, a, c);
                 const float weight = g(a, c);
-                for (int64_t r = std::max(first, begin); r < std::min(past, begin + query_length(args_, a)); ++r) {
-                    const int32_t j = won[r - begin];
+                for (int64_t r = std::max(first, begin); r < std::min(end, begin + query_length(args_, a)); ++r) {
+                    const int32_t j = best[r - begin];
                     if (j < 0) continue;
                     const char *row = d(a, c, j);
                     float scale = weight;
@@ -174,7 +176,7 @@ void Backward::queries() {
                     level_.add_scaled(args_.d.dtype, scale, row, dim, sum + (r - first) * dim);
                 }
             }
-        for (int64_t r = first; r < past; ++r) {
+        for (int64_t r = first; r < end; ++r) {
             float *grad = sum + (r - first) * dim;
             if (args_.normalize) {
                 level_.widen(args_.q.dtype, q(r), dim, wide);
@@ -185,7 +187,7 @@ void Backward::queries() {
     });
 }
 
-/* A counting sort by document. */
+/* Counting sort of the pairs by document. */
 void Backward::sort_pairs() {
     pairs_begin_.assign(args_.d.n + 1, 0);
     const int64_t n = args_.n_q * args_.n_c;
@@ -198,9 +200,9 @@ void Backward::sort_pairs() {
         if (args_.candidates[p] >= 0) pairs_[next[args_.candidates[p]]++] = {p / args_.n_c, p % args_.n_c};
 }
 
-/* body(a, c) for every query that met the document, in order. */
+/* Calls body(a, c) for every query that was scored against the document, in order. */
 template <class Body>
-void Backward::meeting(int64_t document, Body body) const {
+void Backward::each_query(int64_t document, Body body) const {
     if (!args_.n_c) return; /* candidates [n_q, 0] have no address */
     if (args_.candidates) {
         for (int64_t p = pairs_begin_[document]; p < pairs_begin_[document + 1]; ++p) body(pairs_[p].a, pairs_[p].c);
@@ -211,37 +213,37 @@ void Backward::meeting(int64_t document, Body body) const {
     }
 }
 
-/* Cut by rows, not by documents: as much work in each chunk whatever the lengths. A document belongs to the chunk that
- * its first row is in. */
+/* Chunks are cut by rows, not by documents, so that they hold equal work whatever the lengths. A document belongs to
+ * the chunk that holds its first row. */
 void Backward::documents() {
     const int64_t dim = args_.dim, n = n_documents(), all = args_.d.total;
     const int64_t size = item_size(args_.d.dtype);
     char *out = static_cast<char *>(out_.grad_d);
-    auto starting_from = [&](int64_t row) {
+    auto first_document = [&](int64_t row) {
         if (!args_.d.offsets) return (row + args_.d.l - 1) / args_.d.l;
         return static_cast<int64_t>(std::lower_bound(args_.d.offsets, args_.d.offsets + n, row) - args_.d.offsets);
     };
-    each(all, [&](int64_t first, int64_t past) {
+    each(all, [&](int64_t first, int64_t end) {
         static thread_local Buffer<float> sums, wide_memory;
         float *wide = wide_memory.get(dim);
         const int64_t outside = std::max(first, args_.d.offsets ? args_.d.offsets[n] : all);
-        if (outside < past) std::memset(out + outside * dim * size, 0, (past - outside) * dim * size);
-        for (int64_t u = starting_from(first); u < starting_from(past); ++u) {
+        if (outside < end) std::memset(out + outside * dim * size, 0, (end - outside) * dim * size);
+        for (int64_t u = first_document(first); u < first_document(end); ++u) {
             const int64_t begin = document_begin(u), length = document_begin(u + 1) - begin;
             const bool direct = args_.d.dtype == MAXSIM_F32;
             char *rows = out + begin * dim * size;
             float *sum = direct ? reinterpret_cast<float *>(rows) : sums.get(length * dim);
             std::fill_n(sum, length * dim, 0.0f);
             const char *x = nullptr;
-            meeting(u, [&](int64_t a, int64_t c) {
-                const int32_t *won = winners(args_, a, c);
+            each_query(u, [&](int64_t a, int64_t c) {
+                const int32_t *best = argmax_row(args_, a, c);
                 const int64_t row = query_begin(a);
                 if (!x) x = d(a, c, 0);
                 for (int64_t i = 0; i < query_length(args_, a); ++i) {
-                    if (won[i] < 0) continue;
+                    if (best[i] < 0) continue;
                     float scale = g(a, c);
                     if (args_.normalize) scale /= q_norms_[row + i];
-                    level_.add_scaled(args_.q.dtype, scale, q(row + i), dim, sum + won[i] * dim);
+                    level_.add_scaled(args_.q.dtype, scale, q(row + i), dim, sum + best[i] * dim);
                 }
             });
             for (int64_t j = 0; args_.normalize && j < length; ++j) {

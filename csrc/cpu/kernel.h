@@ -1,14 +1,16 @@
-/* The micro-kernel, written once over the compiler's vector extension and compiled once a level, each with its flags.
+/* The micro-kernel, written once with the compiler's vector extension and compiled once per level, with its own flags.
  *
  *          query tokens (lanes)
  *          v = 0      v = 1
- *      u  [ 16 ]     [ 16 ]     U x V similarities in registers: every step takes V vectors of the packed query panel
- *      u  [ 16 ]     [ 16 ]     and one element of each of U document rows, broadcast
+ *      u  [ 16 ]     [ 16 ]     U x V similarities in registers: each step takes V vectors of the packed query panel
+ *      u  [ 16 ]     [ 16 ]     and one broadcast element of each of U document rows
  *      :
  *
- * A similarity is the same chain of fused multiply-adds over dim wherever its token stands (float32: in order; bfloat16
- * instructions take pairs): scores do not depend on padding, batch mates or threads, bit for bit. Everything is in an unnamed namespace: a function that the linker could
- * share between levels would run instructions that the processor may not have.
+ * A similarity is the same chain of fused multiply-adds over dim at every position of its token (float32: in order;
+ * bfloat16 instructions take pairs), so scores do not depend on padding, batch mates or threads, bit for bit.
+ *
+ * Everything is in an unnamed namespace: a function that the linker shared between levels could run instructions that
+ * the processor does not have.
  */
 #include <cstdint>
 #include <cstring>
@@ -28,7 +30,7 @@ typedef float vf_any __attribute__((vector_size(LATEMAX_LANES * 4), aligned(4), 
 
 #define LATEMAX_INLINE inline __attribute__((always_inline))
 
-/* One step takes 4 bytes of a row: 16 steps are a cache line. */
+/* A step takes 4 bytes of a row, so 16 steps take a cache line. */
 constexpr int LINE = 16;
 
 template <class T>
@@ -38,7 +40,7 @@ LATEMAX_INLINE T load(const void *from) {
     return x;
 }
 
-/* x where it is greater, else y: y too where one of them is a NaN. */
+/* x where it is greater, else y; y also where either is NaN. */
 LATEMAX_INLINE vf greater(vf x, vf y) {
 #if defined(__AVX512F__)
     return (vf)_mm512_max_ps((__m512)x, (__m512)y);
@@ -49,7 +51,7 @@ LATEMAX_INLINE vf greater(vf x, vf y) {
 #endif
 }
 
-/* Whether a NaN was seen. */
+/* Collects whether any similarity was NaN; one comparison covers two vectors. */
 class SawNaN {
   public:
     LATEMAX_INLINE void look(vf x, vf y) {
@@ -89,7 +91,7 @@ inline float one_f16(uint16_t h) {
     } else if (exponent) {
         bits = sign | (exponent + 112) << 23 | fraction << 13;
     } else {
-        /* a denormal: fraction x 2^-24, exact in float32 */
+        /* subnormal: fraction x 2^-24, exact in float32 */
         const float x = (float)fraction * 0x1p-24f;
         std::memcpy(&bits, &x, 4);
         bits |= sign;
@@ -108,7 +110,7 @@ inline float one(maxsim_dtype of, const void *x, int64_t i) {
     return of == MAXSIM_BF16 ? one_bf16(h) : one_f16(h);
 }
 
-/* LANES elements from x + i on. */
+/* The LANES elements from x + i, as float32. */
 template <maxsim_dtype OF>
 LATEMAX_INLINE vf wide(const void *x, int64_t i) {
     if (OF == MAXSIM_F32) return *reinterpret_cast<const vf_any *>(static_cast<const float *>(x) + i);
@@ -137,7 +139,7 @@ void widen_as(const void *x, int64_t n, float *out) {
 
 template <maxsim_dtype OF>
 float sum_of_squares_as(const void *x, int64_t n) {
-    /* four chains, then a tree: one chain of 128 / 16 dependent additions would take longer than the loads */
+    /* four chains, then a tree: a single chain (8 dependent additions for dim 128) would take longer than the loads */
     constexpr int CHAINS = 4;
     vf sum[CHAINS] = {};
     int64_t i = 0;
@@ -170,7 +172,7 @@ struct Float32 {
 };
 
 #if defined(__AVX512BF16__)
-/* Pairs of bfloat16. vdpbf16ps takes a bfloat16 or a sum below 2^-126 for 0. */
+/* Pairs of bfloat16. vdpbf16ps flushes inputs and sums below 2^-126 to 0. */
 struct BFloat16 {
     static constexpr maxsim_dtype DTYPE = MAXSIM_BF16;
     static int64_t steps(int64_t dim) { return dim / 2; }
@@ -185,7 +187,7 @@ struct BFloat16 {
 
 template <class Op, int U, int V>
 LATEMAX_INLINE void step(const vf *q, const char *const (&row)[U], int64_t at, vf (&sum)[U][V]) {
-    /* the side with fewer elements stays in registers, the other comes one at a time */
+    /* the side with fewer elements is kept in registers, the other is loaded one at a time */
     if (V <= U) {
 #pragma GCC unroll 32
         for (int u = 0; u < U; ++u)
@@ -199,18 +201,18 @@ LATEMAX_INLINE void step(const vf *q, const char *const (&row)[U], int64_t at, v
     }
 }
 
-/* Past the end the last row comes again, which changes no maximum. */
+/* Indices beyond the end repeat the last row, which changes no maximum. */
 LATEMAX_INLINE int64_t within(const Rows &rows, int64_t i) { return i < rows.count ? i : rows.count - 1; }
 
 LATEMAX_INLINE const char *row_at(const Rows &rows, int64_t i) {
     return rows.base + (rows.gather ? rows.gather[i] : i) * rows.stride;
 }
 
-/* The similarities of rows j .. j + U into the running maxima. */
+/* Folds the similarities of rows j .. j + U into the running maxima. */
 template <maxsim_dtype OF, int U, int V, bool ARGMAX>
 LATEMAX_INLINE void fold(vf (&sum)[U][V], const Rows &rows, int64_t j, int64_t dim, vf (&best)[V], vi (&at)[V]) {
     if (rows.scale) {
-        if (rows.measure)
+        if (rows.compute_scale)
             for (int64_t i = j; i < j + U && i < rows.count; ++i) {
                 const float norm = __builtin_sqrtf(sum_of_squares_as<OF>(row_at(rows, i), dim));
                 rows.scale[i] = 1.0f / (norm < EPS ? EPS : norm);
@@ -233,7 +235,7 @@ LATEMAX_INLINE void fold(vf (&sum)[U][V], const Rows &rows, int64_t j, int64_t d
             best[v] = greater(sum[u][v], best[v]);
         }
     }
-    /* no comparison is true of a NaN: the first one of a query token is put in here, and stays */
+    /* comparisons with NaN are false, so the first NaN of a query token is written here, and stays */
     if (__builtin_expect(nan.ever(), 0)) {
 #pragma GCC unroll 32
         for (int u = 0; u < U; ++u) {
@@ -260,13 +262,13 @@ LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t d
         for (int v = 0; v < V; ++v) sum[u][v] = vf{};
     }
     const int64_t steps = Op::steps(dim);
-    const char *soon = rows.later ? rows.later + j * rows.later_stride : row[0] + U * rows.stride;
+    const char *next = rows.prefetch ? rows.prefetch + j * rows.prefetch_stride : row[0] + U * rows.stride;
     int64_t k = 0;
     for (; k + LINE <= steps; k += LINE) {
         if (rows.dense) {
 #pragma GCC unroll 32
-            for (int u = 0; u < U; ++u) __builtin_prefetch(soon + 4 * LINE * u);
-            soon += 4 * LINE * U;
+            for (int u = 0; u < U; ++u) __builtin_prefetch(next + 4 * LINE * u);
+            next += 4 * LINE * U;
         } else {
             for (int u = 0; u < U; ++u) __builtin_prefetch(row[u] + U * rows.stride + 4 * k);
         }
@@ -302,8 +304,9 @@ void run_with(const void *panel, const Rows &rows, int64_t dim, float *best, int
     at ? run<Op, U, TAIL, V, true>(p, rows, dim, best, at) : run<Op, U, TAIL, V, false>(p, rows, dim, best, at);
 }
 
-/* SUMS vectors of similarities in registers; TAIL rows at the end beside two vectors. One vector takes as many rows as hide
- * the latency of its sums: each needs a register for its address too. */
+/* SUMS vectors of similarities are kept in registers. TAIL is the number of rows of the last tiles for two query
+ * vectors. A single query vector takes 8 rows, enough to hide the latency of its sums; each row needs an address
+ * register too. */
 template <class Op, int SUMS, int TAIL, int BLOCK>
 void run_any(const void *panel, int vectors, const Rows &rows, int64_t dim, float *best, int32_t *at) {
     if (vectors == 1) return run_with<Op, 8, 8, 1>(panel, rows, dim, best, at);

@@ -1,7 +1,8 @@
-/* AMX: tiles of 16 rows x 32 bfloat16 against the panel, 32 x 32 sums in four tile registers; all else as AVX-512 does it.
+/* AMX: multiplies tiles of 16 rows x 32 bfloat16 with the panel, 32 x 32 sums in four tile registers. Everything else
+ * is the AVX-512 code.
  *
- * The processor takes a bfloat16 or a sum below 2^-126 for 0, as vdpbf16ps does. A sum is the same wherever it stands in
- * its tile.
+ * The processor flushes inputs and sums below 2^-126 to 0, as vdpbf16ps does. A sum does not depend on its position in
+ * the tile.
  */
 #if defined(__x86_64__) && defined(__linux__)
 #define LATEMAX_LANES 16
@@ -14,7 +15,7 @@ namespace {
 
 constexpr int ROWS = 16, DEPTH = 32;
 
-/* Rows j .. j + R * ROWS one behind the other, 0 behind dim: what a tile can be loaded from. */
+/* Copies rows j .. j + R * ROWS to contiguous memory, padded with zeros after dim: the source of a tile load. */
 template <int R>
 void copy(const Rows &rows, int64_t j, int64_t dim, int64_t padded, char *out) {
     for (int u = 0; u < R * ROWS; ++u, out += 2 * padded) {
@@ -23,16 +24,16 @@ void copy(const Rows &rows, int64_t j, int64_t dim, int64_t padded, char *out) {
     }
 }
 
-/* rest: the panel's last rows, 0 behind them, where dim is no multiple of DEPTH. */
+/* rest: if dim is no multiple of DEPTH, the last rows of the panel, followed by zeros. */
 template <int R, int V, bool ARGMAX>
 void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, int64_t dim,
               vf (&best)[V], vi (&at)[V]) {
     const int64_t padded = (dim + DEPTH - 1) / DEPTH * DEPTH, width = 64 * V;
-    const char *row = row_at(rows, j), *soon = row + R * ROWS * rows.stride;
+    const char *row = row_at(rows, j), *next = row + R * ROWS * rows.stride;
     int64_t stride = rows.stride;
     if (rows.gather || padded != dim || j + R * ROWS > rows.count) {
-        copy<R>(rows, j, dim, padded, rows.room);
-        row = rows.room, stride = 2 * padded;
+        copy<R>(rows, j, dim, padded, rows.scratch);
+        row = rows.scratch, stride = 2 * padded;
     }
     const int64_t below = ROWS * stride;
     LATEMAX_TILE_ZERO(0);
@@ -41,7 +42,7 @@ void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, 
     if (R == 2 && V == 2) LATEMAX_TILE_ZERO(3);
     for (int64_t k = 0; k < padded; k += DEPTH) {
         const char *from = row + 2 * k, *q = k + DEPTH <= dim ? panel + k / 2 * width : rest;
-        for (int u = 0; rows.dense && u < R * ROWS; ++u, soon += 64) __builtin_prefetch(soon);
+        for (int u = 0; rows.dense && u < R * ROWS; ++u, next += 64) __builtin_prefetch(next);
         LATEMAX_TILE_LOAD(6, q, width);
         LATEMAX_TILE_LOAD(4, from, stride);
         LATEMAX_TILE_MULTIPLY(0, 4, 6);
@@ -55,7 +56,7 @@ void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, 
             if (V == 2) LATEMAX_TILE_MULTIPLY(3, 5, 7);
         }
     }
-    /* 16 sums in registers beside what they are compared with */
+    /* 16 vectors of sums fit in registers together with the maxima they are compared with */
     constexpr int GROUP = 16 / V;
     vf sum[R * ROWS / GROUP][GROUP][V];
     char *to = reinterpret_cast<char *>(sum);
@@ -96,7 +97,7 @@ const Level level = {
 }  // namespace
 const Level *const level_amx_bf16 = &level;
 #else
-/* a compiler without these instructions */
+/* the compiler lacks these intrinsics */
 const Level *const level_amx_bf16 = nullptr;
 #endif
 }  // namespace latemax

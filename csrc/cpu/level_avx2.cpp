@@ -1,4 +1,5 @@
-/* AVX2 with FMA and F16C: 3 x 4 sums of 8 lanes in 16 registers, so that 32 query tokens meet the documents in one pass. */
+/* AVX2 with FMA and F16C: 3 x 4 sums of 8 lanes in 16 registers, so that one pass over the documents serves 32 query
+ * tokens. */
 #if defined(__x86_64__)
 #define LATEMAX_LANES 8
 #include "kernel.h"

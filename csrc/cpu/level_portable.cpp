@@ -1,4 +1,4 @@
-/* Vectors of 4 as any 64-bit processor has them (SSE2, NEON); the compiler picks the instructions. */
+/* Vectors of 4 floats, which every 64-bit processor has (SSE2, NEON); the compiler picks the instructions. */
 #define LATEMAX_LANES 4
 #include "kernel.h"
 

@@ -1,8 +1,8 @@
-/* Forward: cuts the documents into units of work, and walks each unit's tokens once, L2-sized batch by batch.
+/* Forward: cuts the documents into units of work and reads the tokens of each unit once, in batches that fit in L2.
  *
- *     unit   = one part of the query rows x a few documents, taken by whichever thread is free
- *     batch  = valid tokens of those documents, at most BATCH_BYTES: all vectors of the panel pass over them in L2
- *     slot   = the running maxima of one document, one a query row
+ *     unit   = one part of the query rows x a few documents; a free thread takes the next one
+ *     batch  = valid tokens of those documents, at most BATCH_BYTES: multiplied with every panel vector while in L2
+ *     slot   = the running maxima of one document, one per query row
  */
 #include <algorithm>
 #include <atomic>
@@ -18,15 +18,15 @@
 namespace latemax {
 namespace {
 
-/* a quarter of the smallest L2 of processors with AVX-512, so that the panel stays there as well */
+/* a quarter of the smallest L2 of processors with AVX-512, so that the panel stays in L2 as well */
 constexpr int64_t BATCH_BYTES = 256 << 10;
-/* of rows that are widened first: the next ones are fetched meanwhile, and lie beside them */
+/* the same for rows that are widened first: the next rows are prefetched meanwhile and share the cache */
 constexpr int64_t WIDE_BATCH_BYTES = 64 << 10;
-/* running maxima that a thread holds at once */
+/* the most running maxima that a thread keeps */
 constexpr int64_t SLOT_FLOATS = 256 << 10;
-/* what a second thread must have to do where it still spins from the last call: about 6 us */
+/* products that are worth another thread while it still spins from the last call: about 6 us */
 constexpr double THREAD_PRODUCTS = 3e5;
-/* the same where it sleeps: waking it can take longer than such a problem */
+/* the same if it sleeps: waking it can take longer than a smaller problem */
 constexpr double WAKE_PRODUCTS = 1e6;
 
 struct Document {
@@ -35,12 +35,12 @@ struct Document {
     int64_t length = 0;
 };
 
-/* Candidates first .. past against one part of the query rows. */
+/* Candidates first .. end, scored against one part of the query rows. */
 struct Unit {
-    int64_t part, first, past, tokens;
+    int64_t part, first, end, tokens;
 };
 
-/* Documents that have begun, tokens that wait for the panel. */
+/* Memory of one thread: slots of unfinished documents, and the batch of tokens not yet multiplied. */
 struct Scratch {
     Buffer<int32_t> number, at;
     Buffer<float> scale, wide, best;
@@ -57,9 +57,9 @@ class Forward {
     Document document(int64_t query, int64_t c) const;
     int64_t length(int64_t query, int64_t c) const;
     int64_t tokens() const;
-    int worth(int64_t tokens) const;
+    int useful_threads(int64_t tokens) const;
     std::vector<Unit> units(int64_t target) const;
-    void unit(const Part &part, int64_t first, int64_t past, Scratch &s);
+    void unit(const Part &part, int64_t first, int64_t end, Scratch &s);
     Rows take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const;
     void multiply(const Part &part, Scratch &s) const;
     void finish(const Part &part, int64_t c, const float *best, const int32_t *at);
@@ -72,9 +72,9 @@ class Forward {
     const bool bf16_, widen_, own_;
     const int64_t batch_;
     Queries queries_;
-    /* maxima of all rows [n_c, rows] where parts cut through queries: summed at the end, in the one order */
-    std::vector<float> kept_;
-    std::vector<char> empty_; /* [n_c], beside kept_ */
+    /* maxima of all rows [n_c, rows] if parts cut through queries: summed at the end, in the order of the tokens */
+    std::vector<float> maxima_;
+    std::vector<char> empty_; /* [n_c], used with maxima_ */
 };
 
 bool products_in_bf16(const maxsim_args &args, const Level &level) {
@@ -99,7 +99,7 @@ Document Forward::document(int64_t query, int64_t c) const {
     if (!doc.length) return doc;
     int64_t token = 0, masked = 0;
     if (args_.d.offsets) {
-        const int64_t first = args_.d.offsets[packed_document(args_, query, c)];
+        const int64_t first = args_.d.offsets[document_number(args_, query, c)];
         token = first * args_.d.stride_l;
         masked = first * args_.d.mask_stride_l;
     } else {
@@ -113,11 +113,11 @@ Document Forward::document(int64_t query, int64_t c) const {
 
 int64_t Forward::length(int64_t query, int64_t c) const {
     if (!args_.d.offsets) return args_.d.l;
-    const int64_t number = packed_document(args_, query, c);
+    const int64_t number = document_number(args_, query, c);
     return number < 0 ? 0 : args_.d.offsets[number + 1] - args_.d.offsets[number];
 }
 
-/* Document tokens to be met, once where queries share them. */
+/* Document tokens to read; tokens that queries share count once. */
 int64_t Forward::tokens() const {
     if (!args_.d.offsets) return (own_ ? args_.n_q : 1) * args_.n_c * args_.d.l;
     if (!args_.candidates) return args_.d.offsets[args_.d.n];
@@ -127,26 +127,27 @@ int64_t Forward::tokens() const {
     return total;
 }
 
-int Forward::worth(int64_t tokens) const {
+int Forward::useful_threads(int64_t tokens) const {
     const double rows = static_cast<double>(queries_.rows()) / static_cast<double>(own_ ? args_.n_q : 1);
     const double products = static_cast<double>(tokens) * std::max(rows, 16.0) * static_cast<double>(args_.dim);
     if (products < 2 * THREAD_PRODUCTS) return 1;
-    const double share = worked_lately() ? THREAD_PRODUCTS : WAKE_PRODUCTS;
+    const double share = recent_call() ? THREAD_PRODUCTS : WAKE_PRODUCTS;
     return std::max(1, static_cast<int>(std::min<double>(threads_, products / share)));
 }
 
-/* Of about `target` tokens each, whatever the lengths; documents longer than that come first, not to be waited for. */
+/* Units of about `target` tokens, whatever the lengths of documents. Longer documents come first, so that no
+ * thread is left waiting for one. */
 std::vector<Unit> Forward::units(int64_t target) const {
     std::vector<Unit> out;
     for (size_t p = 0; p < queries_.parts.size(); ++p) {
         Unit next{static_cast<int64_t>(p), 0, 0, 0};
-        while (next.past < args_.n_c) {
-            const int64_t more = std::max<int64_t>(1, length(queries_.parts[p].query_first, next.past));
+        while (next.end < args_.n_c) {
+            const int64_t more = std::max<int64_t>(1, length(queries_.parts[p].query_first, next.end));
             if (next.tokens && next.tokens + more > target) {
                 out.push_back(next);
-                next.first = next.past, next.tokens = 0;
+                next.first = next.end, next.tokens = 0;
             }
-            ++next.past, next.tokens += more;
+            ++next.end, next.tokens += more;
         }
         out.push_back(next);
     }
@@ -157,8 +158,8 @@ std::vector<Unit> Forward::units(int64_t target) const {
 
 void Forward::run() {
     const int64_t total = tokens();
-    const int threads = worth(total);
-    /* shared documents too few to go round: the query rows are cut as well */
+    const int threads = useful_threads(total);
+    /* too few shared documents for all threads: cut the query rows as well */
     const int64_t wanted = threads > 1 && args_.n_c < 4 * threads ? 4 * threads : 1;
     const bool split = !own_ && wanted > 1 && args_.n_q < threads;
     queries_.cut(own_, split ? threads : wanted, split);
@@ -166,38 +167,39 @@ void Forward::run() {
     if (args_.argmax && queries_.rows() < args_.q.total)
         std::fill_n(args_.argmax, args_.n_c * args_.q.total, -1);
     if (split) {
-        kept_.resize(args_.n_c * queries_.rows());
+        maxima_.resize(args_.n_c * queries_.rows());
         empty_.resize(args_.n_c);
     }
-    const int64_t met = own_ ? total : total * static_cast<int64_t>(queries_.parts.size());
-    const std::vector<Unit> work = units(std::clamp<int64_t>(met / (8 * threads), 1, batch_));
+    const int64_t scored = own_ ? total : total * static_cast<int64_t>(queries_.parts.size());
+    const std::vector<Unit> work = units(std::clamp<int64_t>(scored / (8 * threads), 1, batch_));
     std::atomic<size_t> next{0};
     auto body = [&] {
         static thread_local Scratch scratch;
         for (size_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < work.size();)
-            unit(queries_.parts[work[u].part], work[u].first, work[u].past, scratch);
+            unit(queries_.parts[work[u].part], work[u].first, work[u].end, scratch);
     };
     parallel(threads, body);
     for (int64_t c = 0; split && c < args_.n_c; ++c)
         for (int64_t a = 0; a < args_.n_q; ++a)
-            if (!empty_[c]) sum(a, c, kept_.data() + c * queries_.rows() + queries_.row_begin[a]);
+            if (!empty_[c]) sum(a, c, maxima_.data() + c * queries_.rows() + queries_.row_begin[a]);
 }
 
-void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
+void Forward::unit(const Part &part, int64_t first, int64_t end, Scratch &s) {
     const int64_t width = part.vectors * level_.lanes;
-    /* queries without a token need no documents */
-    for (int64_t c = first; !width && c < past; ++c) finish_empty(part, c);
+    /* queries without a valid token read no documents */
+    for (int64_t c = first; !width && c < end; ++c) finish_empty(part, c);
     if (!width) return;
-    const int64_t slots = std::clamp<int64_t>(SLOT_FLOATS / width, 1, past - first);
+    const int64_t slots = std::clamp<int64_t>(SLOT_FLOATS / width, 1, end - first);
     float *best = s.best.get(slots * width);
     int32_t *at = args_.argmax ? s.at.get(slots * width) : nullptr;
-    s.number.get(batch_), s.scale.get(batch_), s.wide.get(widen_ ? batch_ * args_.dim : bf16_ ? 16 * (args_.dim + 32) : 0);
+    s.number.get(batch_), s.scale.get(batch_);
+    s.wide.get(widen_ ? batch_ * args_.dim : bf16_ ? 16 * (args_.dim + 32) : 0);
     s.rows.clear(), s.slot_of_rows.clear(), s.document_of_slot.clear();
     int64_t used = 0;
-    for (int64_t c = first; c < past; ++c) {
+    for (int64_t c = first; c < end; ++c) {
         const Document doc = document(part.query_first, c);
         int64_t j = 0;
-        bool begun = false;
+        bool started = false;
         while (j < doc.length) {
             if (used == batch_) {
                 multiply(part, s);
@@ -205,21 +207,21 @@ void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
             }
             const Rows rows = take(doc, j, batch_ - used, used, s);
             if (!rows.count) continue;
-            const int64_t slot = static_cast<int64_t>(s.document_of_slot.size()) - begun;
-            if (!begun) {
-                begun = true;
+            const int64_t slot = static_cast<int64_t>(s.document_of_slot.size()) - started;
+            if (!started) {
+                started = true;
                 s.document_of_slot.push_back(c);
                 std::fill_n(best + slot * width, width, -std::numeric_limits<float>::infinity());
-                /* where every similarity is -inf the first valid token wins */
-                const int64_t lead = rows.number ? rows.number[0] : rows.first;
-                if (at) std::fill_n(at + slot * width, width, static_cast<int32_t>(lead));
+                /* if every similarity is -inf, argmax is the first valid token */
+                const int64_t first_valid = rows.number ? rows.number[0] : rows.first;
+                if (at) std::fill_n(at + slot * width, width, static_cast<int32_t>(first_valid));
             }
             s.rows.push_back(rows);
             s.slot_of_rows.push_back(slot);
             used += rows.count;
         }
-        if (!begun) finish_empty(part, c);
-        if (c + 1 < past && static_cast<int64_t>(s.document_of_slot.size()) < slots) continue;
+        if (!started) finish_empty(part, c);
+        if (c + 1 < end && static_cast<int64_t>(s.document_of_slot.size()) < slots) continue;
         multiply(part, s);
         used = 0;
         for (size_t slot = 0; slot < s.document_of_slot.size(); ++slot)
@@ -228,7 +230,7 @@ void Forward::unit(const Part &part, int64_t first, int64_t past, Scratch &s) {
     }
 }
 
-/* The next valid tokens from j on, at most `room`; moves j behind them. */
+/* Takes the next valid tokens from j, at most `room`, and moves j after them. */
 Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const {
     const int64_t stride = args_.d.stride_l * item_size(args_.d.dtype), first = j;
     Rows rows{doc.base, stride, nullptr, nullptr, nullptr, stride, nullptr, nullptr, first, 0, false, false};
@@ -238,7 +240,7 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
             number[rows.count] = static_cast<int32_t>(j);
             rows.count += doc.mask[j * args_.d.mask_stride_l] != 0;
         }
-        /* a run of neighbours is read as one: ragged lists are such */
+        /* consecutive tokens need no gather: the case of a ragged list */
         if (rows.count && number[rows.count - 1] - number[0] + 1 == rows.count) {
             rows.first = number[0];
         } else {
@@ -250,16 +252,16 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
     }
     if (!rows.gather) rows.base += rows.first * stride;
     rows.dense = args_.d.stride_k == 1 && args_.d.stride_l == args_.dim;
-    if (bf16_) rows.room = reinterpret_cast<char *>(s.wide.get(0));
+    if (bf16_) rows.scratch = reinterpret_cast<char *>(s.wide.get(0));
     if (args_.normalize) rows.scale = s.scale.get(batch_) + used;
     if (widen_) {
         float *wide = s.wide.get(batch_ * args_.dim) + used * args_.dim;
-        const bool together = rows.dense && !rows.gather;
-        if (together) level_.widen(args_.d.dtype, rows.base, rows.count * args_.dim, wide);
-        for (int64_t i = 0; !together && i < rows.count; ++i)
+        const bool contiguous = rows.dense && !rows.gather;
+        if (contiguous) level_.widen(args_.d.dtype, rows.base, rows.count * args_.dim, wide);
+        for (int64_t i = 0; !contiguous && i < rows.count; ++i)
             widen_row(level_, args_.d.dtype, rows.base + (rows.gather ? rows.gather[i] : i) * stride, args_.d.stride_k,
                       args_.dim, wide + i * args_.dim);
-        if (together) rows.later = rows.base + rows.count * stride;
+        if (contiguous) rows.prefetch = rows.base + rows.count * stride;
         rows.base = reinterpret_cast<const char *>(wide);
         rows.stride = args_.dim * 4;
         rows.gather = nullptr;
@@ -275,7 +277,7 @@ void Forward::multiply(const Part &part, Scratch &s) const {
     for (int64_t v = 0; v < part.vectors; v += queries_.block(part, v))
         for (size_t r = 0; r < s.rows.size(); ++r) {
             const int64_t lane = s.slot_of_rows[r] * width + v * level_.lanes;
-            s.rows[r].measure = args_.normalize && v == 0;
+            s.rows[r].compute_scale = args_.normalize && v == 0;
             run(queries_.panel(part, v), queries_.block(part, v), s.rows[r], args_.dim, best + lane,
                 at ? at + lane : nullptr);
         }
@@ -283,30 +285,30 @@ void Forward::multiply(const Part &part, Scratch &s) const {
 }
 
 void Forward::finish(const Part &part, int64_t c, const float *best, const int32_t *at) {
-    for (int64_t a = part.query_first; a < part.query_past; ++a) {
+    for (int64_t a = part.query_first; a < part.query_end; ++a) {
         const int64_t first = std::max(queries_.row_begin[a], part.row_first);
-        const int64_t past = std::min(queries_.row_begin[a + 1], part.row_past);
-        for (int64_t row = first; at && row < past; ++row)
-            winners(args_, a, c)[queries_.token[row]] = at[row - part.row_first];
-        if (kept_.empty())
+        const int64_t end = std::min(queries_.row_begin[a + 1], part.row_end);
+        for (int64_t row = first; at && row < end; ++row)
+            argmax_row(args_, a, c)[queries_.token[row]] = at[row - part.row_first];
+        if (maxima_.empty())
             sum(a, c, best + (first - part.row_first));
-        else if (first < past)
-            std::copy(best + (first - part.row_first), best + (past - part.row_first),
-                      kept_.data() + c * queries_.rows() + first);
+        else if (first < end)
+            std::copy(best + (first - part.row_first), best + (end - part.row_first),
+                      maxima_.data() + c * queries_.rows() + first);
     }
 }
 
 void Forward::finish_empty(const Part &part, int64_t c) {
     if (part.row_first != queries_.row_begin[part.query_first]) return;
-    for (int64_t a = part.query_first; a < part.query_past; ++a) {
+    for (int64_t a = part.query_first; a < part.query_end; ++a) {
         const bool valid = queries_.row_begin[a] < queries_.row_begin[a + 1];
-        if (args_.argmax) std::fill_n(winners(args_, a, c), query_length(args_, a), -1);
+        if (args_.argmax) std::fill_n(argmax_row(args_, a, c), query_length(args_, a), -1);
         static_cast<float *>(args_.scores)[a * args_.n_c + c] = valid ? static_cast<float>(args_.empty_score) : 0.0f;
     }
     if (!empty_.empty()) empty_[c] = 1;
 }
 
-/* In float64, in the order of the tokens: rounded once, whatever the vectors' length. */
+/* Sums in float64, in the order of the tokens: rounded once, independent of the level's vector length. */
 void Forward::sum(int64_t query, int64_t c, const float *best) {
     double total = 0;
     const int64_t first = queries_.row_begin[query], n = queries_.row_begin[query + 1] - first;
@@ -321,7 +323,7 @@ int levels(const Level **out) {
     int n = 0;
     out[n++] = &level_portable;
 #if defined(__x86_64__)
-    /* these ask the operating system too whether it saves the registers */
+    /* these also check that the operating system saves the registers */
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -339,7 +341,7 @@ int levels(const Level **out) {
 void forward(const maxsim_args &args, const Level &level, int threads) {
     if (!args.n_q || !args.n_c) return;
     Forward(args, level, threads).run();
-    note_work();
+    note_call();
 }
 
 }  // namespace latemax

@@ -1,4 +1,4 @@
-/* The native CPU kernels as a binding sees them. */
+/* The interface of the native CPU kernels to a binding. */
 #ifndef LATEMAX_MAXSIM_CPU_H
 #define LATEMAX_MAXSIM_CPU_H
 
@@ -6,20 +6,20 @@
 
 namespace latemax {
 
-/* The levels that this processor and operating system can run, worst first; returns how many. */
+/* Lists the levels that this processor and operating system can run, slowest first; returns their number. */
 int levels(const Level **out);
 
-/* float16, bfloat16 and float32 in any mixture. */
+/* q and d may each be float16, bfloat16 or float32. */
 void forward(const maxsim_args &args, const Level &level, int threads);
 
 struct Gradients {
     const float *g; /* [n_q, n_c] */
     int64_t g_stride_q, g_stride_c;
-    void *grad_q; /* contiguous, of q's shape and dtype, or NULL */
-    void *grad_d; /* contiguous, of d's shape and dtype, or NULL */
+    void *grad_q; /* contiguous, shape and dtype of q, or NULL */
+    void *grad_d; /* contiguous, shape and dtype of d, or NULL */
 };
 
-/* From args.argmax, for tokens whose dim is dense. No masks: what is masked has won nothing. */
+/* Gradients from args.argmax. Tokens must have stride 1 along dim. Needs no masks: argmax names no masked token. */
 void backward(const maxsim_args &args, const Gradients &out, const Level &level, int threads);
 
 }  // namespace latemax

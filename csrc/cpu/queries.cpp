@@ -10,7 +10,7 @@ namespace latemax {
 
 namespace {
 constexpr int64_t KEEP_BYTES = 1 << 20;
-/* panels smaller than that are packed before another thread is awake */
+/* a smaller panel is packed before another thread would be awake */
 constexpr int64_t SHARE_BYTES = 64 << 10;
 }
 
@@ -29,9 +29,9 @@ Queries::Queries(const maxsim_args &args, const Level &level, bool bf16)
     }
 }
 
-void Queries::add(int64_t query_first, int64_t query_past, int64_t row_first, int64_t row_past) {
-    const int64_t vectors = (row_past - row_first + level_.lanes - 1) / level_.lanes;
-    parts.push_back({query_first, query_past, row_first, row_past, vectors_, vectors});
+void Queries::add(int64_t query_first, int64_t query_end, int64_t row_first, int64_t row_end) {
+    const int64_t vectors = (row_end - row_first + level_.lanes - 1) / level_.lanes;
+    parts.push_back({query_first, query_end, row_first, row_end, vectors_, vectors});
     vectors_ += vectors;
 }
 
@@ -40,22 +40,22 @@ void Queries::cut(bool each, int64_t wanted, bool split) {
     if (each) {
         for (int64_t a = 0; a < n_q; ++a) add(a, a + 1, row_begin[a], row_begin[a + 1]);
     } else if (split) {
-        /* two vectors at least: one runs at the rate of a few registers less */
+        /* at least two vectors: a single one leaves registers unused and runs slower */
         const int64_t pair = 2 * level_.lanes;
         const int64_t share = std::max((rows() + wanted * pair - 1) / (wanted * pair), int64_t{1}) * pair;
         for (int64_t r = 0; r < rows(); r += share) add(0, n_q, r, std::min(r + share, rows()));
         if (!rows()) add(0, n_q, 0, 0);
     } else {
         const int64_t share = std::max<int64_t>(1, (rows() + wanted - 1) / wanted);
-        for (int64_t a = 0, past = 1; a < n_q; a = past++) {
-            while (past < n_q && row_begin[past] - row_begin[a] < share) ++past;
-            add(a, past, row_begin[a], row_begin[past]);
+        for (int64_t a = 0, end = 1; a < n_q; a = end++) {
+            while (end < n_q && row_begin[end] - row_begin[a] < share) ++end;
+            add(a, end, row_begin[a], row_begin[end]);
         }
     }
 }
 
 void Queries::pack(int threads) {
-    /* one small enough to keep is kept from call to call: the first touch of its pages costs more than packing */
+    /* a small panel keeps its memory between calls: the page faults of fresh memory cost more than packing */
     static thread_local Buffer<char> kept;
     const int64_t bytes = vectors_ * level_.lanes * steps_ * 4;
     panel_ = (bytes > KEEP_BYTES ? own_ : kept).get(bytes);
@@ -80,7 +80,7 @@ void Queries::pack(int threads) {
             for (int64_t lane = 0; lane < stride; ++lane) {
                 const int64_t row = first + lane;
                 char *out = block + 4 * lane;
-                if (row >= part.row_past) {
+                if (row >= part.row_end) {
                     for (int64_t k = 0; k < steps_; ++k) std::memset(out + 4 * k * stride, 0, 4);
                     continue;
                 }
@@ -106,7 +106,8 @@ void Queries::pack_row(int64_t query, int64_t row, char *out, int64_t stride, fl
         if (args_.normalize) {
             const float norm = clamped_norm(level_.sum_of_squares(MAXSIM_F32, wide, dim));
             if (bf16_ && std::isfinite(norm)) {
-                /* a power of two keeps bfloat16 exact and its products in range; the rest is applied to the maximum */
+                /* a power of two keeps bfloat16 exact and its products in range; the rest of the norm is applied to the
+                 * maximum */
                 int exponent = 0;
                 std::frexp(norm, &exponent);
                 factor = std::ldexp(1.0f, -exponent);

@@ -1,4 +1,4 @@
-/* Query tokens as the micro-kernel reads them: valid ones only, side by side, [dim][lanes]. */
+/* Query tokens as the micro-kernel reads them: valid tokens only, transposed to [dim][lanes]. */
 #ifndef LATEMAX_CPU_QUERIES_H
 #define LATEMAX_CPU_QUERIES_H
 
@@ -8,25 +8,25 @@
 
 namespace latemax {
 
-/* A run of consecutive query rows that one unit of work takes against its documents. */
+/* Consecutive query rows that one unit of work scores against its documents. */
 struct Part {
-    int64_t query_first, query_past;
-    int64_t row_first, row_past; /* of Queries::token */
-    int64_t vector_first;        /* where its panel starts, in vectors of lanes */
+    int64_t query_first, query_end;
+    int64_t row_first, row_end; /* of Queries::token */
+    int64_t vector_first;        /* start of its panel, in vectors of lanes */
     int64_t vectors;
 };
 
 class Queries {
   public:
-    /* bf16: the panel holds pairs of bfloat16. */
+    /* bf16: the panel holds pairs of bfloat16 instead of float32. */
     Queries(const maxsim_args &args, const Level &level, bool bf16);
 
     int64_t rows() const { return row_begin.back(); }
-    /* Cuts the rows: at every query (each), else into about `wanted` parts of as many rows; inside a query too where
-     * `split`. */
+    /* Cuts the rows at every query (`each`), else into about `wanted` parts of equally many rows; `split` allows cuts
+     * inside a query. */
     void cut(bool each, int64_t wanted, bool split);
     void pack(int threads);
-    /* Vectors that the micro-kernel takes at once, from this one on. */
+    /* The number of vectors that the micro-kernel takes at once, starting with this one. */
     int block(const Part &part, int64_t vector) const {
         const int64_t left = part.vectors - vector;
         return left >= level_.block ? level_.block : left >= 2 ? 2 : 1;
@@ -36,12 +36,12 @@ class Queries {
     }
 
     std::vector<int64_t> row_begin; /* [n_q + 1] */
-    std::vector<int32_t> token;     /* [rows] which token of its query */
-    std::vector<float> scale;       /* [rows] the factor that the panel leaves out, or empty */
+    std::vector<int32_t> token;     /* [rows] the number of the token in its query */
+    std::vector<float> scale;       /* [rows] the factor still to apply to the maximum, or empty */
     std::vector<Part> parts;
 
   private:
-    void add(int64_t query_first, int64_t query_past, int64_t row_first, int64_t row_past);
+    void add(int64_t query_first, int64_t query_end, int64_t row_first, int64_t row_end);
     void pack_row(int64_t query, int64_t row, char *out, int64_t stride, float *wide);
 
     const maxsim_args &args_;

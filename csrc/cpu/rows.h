@@ -1,4 +1,4 @@
-/* Rows of any float dtype, stride and alignment, one at a time. */
+/* Access to token rows of any float dtype, stride and alignment. */
 #ifndef LATEMAX_CPU_ROWS_H
 #define LATEMAX_CPU_ROWS_H
 
@@ -13,7 +13,7 @@ namespace latemax {
 
 inline int64_t item_size(maxsim_dtype dtype) { return dtype == MAXSIM_F32 ? 4 : 2; }
 
-/* max(norm, EPS), and NaN of a NaN. */
+/* max(norm, EPS); NaN stays NaN. */
 inline float clamped_norm(float squares) {
     const float norm = std::sqrt(squares);
     return norm < EPS ? EPS : norm;
@@ -23,8 +23,8 @@ inline const char *at(const void *base, maxsim_dtype dtype, int64_t element) {
     return static_cast<const char *>(base) + element * item_size(dtype);
 }
 
-/* Query a's winners against its candidate c, one a token. */
-inline int32_t *winners(const maxsim_args &args, int64_t a, int64_t c) {
+/* The argmax of query a against its candidate c, one per query token. */
+inline int32_t *argmax_row(const maxsim_args &args, int64_t a, int64_t c) {
     return args.argmax + (args.q.offsets ? c * args.q.total + args.q.offsets[a] : (a * args.n_c + c) * args.q.l);
 }
 
@@ -32,18 +32,18 @@ inline int64_t query_length(const maxsim_args &args, int64_t a) {
     return args.q.offsets ? args.q.offsets[a + 1] - args.q.offsets[a] : args.q.l;
 }
 
-/* Which of the packed documents candidate c of query a is, or -1. */
-inline int64_t packed_document(const maxsim_args &args, int64_t a, int64_t c) {
+/* The ragged document that is candidate c of query a, or -1. */
+inline int64_t document_number(const maxsim_args &args, int64_t a, int64_t c) {
     return args.candidates ? args.candidates[a * args.n_c + c] : c;
 }
 
-/* A row of float32; stride counts elements. */
+/* Converts a row to float32; stride counts elements. */
 inline void widen_row(const Level &level, maxsim_dtype dtype, const void *x, int64_t stride, int64_t n, float *out) {
     if (stride == 1) return level.widen(dtype, x, n, out);
     for (int64_t k = 0; k < n; ++k) level.widen(dtype, at(x, dtype, k * stride), 1, out + k);
 }
 
-/* Cache-line aligned memory that only grows: a fresh one for each call would cost a page fault every 4 KiB. */
+/* Cache-line aligned memory that only grows: fresh memory in each call would cost a page fault every 4 KiB. */
 template <class T>
 class Buffer {
   public:

@@ -6,15 +6,15 @@
 
 namespace latemax {
 
-/* Whether the last call ended within 2 ms: workers spin for some milliseconds before they sleep. The second of a row of
- * small calls wakes them, and one that stands alone waits for nobody. */
-bool worked_lately();
-void note_work();
+/* Whether the last call ended within the last 2 ms. Workers spin for some milliseconds before they sleep: the second of
+ * a series of small calls wakes them, and an isolated small call does not wait for them. */
+bool recent_call();
+void note_call();
 
-/* Runs body(data) on up to `threads` threads, the caller among them, and returns when all have ended. */
+/* Runs body(data) on up to `threads` threads, the caller included, and returns when all have finished. */
 void parallel(int threads, void (*body)(void *), void *data);
 
-/* Want of memory on any thread is thrown on the caller's. */
+/* bad_alloc on a worker is rethrown on the calling thread. */
 template <class Body>
 void parallel(int threads, Body &body) {
     struct Shared {

@@ -1,4 +1,4 @@
-/* The tile registers of AMX: eight of 16 rows of 64 bytes. tests/native has the same functions for any processor. */
+/* The eight tile registers of AMX, 16 rows of 64 bytes each. tests/native has the same functions for any processor. */
 #ifndef LATEMAX_CPU_TILES_H
 #define LATEMAX_CPU_TILES_H
 
@@ -12,7 +12,7 @@
 namespace latemax {
 namespace tiles {
 
-/* Whether this processor multiplies tiles of bfloat16, and Linux lets this process use them: it must be asked once. */
+/* Whether the processor multiplies bfloat16 tiles and Linux grants them to this process, which must ask once. */
 inline bool permitted(bool avx512) {
     constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
@@ -32,7 +32,7 @@ struct alignas(64) Config {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-/* Tile registers are in use from one of these to its end. */
+/* Configures the tile registers for its lifetime. */
 class Use {
   public:
     Use() {
@@ -45,9 +45,9 @@ class Use {
 
 }  // namespace
 
-/* The number of a register is part of the instruction. */
+/* Macros, because the register number is part of the instruction. */
 #define LATEMAX_TILE_ZERO(t) _tile_zero(t)
-/* GCC 12's load does not say that it reads memory: the barrier keeps stores of what is read before it */
+/* GCC 12 does not declare that the load reads memory: the barrier keeps earlier stores to that memory before it. */
 #define LATEMAX_TILE_LOAD(t, from, stride)   \
     do {                                     \
         asm volatile("" ::: "memory");       \

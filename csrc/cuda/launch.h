@@ -6,23 +6,35 @@
 
 namespace latemax {
 
-/* Fill in f.plan but for plan_queries, and launch. */
+/* Load every kernel of the file on the current device, see prepare of runtime.h. */
+void prepare_sm80(const Device &device);
+void prepare_sm90(const Device &device);
+void prepare_shared(const Device &device);
+
+/* Plan, and launch. */
 void launch_sm80(Forward &f, const Device &device, Stream stream);
 void launch_sm90(Forward &f, const Device &device, Stream stream);
 
-/* 1 / max(norm, 1e-12) of every token of q and d. */
-void launch_norms(const Forward &f, Stream stream);
+/* 1 / max(norm, 1e-12) of every token of q, and of d where the kernel does not take them from its tiles. */
+void launch_norms(const Forward &f, bool documents, Stream stream);
 /* d_lengths of masked documents. */
 void launch_lengths(const Forward &f, Stream stream);
 /* scores = the sum of the partial ones, in order. */
 void launch_sum(const Forward &f, Stream stream);
 
-/* Calls `run` with the dtype, the columns and whether winners are wanted, as types. */
-template <int N, class Run>
-void with_argmax(const maxsim_args &a, const Run &run) {
+/* Calls `run` with dtype and argmax as types: with every combination, or with the call's. */
+template <class Run>
+void with_all_types(const Run &run) {
+    run.template operator()<F16, false>();
+    run.template operator()<F16, true>();
+    run.template operator()<BF16, false>();
+    run.template operator()<BF16, true>();
+}
+template <class Run>
+void with_types(const maxsim_args &a, const Run &run) {
     const auto flag = [&](auto type) {
-        if (a.argmax) run.template operator()<decltype(type), N, true>();
-        else run.template operator()<decltype(type), N, false>();
+        if (a.argmax) run.template operator()<decltype(type), true>();
+        else run.template operator()<decltype(type), false>();
     };
     if (a.q.dtype == MAXSIM_BF16) flag(BF16{});
     else flag(F16{});

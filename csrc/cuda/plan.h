@@ -1,8 +1,7 @@
-/* How a call is cut: decided on the host, passed to the kernel beside the arguments.
+/* How a call is cut: decided on the host, passed to the kernel with the arguments.
  *
- * Query tokens are columns. A group is what one accumulator holds: `pack` short queries of `slot` columns each, or one of
- * the `chunks` of a long query. A thread block keeps the `teams` groups of one query block in shared memory and walks
- * documents past them.
+ * A thread block keeps the query tokens of one query block, `rows` of them, and streams documents. The rows are
+ * cut in segments of `slot` rows: a whole query each, or one of the `chunks` of 64 tokens of a long query.
  */
 #pragma once
 
@@ -12,13 +11,15 @@
 
 namespace latemax {
 
+constexpr int CHUNK = 64;  // query tokens in a segment of a long query, and in each piece of a score's sum
+// the longest query that stays in one segment
+constexpr int LONGEST_SM90 = 128, LONGEST_SM80 = 64;
+
 struct Plan {
-    int columns;        // query columns in a group: 32, 64 or 128
-    int slot;           // columns between the queries of a group: l_q, up to a multiple of 8; or all of them
-    int pack;           // queries in a group
-    int chunks;         // groups of one query
-    int teams;          // groups that a thread block holds
-    int64_t groups;     // of all queries; where they have their own documents, of one query
+    int rows;           // query tokens in a query block: 32 or 64 (sm_80), 64, 128 or 256 (sm_90)
+    int slot;           // rows of a segment: a multiple of 8, CHUNK where queries are cut
+    int segments;       // in a query block
+    int chunks;         // segments of one query
     int64_t blocks;     // query blocks
     int slabs;          // of 64 dims
     int stages;         // of the ring of document tiles
@@ -29,20 +30,25 @@ struct Plan {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Columns, groups and query blocks for kernels whose groups have at most `most` columns. */
-inline Plan plan_queries(const maxsim_args &a, int most, int most_teams) {
+/* Cuts queries of more than `longest` tokens. Depends on l_q only, since the caller allocates by it. */
+inline int chunks_of(int64_t l_q, int longest) { return l_q > longest ? static_cast<int>(ceil_div(l_q, CHUNK)) : 1; }
+
+inline void plan_rows(Plan &p, const maxsim_args &a, int rows) {
+    p.rows = rows;
+    p.segments = rows / p.slot;
+    p.blocks = a.own ? a.n_q * ceil_div(p.chunks, p.segments) : ceil_div(a.n_q * p.chunks, p.segments);
+}
+
+/* Segments and query blocks for kernels of `least` to `most` rows. */
+inline Plan plan_queries(const maxsim_args &a, int least, int most, int longest) {
     Plan p{};
-    const int64_t slot = ceil_div(a.q.l, 8) * 8;
-    p.chunks = static_cast<int>(ceil_div(a.q.l, most));
-    const int64_t wanted = a.own || slot >= most ? slot : slot * a.n_q;
-    p.columns = 32;
-    while (p.columns < most && p.columns < wanted) p.columns *= 2;
-    p.slot = p.chunks > 1 || slot > p.columns ? p.columns : static_cast<int>(slot);
-    p.pack = a.own || p.chunks > 1 ? 1 : p.columns / p.slot;
-    p.groups = a.own ? p.chunks : p.chunks > 1 ? a.n_q * p.chunks : ceil_div(a.n_q, p.pack);
-    p.teams = p.groups > 1 ? most_teams : 1;
-    p.blocks = ceil_div(p.groups, p.teams) * (a.own ? a.n_q : 1);
+    p.chunks = chunks_of(a.q.l, longest);
+    p.slot = p.chunks > 1 ? CHUNK : a.q.l > 8 ? static_cast<int>(ceil_div(a.q.l, 8) * 8) : 8;
     p.slabs = static_cast<int>(ceil_div(a.dim, 64));
+    const int64_t wanted = static_cast<int64_t>(p.slot) * p.chunks * (a.own ? 1 : a.n_q);
+    int rows = least;
+    while (rows < most && rows < wanted) rows *= 2;
+    plan_rows(p, a, rows);
     return p;
 }
 

@@ -1,18 +1,9 @@
-/* The running maximum over a document's tokens, in registers, and what becomes of it after the last one. */
+/* The running maximum of the sm_80 kernel, where document tokens are the rows of the accumulator. */
 #pragma once
 
-#include "items.h"
+#include "finish.h"
 
 namespace latemax {
-
-constexpr float INFINITE = __builtin_inff();
-
-/* Maximum and lowest index among equals; NaN counts as the greatest. */
-__device__ inline void merge(float &value, int &where, float other, int at) {
-    const bool nan = value != value, other_nan = other != other;
-    const bool equal = value == other || (nan && other_nan);
-    if (equal ? at < where : other > value || (other_nan && !nan)) value = other, where = at;
-}
 
 /* A thread's columns of an accumulator that is [16 rows, N] over a warp: rows lane / 4 and + 8, columns 8 j + 2 (lane % 4)
  * and + 1. Everything stays elementwise until `reduce`. */
@@ -106,55 +97,12 @@ struct Running {
     }
 };
 
-/* Where the warps of a team meet: a line a warp, twice, so that a warp may start on the next document at once. */
+/* Where the warps of a block meet: a line a warp, twice, so that a warp may start on the next document at once. */
 template <int N, bool ARGMAX, int WARPS>
 struct Tables {
     float values[2][WARPS][N];
     int wheres[2][ARGMAX ? WARPS : 1][N];
     int firsts[2][WARPS];
 };
-
-/* Scores and winners of one group against one document, from the lines of `warps` warps. Each of them takes every
- * `warps`-th query; a lane sums tokens lane, lane + 32, ... and the lanes meet in a fixed tree, so that a score depends
- * neither on where its query stands in the group nor on the other queries. */
-template <int N, bool ARGMAX>
-__device__ inline void finish(const Forward &f, const Group &group, int64_t c, int warp, int warps, int lane,
-                              const float (*values)[N], const int (*wheres)[N], const int *firsts) {
-    const maxsim_args &a = f.a;
-    int first = NONE;
-    for (int w = 0; w < warps; ++w) first = firsts[w] < first ? firsts[w] : first;
-    for (int p = warp; p < group.count; p += warps) {
-        const int64_t query = group.query + p;
-        const Query tokens = query_of(a, query);
-        float sum = 0;
-        for (int i = lane; i < f.plan.slot; i += 32) {
-            const int token = group.chunk * f.plan.columns + i, column = p * f.plan.slot + i;
-            if (token >= a.q.l) break;
-            const bool counts = first != NONE && token < tokens.length && query_keeps(a, query, tokens, token);
-            float value = values[0][column];
-            if constexpr (ARGMAX) {
-                int where = wheres[0][column];
-                for (int w = 1; w < warps; ++w) merge(value, where, values[w][column], wheres[w][column]);
-                if (where == NONE) where = first;
-                if (token < tokens.length) argmax_of(a, query, tokens, c)[token] = counts ? where : -1;
-            } else {
-                for (int w = 1; w < warps; ++w) value = ptx::max_nan(value, values[w][column]);
-            }
-            if (counts) sum += a.normalize ? value * query_scale(f, query, tokens, token) : value;
-        }
-        for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
-        if (first == NONE) {
-            // the first chunk answers for the whole query, the others add nothing
-            bool any = false;
-            for (int i = lane; group.chunk == 0 && i < tokens.length; i += 32) any |= query_keeps(a, query, tokens, i);
-            sum = ptx::warp_any(any) ? static_cast<float>(a.empty_score) : 0.0f;
-            if (broken_candidate(a, query, c)) sum = nanf("");
-        }
-        if (lane == 0) {
-            float *scores = f.plan.chunks > 1 ? f.work.partial + group.chunk * a.n_q * a.n_c : a.scores;
-            scores[query * a.n_c + c] = sum;
-        }
-    }
-}
 
 }  // namespace latemax

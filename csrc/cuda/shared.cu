@@ -1,4 +1,4 @@
-/* Small kernels beside the forward: inverse norms, lengths of masked documents, the sum over a long query's chunks. */
+/* Small kernels before and after the forward: inverse norms, lengths of masked documents, the sum over a long query's chunks. */
 #include "items.h"
 #include "launch.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int THREADS = 256;
 
-/* A warp a token; tokens lie at (row / l / n, row / l % n, row % l) times the strides. */
+/* One warp per token; tokens are at (row / l / n, row / l % n, row % l) times the strides. */
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     inverse_norms(const uint16_t *x, float *out, int64_t rows, int64_t n, int64_t l, int64_t stride_m, int64_t stride_n,
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* A warp a document: masked tokens behind the last kept one are neither read nor multiplied. */
+/* One warp per document: masked tokens after the last kept one are neither read nor multiplied. */
 __global__ void __launch_bounds__(THREADS) lengths(const __grid_constant__ Forward f, int64_t documents) {
     const maxsim_args &a = f.a;
     const int thread = ptx::thread_index(), lane = thread % 32;
@@ -76,10 +76,18 @@ void norms(const maxsim_args &a, const void *x, float *out, int64_t m, int64_t n
 
 }  // namespace
 
-void launch_norms(const Forward &f, Stream stream) {
+void prepare_shared(const Device &device) {
+    prepare(inverse_norms<BF16>, device.shared_block);
+    prepare(inverse_norms<F16>, device.shared_block);
+    prepare(lengths, device.shared_block);
+    prepare(sum_parts, device.shared_block);
+}
+
+void launch_norms(const Forward &f, bool documents, Stream stream) {
     const maxsim_args &a = f.a;
     if (a.q.offsets) norms(a, a.q.tokens, f.work.q_inverse_norms, 1, 1, a.q.total, 0, 0, a.q.stride_l, stream);
     else norms(a, a.q.tokens, f.work.q_inverse_norms, 1, a.n_q, a.q.l, 0, a.q.stride_n, a.q.stride_l, stream);
+    if (!documents) return;
     if (a.d.offsets) norms(a, a.d.tokens, f.work.d_inverse_norms, 1, 1, a.d.total, 0, 0, a.d.stride_l, stream);
     else norms(a, a.d.tokens, f.work.d_inverse_norms, a.own ? a.n_q : 1, a.n_c, a.d.l, a.d.stride_q, a.d.stride_n, a.d.stride_l, stream);
 }

@@ -6,12 +6,23 @@ namespace latemax {
 
 namespace {
 
+template <int N>
+struct Prepare80 {
+    const Device &device;
+
+    template <class T, bool ARGMAX>
+    void operator()() const {
+        prepare(sm80::forward<T, N, ARGMAX>, device.shared_block);
+    }
+};
+
+template <int N>
 struct Run80 {
     Forward &f;
     const Device &device;
     Stream stream;
 
-    template <class T, int N, bool ARGMAX>
+    template <class T, bool ARGMAX>
     void operator()() const {
         const int shared = sm80::shared_bytes(f.plan, sm80::table_bytes<N, ARGMAX>());
         if (shared > device.shared_block)
@@ -25,10 +36,15 @@ struct Run80 {
 
 }  // namespace
 
+void prepare_sm80(const Device &device) {
+    with_all_types(Prepare80<32>{device});
+    with_all_types(Prepare80<64>{device});
+}
+
 void launch_sm80(Forward &f, const Device &device, Stream stream) {
-    const Run80 run{f, device, stream};
-    if (f.plan.columns == 32) with_argmax<32>(f.a, run);
-    else with_argmax<64>(f.a, run);
+    f.plan = plan_queries(f.a, sm80::LEAST_COLUMNS, sm80::MOST_COLUMNS, LONGEST_SM80);
+    if (f.plan.rows == 32) with_types(f.a, Run80<32>{f, device, stream});
+    else with_types(f.a, Run80<64>{f, device, stream});
 }
 
 }  // namespace latemax

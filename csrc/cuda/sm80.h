@@ -1,8 +1,8 @@
-/* Forward for sm_80 and whatever has no kernel of its own: cp.async and mma.sync.
+/* Forward for sm_80 and chips without a kernel of their own: cp.async and mma.sync.
  *
  * Four warps share a tile of 128 document tokens, 32 each (two m16), against N query tokens. The ring holds slabs, 128
- * tokens x 64 dims, 16 KB; three of them, so that two are on their way while one is multiplied. Slabs are swizzled: the
- * 16 bytes of column c stand at c ^ (row % 8), which keeps ldmatrix and cp.async free of bank conflicts.
+ * tokens x 64 dims, 16 KB; three of them, so that two are in flight while one is multiplied. Slabs are swizzled: the
+ * 16 bytes of column c are at c ^ (row % 8), which keeps ldmatrix and cp.async free of bank conflicts.
  */
 #pragma once
 
@@ -11,17 +11,17 @@
 namespace latemax {
 namespace sm80 {
 
-constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 128, STAGES = 3, STAGE_BYTES = ROWS * 128, MOST_COLUMNS = 64;
+constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 128, STAGES = 3, STAGE_BYTES = ROWS * 128, LEAST_COLUMNS = 32, MOST_COLUMNS = 64;
 
 template <int N, bool ARGMAX>
 constexpr int table_bytes() {
     return sizeof(Tables<N, ARGMAX, WARPS>);
 }
-inline int shared_bytes(const Plan &p, int tables) { return STAGES * STAGE_BYTES + p.slabs * p.columns * 128 + tables; }
+inline int shared_bytes(const Plan &p, int tables) { return STAGES * STAGE_BYTES + p.slabs * p.rows * 128 + tables; }
 
 __device__ inline uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-/* The loads, STAGES - 1 slabs ahead of the products, past the ends of tiles and documents. */
+/* The loads, STAGES - 1 slabs ahead of the products, across the ends of tiles and documents. */
 struct Loader {
     const Forward &f;
     Walk walk;
@@ -37,7 +37,7 @@ struct Loader {
     __device__ void seek() {
         row = slab = 0;
         while ((more = walk.next())) {
-            document = document_of(f, group_of(f, walk.block, 0).query, walk.document);
+            document = document_of(f, owner_of(f, walk.block), walk.document);
             if (document.length) break;
         }
         const maxsim_args &a = f.a;
@@ -67,20 +67,21 @@ struct Loader {
     }
 };
 
-/* A group's query tokens, slab by slab [N, 64]; columns without a token are zeros. */
+/* A block's query tokens, slab by slab [N, 64]; columns without a token are zeros. */
 template <int N>
-__device__ inline void load_queries(const Forward &f, const Group &group, uint32_t to, int thread) {
+__device__ inline void load_queries(const Forward &f, int64_t block, uint32_t to, int thread) {
     const maxsim_args &a = f.a;
     for (int i = thread; i < f.plan.slabs * N * 8; i += THREADS) {
         const int chunk = i % 8, column = i / 8 % N, slab = i / 8 / N, p = column / f.plan.slot;
-        const int token = group.chunk * N + column % f.plan.slot;
+        const Segment segment = segment_of(f, block, p);
+        const int token = segment.chunk * CHUNK + column % f.plan.slot;
         const uint16_t *from = static_cast<const uint16_t *>(a.q.tokens);
-        bool there = p < group.count && slab * 64 + chunk * 8 < a.dim;
+        bool there = p < f.plan.segments && segment.exists && slab * 64 + chunk * 8 < a.dim;
         if (there) {
-            const Query q = query_of(a, group.query + p);
+            const Query q = query_of(a, segment.query);
             there = token < q.length;
             if (there)
-                from += (a.q.offsets ? q.start * a.q.stride_l : (group.query + p) * a.q.stride_n) + token * a.q.stride_l +
+                from += (a.q.offsets ? q.start * a.q.stride_l : segment.query * a.q.stride_n) + token * a.q.stride_l +
                         slab * 64 + chunk * 8;
         }
         ptx::cp_async_16(to + slab * (N * 128) + swizzled(column, chunk), from, there ? 16 : 0);
@@ -109,6 +110,27 @@ __device__ __forceinline__ void multiply(float (&acc)[2][N / 2], uint32_t docume
     }
 }
 
+/* The maxima of a block's columns, from the lines of its warps. */
+template <int N, bool ARGMAX>
+struct Maxima {
+    const Forward &f;
+    const float (*values)[N];
+    const int (*wheres)[N];
+
+    __device__ float value(int column, int &where) const {
+        float best = values[0][column];
+        if constexpr (ARGMAX) where = wheres[0][column];
+        for (int w = 1; w < WARPS; ++w) {
+            if constexpr (ARGMAX) merge(best, where, values[w][column], wheres[w][column]);
+            else best = ptx::max_nan(best, values[w][column]);
+        }
+        return best;
+    }
+    __device__ float weight(int, const Segment &segment, const Query &tokens, int token) const {
+        return query_weight(f, segment, tokens, token);
+    }
+};
+
 template <class T, int N, bool ARGMAX>
 __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Forward f) {
     const maxsim_args &a = f.a;
@@ -122,18 +144,16 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Forwa
     for (int s = 0; s < STAGES - 1; ++s) loader.load(ring + s * STAGE_BYTES);
 
     Running<N, ARGMAX> running;
-    Group group{};
     Walk walk(f, ptx::block_index(), ptx::grid_size());
     while (walk.next()) {
         if (walk.moved) {
-            // nobody reads the last ones any more: the barrier below the tiles came after
-            group = group_of(f, walk.block, 0);
-            load_queries<N>(f, group, queries, thread);
+            // the last queries are read no more: the barrier after the tiles came later
+            load_queries<N>(f, walk.block, queries, thread);
             ptx::cp_async_commit();
             ptx::cp_async_wait<0>();
             ptx::block_barrier();
         }
-        const Document document = document_of(f, group.query, walk.document);
+        const Document document = document_of(f, owner_of(f, walk.block), walk.document);
         running.clear();
         for (int start = 0; start < document.length; start += ROWS) {
             const bool plain = start + ROWS <= document.length && !a.d.mask && !a.normalize;
@@ -143,7 +163,7 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Forwa
             for (int i = 0; i < 4; ++i) scales[i] = plain ? 1.0f : row_scale(f, document, row + 8 * i);
             float acc[2][N / 2] = {};
             for (int slab = 0; slab < f.plan.slabs; ++slab) {
-                // this slab has come, for every thread, and nobody reads the one that is loaded next
+                // this slab has arrived for every thread, and the one that is loaded next is read no more
                 ptx::cp_async_wait<STAGES - 2>();
                 ptx::block_barrier();
                 loader.load(ring + (stage + STAGES - 1) % STAGES * STAGE_BYTES);
@@ -157,8 +177,10 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Forwa
         running.reduce(lane, tables.values[buffer][warp], tables.wheres[buffer][ARGMAX ? warp : 0],
                        &tables.firsts[buffer][warp]);
         ptx::block_barrier();
-        finish<N, ARGMAX>(f, group, walk.document, warp, WARPS, lane, tables.values[buffer], tables.wheres[buffer],
-                          tables.firsts[buffer]);
+        int first = NONE;
+        for (int w = 0; w < WARPS; ++w) first = tables.firsts[buffer][w] < first ? tables.firsts[buffer][w] : first;
+        finish<ARGMAX>(f, walk.block, walk.document, first, warp, WARPS, lane,
+                       Maxima<N, ARGMAX>{f, tables.values[buffer], tables.wheres[buffer]});
         buffer ^= 1;
     }
 }

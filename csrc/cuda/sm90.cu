@@ -11,55 +11,81 @@ TensorMap map_of(const maxsim_args &a, const void *base, uint64_t tokens, int64_
                  uint64_t m, int64_t stride_m, int rows) {
     const bool one_n = n <= 1 || stride_n == 0, one_m = m <= 1 || stride_m == 0;
     const uint64_t row = tokens <= 1 ? 2 * a.dim : 2 * stride_l;
-    return tensor_map(a.q.dtype == MAXSIM_BF16, base,
+    // torch gives a tensor without elements the null address, which the encoder refuses; nothing is loaded from the other
+    return tensor_map(a.q.dtype == MAXSIM_BF16, base ? base : a.scores,
                       {static_cast<uint64_t>(a.dim), tokens ? tokens : 1, one_n ? 1 : n, one_m ? 1 : m},
                       {row, one_n ? row : 2 * stride_n, one_m ? row : 2 * stride_m}, rows);
 }
+TensorMap map_of_queries(const maxsim_args &a, int rows) {
+    if (a.q.offsets) return map_of(a, a.q.tokens, a.q.total, a.q.stride_l, 1, 0, 1, 0, rows);
+    return map_of(a, a.q.tokens, a.q.l, a.q.stride_l, a.n_q, a.q.stride_n, 1, 0, rows);
+}
+TensorMap map_of_documents(const maxsim_args &a, int rows) {
+    if (a.d.offsets) return map_of(a, a.d.tokens, a.d.total, a.d.stride_l, 1, 0, 1, 0, rows);
+    return map_of(a, a.d.tokens, a.d.l, a.d.stride_l, a.n_c, a.d.stride_n, a.own ? a.n_q : 1, a.d.stride_q, rows);
+}
 
-struct Run90 {
-    Forward &f;
+template <int BLOCKS, int STEPS>
+struct Prepare90 {
     const Device &device;
-    Stream stream;
 
-    template <class T, int N, bool ARGMAX>
+    template <class T, bool ARGMAX>
     void operator()() const {
-        Plan &p = f.plan;
-        const maxsim_args &a = f.a;
-        const int tables = sm90::table_bytes<N, ARGMAX>();
-        // room for a ring of four stages comes first, then a second query buffer, then a longer ring
-        const auto fits = [&] { return sm90::shared_bytes(p, tables) <= device.shared_block; };
-        const int64_t query_blocks = ceil_div(p.blocks, device.multiprocessors);
-        p.stages = 4;
-        p.query_buffers = query_blocks > 1 ? sm90::MOST_QUERY_BUFFERS : 1;
-        if (!fits()) p.query_buffers = 1;
-        if (!fits() && p.teams > 1) {
-            p.teams = 1;
-            p.blocks = p.groups * (a.own ? a.n_q : 1);
-        }
-        while (!fits() && p.stages > 2) --p.stages;
-        if (!fits())
-            throw std::runtime_error("dim " + std::to_string(a.dim) + " needs more shared memory than this GPU has");
-        while (p.stages < sm90::MOST_STAGES && (++p.stages, fits())) {
-        }
-        if (!fits()) --p.stages;
-        plan_grid(p, a, device.multiprocessors);
-        const TensorMap q_map = a.q.offsets
-                                    ? map_of(a, a.q.tokens, a.q.total, a.q.stride_l, 1, 0, 1, 0, p.slot)
-                                    : map_of(a, a.q.tokens, a.q.l, a.q.stride_l, a.n_q, a.q.stride_n, 1, 0, p.slot);
-        const TensorMap d_map =
-            a.d.offsets ? map_of(a, a.d.tokens, a.d.total, a.d.stride_l, 1, 0, 1, 0, sm90::ROWS)
-                        : map_of(a, a.d.tokens, a.d.l, a.d.stride_l, a.n_c, a.d.stride_n, a.own ? a.n_q : 1, a.d.stride_q, sm90::ROWS);
-        launch(sm90::forward<T, N, ARGMAX>, p.grid, sm90::THREADS, sm90::shared_bytes(p, tables), stream, f, q_map, d_map);
+        prepare(sm90::forward<T, BLOCKS, STEPS, ARGMAX>, device.shared_block);
     }
 };
 
+template <int BLOCKS, int STEPS>
+struct Run90 {
+    const Forward &f;
+    const sm90::Maps &maps;
+    Stream stream;
+
+    template <class T, bool ARGMAX>
+    void operator()() const {
+        launch(sm90::forward<T, BLOCKS, STEPS, ARGMAX>, f.plan.grid, sm90::THREADS, sm90::shared_bytes(f.plan), stream, f,
+               maps);
+    }
+};
+
+struct Launch90 {
+    const Forward &f;
+    const sm90::Maps &maps;
+    Stream stream;
+
+    template <int BLOCKS, int STEPS>
+    void run() const {
+        with_types(f.a, Run90<BLOCKS, STEPS>{f, maps, stream});
+    }
+    /* Steps of 16 dims in registers: whole slabs, and 96 dims. */
+    template <int BLOCKS>
+    void of_blocks() const {
+        if (f.a.dim <= 64) run<BLOCKS, 4>();
+        else if (f.a.dim <= 96) run<BLOCKS, 6>();
+        else if (f.a.dim <= 128) run<BLOCKS, 8>();
+        else run<BLOCKS, 0>();
+    }
+};
+
+template <int BLOCKS>
+void prepare_blocks(const Device &device) {
+    with_all_types(Prepare90<BLOCKS, 0>{device});
+    with_all_types(Prepare90<BLOCKS, 4>{device});
+    with_all_types(Prepare90<BLOCKS, 6>{device});
+    with_all_types(Prepare90<BLOCKS, 8>{device});
+}
+
 }  // namespace
 
+void prepare_sm90(const Device &device) { prepare_blocks<1>(device), prepare_blocks<2>(device); }
+
 void launch_sm90(Forward &f, const Device &device, Stream stream) {
-    const Run90 run{f, device, stream};
-    if (f.plan.columns == 32) with_argmax<32>(f.a, run);
-    else if (f.plan.columns == 64) with_argmax<64>(f.a, run);
-    else with_argmax<128>(f.a, run);
+    f.plan = sm90::plan(f.a, device.shared_block, device.multiprocessors);
+    const sm90::Maps maps{map_of_queries(f.a, f.plan.slot), map_of_documents(f.a, sm90::TOKENS),
+                          map_of_documents(f.a, sm90::TAIL_BOX)};
+    const Launch90 launch{f, maps, stream};
+    if (f.plan.rows == sm90::MOST_ROWS) launch.of_blocks<2>();
+    else launch.of_blocks<1>();
 }
 
 }  // namespace latemax

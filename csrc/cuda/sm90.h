@@ -1,214 +1,55 @@
 /* Forward for Hopper: the copy engine fills a ring of document tiles, two warpgroups multiply them by wgmma.
  *
- *     warpgroup 0   one thread: query blocks and document tiles to shared memory, as far ahead as there is room
- *     warpgroup 1   wgmma | maximum | wgmma | ...      while one takes its maximum, the tensor cores work for the other
- *     warpgroup 2      wgmma | maximum | wgmma | ...
+ *     warpgroup 0   warp 0: query blocks and document tiles to shared memory, as far ahead as there is room
+ *                   warps 1, 2 with normalize: inverse norms of the tiles that have come
+ *                   warp 3, without normalize 1 to 3: scores and argmax of the documents that are done
+ *     warpgroup 1   wgmma of a tile or of half the rows, while the maximum of the one before is taken
+ *     warpgroup 2   the same for other query tokens
  *
- * Document tokens are the M operand, so that the maximum over them stays elementwise in registers. With one team both
- * warpgroups hold the same query columns and take turns with the tiles; with two each has its own columns and every
- * tile serves both, which halves what is read of documents.
+ * Query tokens are the M operand: for dim <= 128 in registers, for more from shared memory. 128 document tokens are N, so
+ * that a maximum runs along a thread's own registers. Every warp sees every phase of the ring, in order.
  */
 #pragma once
 
-#include "wgmma.h"
-#include "running.h"
+#include "sm90_consumer.h"
+#include "sm90_helpers.h"
 
 namespace latemax {
 namespace sm90 {
 
-constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS), WARPS = 4 * CONSUMERS, ROWS = 64, MOST_COLUMNS = 128;
-constexpr int SLAB_BYTES = ROWS * 128, PART_SLABS = 2;  // a stage of the ring: 64 tokens x 128 dims, 16 KB
-constexpr int MOST_STAGES = 12, MOST_QUERY_BUFFERS = 2;
-// 168 registers a thread are there at the start (65,536 / 384); what the producer gives, the consumers take
-constexpr int PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216;
-
-struct Barriers {
-    uint64_t full[MOST_STAGES], empty[MOST_STAGES], query_full[MOST_QUERY_BUFFERS], query_empty[MOST_QUERY_BUFFERS];
-};
-
-__host__ __device__ inline int stage_bytes(const Plan &p) {
-    return (p.slabs < PART_SLABS ? p.slabs : PART_SLABS) * SLAB_BYTES;
-}
-__host__ __device__ inline int query_bytes(const Plan &p) { return p.teams * p.slabs * p.columns * 128; }
-template <int N, bool ARGMAX>
-constexpr int table_bytes() {
-    return sizeof(Tables<N, ARGMAX, WARPS>) + sizeof(Barriers);
-}
-inline int shared_bytes(const Plan &p, int tables) {
-    return p.stages * stage_bytes(p) + p.query_buffers * query_bytes(p) + tables;
-}
-
-/* A place in a ring of barriers. */
-struct Ring {
-    int size, index = 0;
-    uint32_t phase = 0;
-
-    __device__ explicit Ring(int size) : size(size) {}
-    __device__ void advance(int n = 1) {
-        for (index += n; index >= size; index -= size) phase ^= 1;
-    }
-};
-
-/* K-major, rows of 128 bytes, groups of 8 rows 1,024 bytes apart, swizzled by 128 bytes. */
-__device__ inline uint64_t descriptor(uint32_t address) {
-    return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
-
-struct Shared {
-    uint32_t ring, queries;
-    Barriers *barriers;
-
-    __device__ static uint32_t at(const uint64_t &barrier) { return ptx::shared_address(&barrier); }
-};
-
-__device__ inline void produce(const Forward &f, const Shared &s, const TensorMap *q_map, const TensorMap *d_map) {
-    const maxsim_args &a = f.a;
+template <class T, int BLOCKS, int STEPS, bool ARGMAX>
+__global__ void __launch_bounds__(THREADS, 1) forward(const __grid_constant__ Forward f, const __grid_constant__ Maps maps) {
     const Plan &p = f.plan;
-    const int parts = (p.slabs + PART_SLABS - 1) / PART_SLABS, documents_of_query = a.own && a.d.stride_q != 0;
-    Ring ring(p.stages), buffers(p.query_buffers);
-    Walk walk(f, ptx::block_index(), ptx::grid_size());
-    while (walk.next()) {
-        if (walk.moved) {
-            const uint32_t full = Shared::at(s.barriers->query_full[buffers.index]);
-            ptx::mbarrier_wait(Shared::at(s.barriers->query_empty[buffers.index]), buffers.phase ^ 1);
-            int queries = 0;
-            for (int team = 0; team < p.teams; ++team) queries += group_of(f, walk.block, team).count;
-            ptx::mbarrier_arrive_expect(full, queries * p.slabs * p.slot * 128);
-            for (int team = 0; team < p.teams; ++team) {
-                const Group group = group_of(f, walk.block, team);
-                const uint32_t to = s.queries + buffers.index * query_bytes(p) + team * p.slabs * p.columns * 128;
-                for (int i = 0; i < group.count; ++i) {
-                    const int64_t query = group.query + i;
-                    const int row = static_cast<int>(query_of(a, query).start) + group.chunk * p.columns;
-                    for (int slab = 0; slab < p.slabs; ++slab)
-                        ptx::tensor_load(to + (slab * p.columns + i * p.slot) * 128, q_map, full, 64 * slab, row,
-                                         a.q.offsets || a.q.stride_n == 0 ? 0 : static_cast<int>(query), 0);
-                }
-            }
-            buffers.advance();
-        }
-        const Document document = document_of(f, group_of(f, walk.block, 0).query, walk.document);
-        const int number = a.d.stride_n == 0 ? 0 : static_cast<int>(document.number);
-        const int owner = documents_of_query ? static_cast<int>(document.owner) : 0;
-        for (int row = 0; row < document.length; row += ROWS)
-            for (int part = 0; part < parts; ++part) {
-                const uint32_t full = Shared::at(s.barriers->full[ring.index]);
-                const int from = part * PART_SLABS, slabs = p.slabs - from < PART_SLABS ? p.slabs - from : PART_SLABS;
-                ptx::mbarrier_wait(Shared::at(s.barriers->empty[ring.index]), ring.phase ^ 1);
-                ptx::mbarrier_arrive_expect(full, slabs * SLAB_BYTES);
-                for (int i = 0; i < slabs; ++i)
-                    ptx::tensor_load(s.ring + ring.index * stage_bytes(p) + i * SLAB_BYTES, d_map, full, 64 * (from + i),
-                                     static_cast<int>(document.start) + row, number, owner);
-                ring.advance();
-            }
-    }
-}
-
-template <class T, int N, bool ARGMAX>
-__device__ __forceinline__ void consume(const Forward &f, const Shared &s, Tables<N, ARGMAX, WARPS> &tables, int warpgroup,
-                                        int warp, int lane) {
-    const maxsim_args &a = f.a;
-    const Plan &p = f.plan;
-    const int parts = (p.slabs + PART_SLABS - 1) / PART_SLABS;
-    const int team = p.teams > 1 ? warpgroup : 0;
-    // the team's lines of the tables
-    const int line = p.teams > 1 ? 4 * warpgroup : 0, warps = p.teams > 1 ? 4 : WARPS;
-    const int my_line = 4 * warpgroup + warp;
-    Ring ring(p.stages), buffers(p.query_buffers);
-    Running<N, ARGMAX> running;
-    Group group{};
-    uint32_t queries = 0;
-    int buffer = 0, turn = 0, held = -1;
-
-    Walk walk(f, ptx::block_index(), ptx::grid_size());
-    while (walk.next()) {
-        if (walk.moved) {
-            if (held >= 0 && lane == 0) ptx::mbarrier_arrive(Shared::at(s.barriers->query_empty[held]));
-            group = group_of(f, walk.block, team);
-            held = buffers.index;
-            queries = s.queries + held * query_bytes(p) + team * p.slabs * (N * 128);
-            ptx::mbarrier_wait(Shared::at(s.barriers->query_full[held]), buffers.phase);
-            buffers.advance();
-        }
-        const Document document = document_of(f, group_of(f, walk.block, 0).query, walk.document);
-        const int length = ptx::uniform(document.length);
-        running.clear();
-        for (int start = 0; start < length; start += ROWS) {
-            if (p.teams == 1 && (turn++ & 1) != warpgroup) {
-                ring.advance(parts);
-                continue;
-            }
-            const bool plain = start + ROWS <= document.length && !a.d.mask && !a.normalize;
-            const int row = start + 16 * warp + lane / 4;
-            // asked for before the tile is waited for
-            const float scale = plain ? 1.0f : row_scale(f, document, row);
-            const float scale8 = plain ? 1.0f : row_scale(f, document, row + 8);
-            float acc[N / 2];
-            for (int part = 0; part < parts; ++part) {
-                ptx::mbarrier_wait(Shared::at(s.barriers->full[ring.index]), ring.phase);
-                if (group.count) {
-                    const int from = part * PART_SLABS, to = p.slabs < from + PART_SLABS ? p.slabs : from + PART_SLABS;
-                    uint64_t d = descriptor(s.ring + ring.index * stage_bytes(p));
-                    uint64_t q = descriptor(queries + from * (N * 128));
-#pragma unroll 1
-                    for (int slab = from; slab < to; ++slab) {
-                        ptx::wgmma_fence();
-                        // 16 dims are 32 bytes of a row; descriptors count in 16 bytes
-#pragma unroll
-                        for (int k = 0; k < 4; ++k) ptx::Wgmma<T, N>::run(acc, d + 2 * k, q + 2 * k, slab + k > 0);
-                        ptx::wgmma_commit();
-                        d += SLAB_BYTES >> 4, q += N * 128 >> 4;
-                    }
-                    ptx::wgmma_wait(acc);
-                }
-                // a lane that still waits here when the stage has been filled again would wait for the wrong phase
-                ptx::warp_barrier();
-                if (lane == 0) ptx::mbarrier_arrive(Shared::at(s.barriers->empty[ring.index]));
-                ring.advance();
-            }
-            if (group.count) running.take(acc, row, scale, scale8, plain);
-        }
-        running.reduce(lane, tables.values[buffer][my_line], tables.wheres[buffer][ARGMAX ? my_line : 0],
-                       &tables.firsts[buffer][my_line]);
-        ptx::named_barrier(1 + team, 32 * warps);
-        finish<N, ARGMAX>(f, group, walk.document, my_line - line, warps, lane, tables.values[buffer] + line,
-                          tables.wheres[buffer] + (ARGMAX ? line : 0), tables.firsts[buffer] + line);
-        buffer ^= 1;
-    }
-}
-
-template <class T, int N, bool ARGMAX>
-__global__ void __launch_bounds__(THREADS, 1)
-    forward(const __grid_constant__ Forward f, const __grid_constant__ TensorMap q_map,
-            const __grid_constant__ TensorMap d_map) {
-    const Plan &p = f.plan;
-    const int thread = ptx::thread_index(), warpgroup = ptx::uniform(thread / 128);
-    char *shared = ptx::dynamic_shared();
-    Shared s;
-    s.ring = ptx::shared_address(shared);
-    s.queries = s.ring + p.stages * stage_bytes(p);
-    char *after = shared + p.stages * stage_bytes(p) + p.query_buffers * query_bytes(p);
-    s.barriers = reinterpret_cast<Barriers *>(after);
-    auto &tables = *reinterpret_cast<Tables<N, ARGMAX, WARPS> *>(after + sizeof(Barriers));
+    const int thread = ptx::thread_index(), warpgroup = ptx::uniform(thread / 128), lane = thread % 32;
+    const int warp = ptx::uniform(thread / 32 % 4);
+    const Shared s(p, ptx::dynamic_shared());
+    const int consumers = 4 * warpgroups_of(p), norms = f.a.normalize ? NORM_WARPS : 0;
     if (thread == 0) {
-        // the producer's arrival and its bytes fill; a lane of each warp that reads it empties
+        // an arrival of the producer and its bytes fill; a lane of each warp that reads empties
         for (int i = 0; i < p.stages; ++i) {
-            ptx::mbarrier_init(Shared::at(s.barriers->full[i]), 1);
-            ptx::mbarrier_init(Shared::at(s.barriers->empty[i]), 4 * p.teams);
+            ptx::mbarrier_init(Shared::at(s.meta->full[i]), 1);
+            ptx::mbarrier_init(Shared::at(s.meta->scaled[i]), NORM_WARPS);
+            ptx::mbarrier_init(Shared::at(s.meta->empty[i]), consumers + norms);
         }
         for (int i = 0; i < p.query_buffers; ++i) {
-            ptx::mbarrier_init(Shared::at(s.barriers->query_full[i]), 1);
-            ptx::mbarrier_init(Shared::at(s.barriers->query_empty[i]), WARPS);
+            ptx::mbarrier_init(Shared::at(s.meta->query_full[i]), 1);
+            ptx::mbarrier_init(Shared::at(s.meta->query_empty[i]), consumers);
+        }
+        for (int i = 0; i < TABLES; ++i) {
+            ptx::mbarrier_init(Shared::at(s.meta->done[i]), consumers);
+            ptx::mbarrier_init(Shared::at(s.meta->free[i]), 3 - norms);
         }
         ptx::mbarrier_init_fence();
     }
     ptx::block_barrier();
     if (warpgroup == 0) {
-        ptx::give_registers<PRODUCER_REGISTERS>();
-        if (thread == 0) produce(f, s, &q_map, &d_map);
+        ptx::give_registers<HELPER_REGISTERS>();
+        if (warp == 0) produce(f, s, maps, lane);
+        else if (warp <= norms) scale<T>(f, s, warp - 1, lane);
+        else finish_documents<ARGMAX>(f, s, warp - 1 - norms, 3 - norms, lane);
     } else {
         ptx::take_registers<CONSUMER_REGISTERS>();
-        consume<T, N, ARGMAX>(f, s, tables, warpgroup - 1, thread / 32 % 4, thread % 32);
+        if (warpgroup <= warpgroups_of(p)) Consumer<T, BLOCKS, STEPS, ARGMAX>(f, s, warpgroup - 1, warp, lane).run();
     }
 }
 

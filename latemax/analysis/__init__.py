@@ -1,6 +1,6 @@
-"""Evidence from MaxSim: who wins the maximum, by how much, and where in the image.
+"""Evidence from MaxSim: which tokens hold the maximum, by how much, and where in the image.
 
-Every function returns data; `latemax.viz` draws it.
+Every function returns data; ``latemax.viz`` draws it.
 """
 
 from latemax.analysis._groups import own_pairs, token_groups

@@ -1,4 +1,4 @@
-"""Token types of a document sequence, and the pairs and tokens a study counts."""
+"""Token types of a document sequence, and the pairs and tokens that a study counts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,29 @@ Groups = Mapping[str, "slice | Sequence[int] | Tensor"]
 
 
 def token_groups(n_patches: int, *, n_cls: int = 1, n_registers: int = 0) -> dict[str, slice]:
-    """Positions of CLS, registers and patches in a ViT sequence ``[cls, registers, patches]``.
+    """Returns the positions of CLS, registers and patches in a ViT sequence ``[cls, registers, patches]``.
 
-    Empty groups are left out. The result is what ``groups=`` takes in `argmax_share` and `similarity_distribution`.
+    Args:
+        n_patches: number of patch tokens.
+        n_cls: number of CLS tokens.
+        n_registers: number of register tokens.
+
+    Returns:
+        name -> slice, without the empty groups: the ``groups=`` of `argmax_share` and `similarity_distribution`.
+
+    Raises:
+        ValueError: a negative number.
+
+    Example:
+        >>> token_groups(196)
+        {'CLS': slice(0, 1, None), 'patches': slice(1, 197, None)}
     """
     for name, value in (("n_patches", n_patches), ("n_cls", n_cls), ("n_registers", n_registers)):
         if value < 0:
             raise ValueError(f"{name} must be 0 or more, got {value}")
     sizes = {"CLS": n_cls, "registers": n_registers, "patches": n_patches}
-    groups, start = {}, 0
+    groups: dict[str, slice] = {}
+    start = 0
     for name, size in sizes.items():
         if size:
             groups[name] = slice(start, start + size)
@@ -29,9 +43,10 @@ def token_groups(n_patches: int, *, n_cls: int = 1, n_registers: int = 0) -> dic
 
 
 def group_ids(groups: Groups, l_d: int) -> tuple[tuple[str, ...], Tensor]:
-    """Names of the groups and the group number of every document token, int64 [l_d].
+    """Returns the names of the groups and the group number of every document token, int64 [l_d].
 
-    ValueError unless every one of the ``l_d`` positions lies in exactly one group.
+    Raises:
+        ValueError: a position that is not in exactly one group.
     """
     if not groups:
         raise ValueError("groups must name at least one group of document tokens, got an empty mapping")
@@ -50,7 +65,7 @@ def group_ids(groups: Groups, l_d: int) -> tuple[tuple[str, ...], Tensor]:
         position = int((times != 1).nonzero()[0])
         raise ValueError(
             f"groups must cover each of the {l_d} document tokens exactly once, "
-            f"position {position} lies in {int(times[position])} groups"
+            f"position {position} is in {int(times[position])} groups"
         )
     return names, member.argmax(0)
 
@@ -58,7 +73,11 @@ def group_ids(groups: Groups, l_d: int) -> tuple[tuple[str, ...], Tensor]:
 def as_batches(
     q: Tensor, tokens: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, pairs: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """3-D tokens with boolean masks: q [n_q,l_q,dim], tokens [n_d,l_d,dim], masks, and pairs bool [n_q,n_d]."""
+    """Returns q [n_q, l_q, dim], tokens [n_d, l_d, dim], their masks, and pairs [n_q, n_d]; masks and pairs are bool.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
     for name, value in (("q", q), ("tokens", tokens)):
         if value.dim() not in (2, 3):
             raise ValueError(f"{name} must be [l, dim] or [n, l, dim], got shape {list(value.shape)}")
@@ -81,22 +100,40 @@ def as_batches(
 
 
 def own_pairs(owner: Tensor, n_d: int) -> Tensor:
-    """Bool [n_q, n_d]: True where document ``owner[i]`` belongs to query ``i``. ``~`` of it gives the wrong pairs."""
+    """Marks the pairs of a query with its own document.
+
+    Args:
+        owner: int [n_q], the document of each query.
+        n_d: number of documents.
+
+    Returns:
+        bool [n_q, n_d], True at (i, ``owner[i]``). ``~own_pairs(...)`` selects the wrong pairs.
+
+    Raises:
+        ValueError: a document number outside 0..n_d - 1.
+    """
     if owner.numel() and not (0 <= int(owner.min()) <= int(owner.max()) < n_d):
         raise ValueError(f"owner must hold document numbers within 0..{n_d - 1}, got {owner.tolist()}")
     return F.one_hot(owner.long(), n_d).bool()
 
 
-def winning_similarity(q: Tensor, d: Tensor, argmax: Tensor, *, normalize: bool) -> Tensor:
-    """<q_i, d_argmax(i)> in float32 (float64 for float64 tokens); 0 where the argmax is -1.
+def argmax_similarity(q: Tensor, d: Tensor, argmax: Tensor, *, normalize: bool) -> Tensor:
+    """Computes <q_i, d_argmax(i)>.
 
-    q [l_q, dim], d [..., l_d, dim], argmax int [..., l_q] -> [..., l_q].
+    Args:
+        q: [l_q, dim].
+        d: [..., l_d, dim].
+        argmax: int [..., l_q]; -1 is no token.
+        normalize: cosine instead of the dot product.
+
+    Returns:
+        [..., l_q], float32 (float64 for float64 tokens); 0 where the argmax is -1.
     """
     dtype = torch.promote_types(torch.promote_types(q.dtype, d.dtype), torch.float32)
     index = argmax.long().clamp(min=0)[..., None].expand(*argmax.shape, d.shape[-1])
     if d.shape[-2] == 0:
         return q.new_zeros(argmax.shape, dtype=dtype)
-    winners, q = d.gather(-2, index).to(dtype), q.to(dtype)
+    best, q = d.gather(-2, index).to(dtype), q.to(dtype)
     if normalize:
-        winners, q = F.normalize(winners, dim=-1), F.normalize(q, dim=-1)
-    return (q * winners).sum(-1).masked_fill(argmax < 0, 0.0)
+        best, q = F.normalize(best, dim=-1), F.normalize(q, dim=-1)
+    return (q * best).sum(-1).masked_fill(argmax < 0, 0.0)

@@ -1,4 +1,4 @@
-"""Where in the image a MaxSim score comes from."""
+"""The places in an image that a MaxSim score comes from."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 
 from latemax import maxsim
-from latemax.analysis._groups import winning_similarity
+from latemax.analysis._groups import argmax_similarity
 
 _AXES = ("yx", "xy")
 
 
 @dataclass(frozen=True)
 class GroundingMap:
-    """The winners of one query against one image (or a batch of images).
+    """The best patch of every query token, for one query and one image or a batch of images.
 
-    map: [..., l_q, rows, cols] (or [..., l_q, cols, rows] with axes "xy"); each query token's similarity sits in the
-    cell of the patch that won it, every other cell is 0, so the whole map sums to the score.
-    score: [...]. argmax: int32 [..., l_q], flat patch index row * cols + col, -1 for masked query tokens.
-    contribution: [..., l_q], the similarity each query token adds. grid: (rows, cols). axes: "yx" or "xy".
+    Attributes:
+        map: [..., l_q, rows, cols] (or [..., l_q, cols, rows] with ``axes="xy"``). Each query token's similarity is in
+            the cell of its best patch and every other cell is 0, so the whole map sums to the score.
+        score: [...].
+        argmax: int32 [..., l_q], the flat patch index ``row * cols + col``; -1 for masked query tokens.
+        contribution: [..., l_q], the similarity that each query token adds to the score.
+        grid: (rows, cols).
+        axes: ``"yx"`` or ``"xy"``.
     """
 
     map: Tensor
@@ -31,11 +35,11 @@ class GroundingMap:
     axes: str
 
     def total(self) -> Tensor:
-        """Contributions of all query tokens to each patch: [..., rows, cols] (or [..., cols, rows])."""
+        """Sums the contributions of all query tokens per patch: [..., rows, cols] (or [..., cols, rows])."""
         return self.map.sum(-3)
 
     def wins(self) -> Tensor:
-        """How many query tokens each patch won: int64 [..., rows, cols], whatever the axes of ``map``."""
+        """Counts the query tokens whose best patch each patch is: int64 [..., rows, cols], also with axes "xy"."""
         rows, cols = self.grid
         flat = torch.zeros(*self.argmax.shape[:-1], rows * cols, dtype=torch.int64, device=self.argmax.device)
         flat.scatter_add_(-1, self.argmax.long().clamp(min=0), (self.argmax >= 0).long())
@@ -52,21 +56,30 @@ def grounding_map(
     normalize: bool = False,
     axes: str = "yx",
 ) -> GroundingMap:
-    """The map of which patches won, [l_q, rows, cols], whose cells sum to the MaxSim score.
+    """Maps each query token to its best patch, [l_q, rows, cols]; the cells sum to the MaxSim score.
+
+    An image without a valid patch scores -inf and has an all-zero map; a query without a valid token scores 0.
 
     Args:
         q: [l_q, dim], one query.
         d: [rows * cols, dim] or [n_d, rows * cols, dim], patch tokens in row-major order without prefix tokens.
         grid: (rows, cols).
-        q_mask, d_mask: [l_q], and [rows * cols] or [n_d, rows * cols]; True = keep.
+        q_mask: [l_q], True = keep.
+        d_mask: [rows * cols] or [n_d, rows * cols], True = keep.
         normalize: score by cosine.
-        axes: "yx" gives [..., l_q, rows, cols], as in sentence-transformers; "xy" gives [..., l_q, cols, rows], the
-            [query, x, y] of colpali-engine.
+        axes: ``"yx"`` gives [..., l_q, rows, cols], as in sentence-transformers; ``"xy"`` gives [..., l_q, cols, rows],
+            the [query, x, y] of colpali-engine.
 
-    An image without a valid patch scores -inf and has an all-zero map; a query without a valid token scores 0.
+    Returns:
+        The map with its score, argmax and contributions.
 
     Raises:
         ValueError: a grid that does not multiply to the number of patch tokens, a batched q, or unknown axes.
+
+    Example:
+        >>> out = encoder.encode(image)
+        >>> grounding = grounding_map(query_tokens, out.tokens[0], out.grid)
+        >>> latemax.viz.plot_grounding(image, grounding)
     """
     rows, cols = grid
     if q.dim() != 2:
@@ -81,7 +94,7 @@ def grounding_map(
     if axes not in _AXES:
         raise ValueError(f'axes must be "yx" or "xy", got {axes!r}')
     score, argmax = maxsim(q, d, q_mask, d_mask, normalize=normalize, return_argmax=True)
-    contribution = winning_similarity(q, d, argmax, normalize=normalize)
+    contribution = argmax_similarity(q, d, argmax, normalize=normalize)
     flat = contribution.new_zeros(*argmax.shape, rows * cols)
     flat.scatter_(-1, argmax.long().clamp(min=0)[..., None], contribution[..., None])
     cells = flat.unflatten(-1, (rows, cols))
@@ -91,7 +104,19 @@ def grounding_map(
 
 
 def convert_axes(maps: Tensor, *, source: str, target: str) -> Tensor:
-    """Turn [..., rows, cols] ("yx", sentence-transformers) into [..., x, y] ("xy", colpali-engine) or back; a view."""
+    """Turns [..., rows, cols] ("yx", sentence-transformers) into [..., x, y] ("xy", colpali-engine) or back.
+
+    Args:
+        maps: at least two axes.
+        source: ``"yx"`` or ``"xy"``, the axes of ``maps``.
+        target: ``"yx"`` or ``"xy"``, the axes of the result.
+
+    Returns:
+        A view of ``maps``.
+
+    Raises:
+        ValueError: unknown axes, or fewer than two dimensions.
+    """
     for name, value in (("source", source), ("target", target)):
         if value not in _AXES:
             raise ValueError(f'{name} must be "yx" or "xy", got {value!r}')
@@ -101,10 +126,10 @@ def convert_axes(maps: Tensor, *, source: str, target: str) -> Tensor:
 
 
 def to_colpali(maps: Tensor) -> Tensor:
-    """[..., rows, cols] to colpali-engine's [..., x, y]."""
+    """Turns [..., rows, cols] into colpali-engine's [..., x, y]; a view."""
     return convert_axes(maps, source="yx", target="xy")
 
 
 def from_colpali(maps: Tensor) -> Tensor:
-    """colpali-engine's [..., x, y] to [..., rows, cols], which is also sentence-transformers' orientation."""
+    """Turns colpali-engine's [..., x, y] into [..., rows, cols], as in sentence-transformers; a view."""
     return convert_axes(maps, source="xy", target="yx")

@@ -1,4 +1,4 @@
-"""Token norms around the final norm of a ViT, and the high-norm patches in them."""
+"""Token norms before and after the final norm of a ViT, and its high-norm patches."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from latemax.analysis._groups import Groups, group_ids
 class TokenNorms:
     """L2 norms of a batch of ViT sequences before and after the final norm.
 
-    before, after: group -> float32 [b, n_group]; after is None when only the tokens before the norm were given.
-    outlier: bool [b, n_patches], the patches whose norm before the final norm lies above ``threshold`` [b].
-    largest_ratio: the largest patch norm before the final norm over the median of its own image.
+    Attributes:
+        before: group -> float32 [b, n_group].
+        after: the same; None if only the tokens before the norm were given.
+        outlier: bool [b, n_patches], the patches whose norm before the final norm exceeds ``threshold``.
+        threshold: float32 [b].
+        k: how many MADs above the median the threshold is.
+        largest_ratio: the largest ratio of a patch norm before the final norm to the median of its own image.
     """
 
     before: dict[str, Tensor]
@@ -28,28 +32,31 @@ class TokenNorms:
 
     @property
     def outlier_share(self) -> float:
-        """Share of all patches that are flagged."""
+        """The share of all patches that are flagged."""
         return float(self.outlier.float().mean())
 
 
 def token_norms(
     before: Tensor, after: Tensor | None = None, *, groups: Groups, patches: str = "patches", k: float = 10.0
 ) -> TokenNorms:
-    """Token norms by group, and the patches of unusually high norm.
+    """Measures token norms by group and flags the patches of unusually high norm.
 
-    A patch is flagged when its norm before the final norm exceeds ``median + k * MAD`` of its own image's patches (MAD:
-    median absolute deviation from the median). The final norm hides these norms, so they are looked for before it.
-    ``k = 10`` lies 6.7 standard deviations out on normally distributed norms; the artefacts reported for large ViTs
-    (Darcet et al., "Vision Transformers Need Registers", 2024) have about ten times the usual norm. Flagged patches
-    are for masking (``d_mask``), never for removal, which would break the grid.
+    A patch is flagged if its norm before the final norm exceeds ``median + k * MAD`` of its own image's patches (MAD:
+    median absolute deviation from the median). The final norm hides these norms, so the search is before it. ``k = 10``
+    is 6.7 standard deviations above the median of normally distributed norms; the artefacts reported for large ViTs
+    (Darcet et al., "Vision Transformers Need Registers", 2024) have about ten times the usual norm. Mask flagged
+    patches (``d_mask``) and do not remove them, which would break the grid.
 
     Args:
-        before, after: [b, n, dim], the whole sequence, prefix tokens included, before and after the final norm: what
-            ``PatchEncoder(model, final_norm=None, normalize=False)`` and ``PatchEncoder(model, normalize=False)`` give,
-            prefix and patches concatenated.
+        before: [b, n, dim], the whole sequence before the final norm, prefix tokens included: prefix and patches of
+            ``PatchEncoder(model, final_norm=None, normalize=False)``, concatenated.
+        after: the same after the final norm, from ``PatchEncoder(model, normalize=False)``; or None.
         groups: name -> positions in the sequence (`token_groups`).
-        patches: the group in which outliers are looked for.
-        k: how many MADs above the median.
+        patches: the group that is searched for outliers.
+        k: how many MADs above the median the threshold is.
+
+    Returns:
+        The norms by group and the flagged patches.
 
     Raises:
         ValueError: shapes that differ, an unknown patch group, or a negative k.

@@ -1,4 +1,4 @@
-"""Who wins the maximum: shares of the argmax and distributions of the similarities, by type of document token."""
+"""Which document tokens hold the maximum: argmax shares and similarity distributions by type of token."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latemax import maxsim
-from latemax.analysis._groups import Groups, as_batches, group_ids, winning_similarity
+from latemax.analysis._groups import Groups, argmax_similarity, as_batches, group_ids
 
 
 @dataclass(frozen=True)
 class ArgmaxShare:
     """How often each group of document tokens holds the maximum of a query token.
 
-    names: the groups. wins int64 [g]: query tokens won. share float64 [g]: wins / total (NaN if nothing was counted).
-    chance float64 [g]: the share the group would have if every valid token won equally often.
-    score float64 [g]: the part of the MaxSim scores that the group's winners bring; sums to the counted pairs' scores.
-    total: query tokens counted, over all counted pairs.
+    Attributes:
+        names: the groups, g of them.
+        wins: int64 [g], the number of query tokens whose maximum is in the group.
+        share: float64 [g], ``wins / total`` (NaN if nothing was counted).
+        chance: float64 [g], the share of the group if every valid token were the argmax equally often.
+        score: float64 [g], the part of the MaxSim scores that comes from the group; sums to the counted pairs' scores.
+        total: number of query tokens counted, over all counted pairs.
     """
 
     names: tuple[str, ...]
@@ -30,7 +33,11 @@ class ArgmaxShare:
     total: int
 
     def __getitem__(self, name: str) -> dict[str, float]:
-        """The row of one group: wins, share, chance, lift (share / chance) and score."""
+        """Returns ``wins``, ``share``, ``chance``, ``lift`` (share / chance) and ``score`` of one group.
+
+        Raises:
+            KeyError: no such group.
+        """
         if name not in self.names:
             raise KeyError(f"no group {name!r}, there are {', '.join(self.names)}")
         at = self.names.index(name)
@@ -51,18 +58,26 @@ def argmax_share(
     pairs: Tensor | None = None,
     normalize: bool = False,
 ) -> ArgmaxShare:
-    """How often CLS, registers and patches win ``max_j <q_i, d_j>``, beside chance.
+    """Counts how often CLS, registers and patches are the argmax of ``max_j <q_i, d_j>``, compared with chance.
 
     Args:
-        q: [n_q, l_q, dim] or [l_q, dim], any float dtype `latemax.maxsim` takes.
-        tokens: [n_d, l_d, dim] or [l_d, dim], prefix tokens still in place.
+        q: [n_q, l_q, dim] or [l_q, dim], any float dtype that `latemax.maxsim` takes.
+        tokens: [n_d, l_d, dim] or [l_d, dim], with their prefix tokens.
         groups: name -> slice, positions or bool mask [l_d]; each document token in exactly one group (`token_groups`).
-        q_mask, d_mask: as in `latemax.maxsim`, True = keep.
-        pairs: bool [n_q, n_d], the (query, document) pairs to count; all when None.
+        q_mask: as in `latemax.maxsim`, True = keep.
+        d_mask: as in `latemax.maxsim`, True = keep.
+        pairs: bool [n_q, n_d], the (query, document) pairs to count; None counts all.
         normalize: compare by cosine instead of the raw dot product.
+
+    Returns:
+        Counts, shares, chance and scores by group.
 
     Raises:
         ValueError: shapes that do not fit, or groups that do not cover each document token exactly once.
+
+    Example:
+        >>> everything = torch.cat([out.prefix, out.tokens], 1)
+        >>> argmax_share(q, everything, token_groups(out.tokens.shape[1]), normalize=True)["CLS"]
     """
     q, tokens, q_mask, d_mask, pairs = as_batches(q, tokens, q_mask, d_mask, pairs)
     names, ids = group_ids(groups, tokens.shape[1])
@@ -70,13 +85,12 @@ def argmax_share(
     _, argmax = maxsim(q, tokens, q_mask, d_mask, normalize=normalize, return_argmax=True)
     counted = (argmax >= 0) & pairs[..., None]
 
-    winner = ids[argmax[counted].long()]
-    wins = torch.bincount(winner, minlength=len(names))
+    wins = torch.bincount(ids[argmax[counted].long()], minlength=len(names))
     total = int(wins.sum())
 
     score = torch.zeros(len(names), dtype=torch.float64, device=q.device)
     for row, query in enumerate(q):
-        similarity = winning_similarity(query, tokens, argmax[row], normalize=normalize)
+        similarity = argmax_similarity(query, tokens, argmax[row], normalize=normalize)
         keep = counted[row]
         score.index_add_(0, ids[argmax[row][keep].long()], similarity[keep].double())
 
@@ -91,10 +105,13 @@ def argmax_share(
 class SimilarityDistribution:
     """Similarities of query tokens to document tokens, by type of document token.
 
-    raw, cosine: group -> float32 [k], a sample of the similarities as dot products and L2-normalised. The further key
-    "maximum" holds one value per counted query token and document: the best over every valid document token.
-    raw_mean, cosine_mean: group -> mean over all similarities, not only the sample.
-    count: group -> how many similarities there were.
+    Attributes:
+        raw: group -> float32 [k], a sample of the dot products. The additional key ``"maximum"`` holds one value per
+            counted query token and document: the largest over all valid document tokens.
+        cosine: the same, L2-normalized.
+        raw_mean: group -> mean over all similarities, not only over the sample.
+        cosine_mean: the same, L2-normalized.
+        count: group -> number of all similarities.
     """
 
     raw: dict[str, Tensor]
@@ -115,10 +132,22 @@ def similarity_distribution(
     max_values: int = 200_000,
     seed: int = 0,
 ) -> SimilarityDistribution:
-    """Distribution of <q_i, d_j> against CLS, registers, patches and the per-query-token maximum, raw and by cosine.
+    """Samples <q_i, d_j> by type of document token, and the maximum per query token, raw and by cosine.
 
-    Arguments as in `argmax_share`. At most about ``max_values`` similarities a group are kept (a uniform random sample
-    drawn with ``seed``); means and counts are exact. Memory: one query against its documents at a time.
+    Memory holds the similarities of one query with its documents at a time.
+
+    Args:
+        q: as in `argmax_share`.
+        tokens: as in `argmax_share`.
+        groups: as in `argmax_share`; the name ``"maximum"`` is taken.
+        q_mask: as in `argmax_share`.
+        d_mask: as in `argmax_share`.
+        pairs: as in `argmax_share`.
+        max_values: about how many similarities to keep per group, a uniform random sample. Means and counts are exact.
+        seed: seed of the sample.
+
+    Returns:
+        The samples, means and counts by group.
 
     Raises:
         ValueError: shapes that do not fit, groups that do not cover each token once, or ``max_values`` below 1.
@@ -130,7 +159,7 @@ def similarity_distribution(
     if "maximum" in names:
         raise ValueError('groups must not use the name "maximum", it is the per-query-token maximum')
     ids = ids.to(q.device)
-    # One row of group membership per kind of value; the last, "maximum", is filled from the row maxima.
+    # Sizes per document and group; "maximum" comes last, filled from the row maxima.
     sizes = (F.one_hot(ids, len(names))[None] * d_mask[..., None]).sum(1)
     per_pair = pairs.long() * q_mask.sum(1, keepdim=True)
     total = (per_pair.sum(0)[:, None] * sizes).sum(0).tolist()
@@ -153,7 +182,7 @@ def similarity_distribution(
             keep = b_mask[:, None, :].expand_as(sims)
             values = [sims[:, :, c][keep[:, :, c]].cpu() for c in columns]
             values.append(sims.masked_fill(~keep, float("-inf")).amax(-1).flatten().cpu())
-            # The same draw serves both: position k of raw and of cosine are the same pair of tokens.
+            # One draw for both, so that position k of raw and of cosine is the same pair of tokens.
             if drawn is None:
                 drawn = [
                     torch.rand(len(v), generator=generator) < max_values / max(n, 1)
@@ -164,11 +193,10 @@ def similarity_distribution(
                 sums[norm][key] += float(value.double().sum())
 
     count = dict(zip(keys, (int(n) for n in total), strict=True))
-    values = {
-        norm: {key: torch.cat(v) if v else torch.empty(0) for key, v in kept[norm].items()} for norm in (False, True)
-    }
-    mean = {
-        norm: {key: sums[norm][key] / count[key] if count[key] else float("nan") for key in keys}
-        for norm in (False, True)
-    }
-    return SimilarityDistribution(values[False], values[True], mean[False], mean[True], count)
+    raw, cosine = (
+        {key: torch.cat(v) if v else torch.empty(0) for key, v in kept[norm].items()} for norm in (False, True)
+    )
+    raw_mean, cosine_mean = (
+        {key: sums[norm][key] / count[key] if count[key] else float("nan") for key in keys} for norm in (False, True)
+    )
+    return SimilarityDistribution(raw, cosine, raw_mean, cosine_mean, count)

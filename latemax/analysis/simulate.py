@@ -1,10 +1,11 @@
-"""When does CLS win the maximum? A small model of image and query tokens with a knob for each suspected cause."""
+"""When is CLS the argmax? A small model of image and query tokens with a knob for each suspected cause."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,23 @@ KNOBS = (*_UNIT_KNOBS, "norm_ratio", "noise", "n_patches")
 
 @dataclass(frozen=True)
 class ClsSimulation:
-    """One knob swept, the others fixed at ``settings``.
+    """The results of sweeping one knob with the others fixed.
 
-    values: float64 [v]. win_rate, retrieval_kept, retrieval_dropped, pointing_kept, pointing_dropped: float64
-    [trials, v]; win_rate is the share of query tokens whose maximum on their own image is CLS, with CLS kept. Retrieval
-    is the share of queries whose own image scores highest; pointing the share of query tokens whose winner on their
-    own image is a patch of the right object (CLS points nowhere). chance, pointing_chance: float64 [v];
-    retrieval_chance: float.
+    "Kept" and "dropped" refer to CLS among the document tokens.
+
+    Attributes:
+        knob: the knob.
+        values: float64 [v], its values.
+        win_rate: float64 [trials, v], the share of query tokens whose maximum on their own image is CLS, if kept.
+        chance: float64 [v], of ``win_rate``.
+        retrieval_kept: float64 [trials, v], the share of queries whose own image scores highest.
+        retrieval_dropped: the same.
+        retrieval_chance: chance of both.
+        pointing_kept: float64 [trials, v], the share of query tokens whose argmax on their own image is a patch of the
+            right object. CLS is never right: it has no place.
+        pointing_dropped: the same.
+        pointing_chance: float64 [v], chance of both.
+        settings: the fixed knobs, sizes and seed.
     """
 
     knob: str
@@ -55,7 +66,7 @@ def _scene(
     dim: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries [n_images, l_q, dim], documents [n_images, 1 + n_patches, dim], and the objects of both."""
+    """Returns queries [n_images, l_q, dim], documents [n_images, 1 + n_patches, dim], and the objects of both."""
 
     def unit(*shape: int) -> Tensor:
         return F.normalize(torch.randn(*shape, dim, generator=generator), dim=-1)
@@ -81,11 +92,11 @@ def _measure(q: Tensor, d: Tensor, query_object: Tensor, patch_object: Tensor, n
     def accuracy(scores: Tensor) -> float:
         return float((scores.argmax(1) == own).double().mean())
 
-    kept, winner = maxsim(q, d, normalize=normalize, return_argmax=True)
+    kept, token = maxsim(q, d, normalize=normalize, return_argmax=True)
     dropped, patch = maxsim(q, d[:, 1:], normalize=normalize, return_argmax=True)
-    winner, patch = winner[own, own].long(), patch[own, own].long()
-    is_cls = winner == 0
-    right_kept = (patch_object.gather(1, (winner - 1).clamp(min=0)) == query_object) & ~is_cls
+    token, patch = token[own, own].long(), patch[own, own].long()
+    is_cls = token == 0
+    right_kept = (patch_object.gather(1, (token - 1).clamp(min=0)) == query_object) & ~is_cls
     right_dropped = patch_object.gather(1, patch) == query_object
     return {
         "win_rate": float(is_cls.double().mean()),
@@ -115,33 +126,41 @@ def simulate_cls_dominance(
     trials: int = 8,
     seed: int = 0,
 ) -> ClsSimulation:
-    """How often CLS wins the maximum as one knob turns, and what dropping it does to retrieval and pointing.
+    """Simulates how often CLS is the argmax as one knob changes, and what dropping CLS does to retrieval and pointing.
 
-    The model. An image shows ``n_objects`` of ``n_concepts`` random unit directions; its patches divide evenly among
-    them. With o the object's direction and u a unit direction of the image as a whole,
+    The model: an image shows ``n_objects`` of ``n_concepts`` random unit directions, each on an equal part of its
+    patches. With ``o`` the object's direction and ``u`` a unit direction of the image as a whole::
 
-        patch = unit(sqrt(1 - shared) o + sqrt(shared) u + noise * e),     e a random unit vector of its own
+        patch = unit(sqrt(1 - shared) o + sqrt(shared) u + noise * e),     e a random unit vector per patch
         gist  = unit(sum of the image's patches)
         CLS   = norm_ratio * unit(absorbed * gist + sqrt(1 - absorbed^2) * e')
         query token = unit(unit(sqrt(1 - alignment) o + sqrt(alignment) gist) + noise * e'')
 
-    One query an image, ``l_q`` tokens that each name a different object. It is a model of one scenario, not of every
-    ViT: what decides is ``alignment``, how far training pulled the query tokens towards the pooled image (as
-    CLIP-style training with CLS does) rather than towards the patches (as training with MaxSim does).
+    There is one query per image, with ``l_q`` tokens that each name a different object. The model covers one scenario,
+    not every ViT. The deciding knob is ``alignment``: how far training pulled the query tokens towards the pooled image
+    (as CLIP-style training with CLS does) rather than towards the patches (as training with MaxSim does).
 
     Args:
-        knob: which of "absorbed", "alignment", "shared", "norm_ratio", "noise", "n_patches" to sweep.
+        knob: the knob to sweep: ``"absorbed"``, ``"alignment"``, ``"shared"``, ``"norm_ratio"``, ``"noise"`` or
+            ``"n_patches"``.
         values: its values; the argument of the same name is ignored.
         absorbed: cosine between CLS and the sum of the patches, 0..1: how much of every patch CLS has absorbed.
-        alignment: part of a query token's energy that points at the image's gist, 0..1.
-        shared: part of a patch's energy that all patches of the image share, 0..1.
-        norm_ratio: |CLS| / |patch|. Without effect by cosine (``normalize=True``).
-        noise: |noise| / |content| of a patch and of a query token. CLS, a sum over patches, averages theirs away.
-        n_patches: patches an image; chance is ``1 / (n_patches + 1)``.
-        n_images, n_objects, n_concepts, l_q, dim: size of the scene.
+        alignment: the part of a query token's energy that points at the image's gist, 0..1.
+        shared: the part of a patch's energy that all patches of the image share, 0..1.
+        norm_ratio: |CLS| / |patch|. No effect by cosine (``normalize=True``).
+        noise: |noise| / |content| of a patch and of a query token. CLS, a sum over patches, averages it out.
+        n_patches: number of patches per image; chance is ``1 / (n_patches + 1)``.
+        n_images: number of images and of queries.
+        n_objects: number of objects per image.
+        n_concepts: number of directions that objects are drawn from.
+        l_q: number of tokens per query.
+        dim: number of features per token.
         normalize: score by cosine.
-        trials: independent repeats, the first dimension of the results.
-        seed: of trial 0; trial t uses ``seed + t``.
+        trials: number of independent repeats, the first dimension of the results.
+        seed: seed of trial 0; trial t uses ``seed + t``.
+
+    Returns:
+        Win rate, retrieval and pointing for every trial and value, with their chances.
 
     Raises:
         ValueError: an unknown knob, a value outside its range, or a scene that does not fit (l_q <= n_objects, ...).
@@ -160,7 +179,7 @@ def simulate_cls_dominance(
             f"the scene needs 1 <= l_q <= n_objects <= n_concepts, got l_q={l_q}, n_objects={n_objects}, "
             f"n_concepts={n_concepts}"
         )
-    points = [{**settings, knob: int(v) if knob == "n_patches" else float(v)} for v in values]
+    points: list[dict[str, Any]] = [{**settings, knob: int(v) if knob == "n_patches" else float(v)} for v in values]
     for point in points:
         _check_point(point)
 
@@ -188,7 +207,7 @@ def simulate_cls_dominance(
 def _check_point(point: dict[str, float | int]) -> None:
     for name in _UNIT_KNOBS:
         if not 0 <= point[name] <= 1:
-            raise ValueError(f"{name} must lie in 0..1, got {point[name]}")
+            raise ValueError(f"{name} must be in 0..1, got {point[name]}")
     for name in ("norm_ratio", "noise"):
         if point[name] < 0:
             raise ValueError(f"{name} must be 0 or more, got {point[name]}")

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "cuda", "cpu", "reference")
+from latemax.ops.dispatch import BY_NAME
+
+BACKENDS = ("auto", *BY_NAME)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,11 +27,12 @@ def check_options(*, normalize: Any, empty_score: Any, return_argmax: Any, backe
     # numbers.Real is an abstract class: asking it takes 0.4 µs
     if type(empty_score) is not float and (isinstance(empty_score, bool) or not isinstance(empty_score, numbers.Real)):
         raise TypeError(f"empty_score must be a number, got {type(empty_score).__name__}")
+    empty_score = float(empty_score)
     if FLOAT32_MAX < abs(empty_score) < math.inf:
         raise ValueError(f"empty_score must be infinite or within the range of float32, got {empty_score}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    return float(empty_score)
+    return empty_score
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -48,8 +51,19 @@ def check_tokens(name: str, x: Any, dims: tuple[int, ...], shapes: str) -> None:
         raise ValueError(f"{name} must be {shapes}, got shape {list(x.shape)}")
 
 
+def readable(x: Tensor) -> bool:
+    """Whether the values of x may be read: an ordinary CPU tensor, outside compilation and tracing."""
+    return (
+        x.device.type == "cpu"
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
 def as_mask(name: str, m: Any, of: str, x: Tensor) -> Tensor | None:
-    """Any bool, int or float mask of exactly ``x.shape[:-1]`` → bool."""
+    """Any bool, int or float mask of exactly ``x.shape[:-1]`` → bool. On a GPU an additive mask is not recognised."""
     if m is None:
         return None
     if not isinstance(m, Tensor):
@@ -62,18 +76,14 @@ def as_mask(name: str, m: Any, of: str, x: Tensor) -> Tensor | None:
         raise ValueError(f"{name} must have the leading shape of {of}, {list(x.shape[:-1])}; got shape {list(m.shape)}")
     if m.device != x.device:
         raise ValueError(f"{name} must be on the device of {of}, {x.device}; got {m.device}")
-    return m if m.dtype == torch.bool else m != 0
-
-
-def readable(x: Tensor) -> bool:
-    """Whether the values of x may be read: an ordinary CPU tensor, outside compilation and tracing."""
-    return (
-        x.device.type == "cpu"
-        and type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
+    if m.dtype == torch.bool:
+        return m
+    if readable(m) and bool((m < 0).any()):
+        raise ValueError(
+            f"{name} must be nonzero where a token is kept and 0 where it is masked; got a negative value, as in an "
+            f"additive mask (0 = keep, -inf = mask): pass `{name} == 0` instead"
+        )
+    return m != 0
 
 
 def as_int64(name: str, x: Any, dims: tuple[int, ...], shape: str, of: Tensor) -> Tensor:

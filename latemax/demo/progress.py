@@ -1,4 +1,4 @@
-"""Stages of the demo with their times."""
+"""The stages of the demo and their times."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 
 class Stages:
-    """Prints ``[2/6] what ... 3.1 s`` on stderr and keeps the seconds of every stage by its key."""
+    """Prints the start and the end of every stage on stderr and keeps its duration in ``seconds``, by key."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int) -> None:
         self.total = total
         self.seconds: dict[str, float] = {}
 

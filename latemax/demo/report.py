@@ -8,7 +8,7 @@ from latemax.viz._style import number
 
 
 def print_ranking(result: dict[str, Any]) -> None:
-    """The rank of every crop's own photo, R@1 of each way to score beside chance, pointing and timing."""
+    """Prints the rank of every crop's own photo, R@1 of each kind of scoring and chance, pointing and timing."""
     queries, photos = result["queries"], result["photos"]
     print(f"\n{result['model']}; {len(queries)} crops of {len(photos)} photos as queries, CLS dropped")
     print("rank of the right photo, crop by crop (1 is a hit):")
@@ -24,7 +24,7 @@ def print_ranking(result: dict[str, Any]) -> None:
     for name, value in result["recall_at_1"].items():
         print(f"  {name:<36} {value:.3f}")
     p = result["pointing"]
-    print("winning patches on the right photo")
+    print("best matches of the crop's patches on the right photo")
     print(f"  inside the crop's place              {p['in_box']:.3f}  (chance {p['in_box_chance']:.3f})")
     print(f"  within 1.5 patches of the true place {p['near']:.3f}  (chance {p['near_chance']:.3f})")
     t = result["scoring"]
@@ -36,9 +36,9 @@ def print_ranking(result: dict[str, Any]) -> None:
 
 
 def print_study(result: dict[str, Any]) -> None:
-    """CLS win rates beside chance, mean similarities, token norms and the ends of the simulation's main curve."""
+    """Prints CLS win rates and chance, mean similarities, token norms and the main curve of the simulation."""
     if "cls_share" not in result:
-        print("\nThis model has no CLS token: its study is left out.")
+        print("\nThis model has no CLS token: no CLS study.")
     else:
         print("\nHow often CLS holds the maximum when it is kept")
         for label, groups in result["cls_share"].items():
@@ -56,7 +56,7 @@ def print_study(result: dict[str, Any]) -> None:
             f"the largest norm is {n['largest_ratio']:.1f} times its photo's median"
         )
     curve = result["simulation"]["alignment"]["absorbed 0.9"]
-    print("Simulated CLS win rate by how far queries were aligned with the pooled image")
+    print("Simulated CLS win rate by the alignment of the queries with the pooled image")
     points = (f"{v:.1f}: {100 * w:.1f} %" for v, w in zip(curve["values"], curve["win_rate"], strict=True))
     print("  " + "  ".join(points))
     print(f"  chance {100 * curve['chance'][0]:.1f} %\n", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,44 +14,67 @@ from torch import Tensor
 from latemax import explain, maxsim
 from latemax.demo.photos import Crop, Photo
 
+if TYPE_CHECKING:
+    from latemax import PatchEncoder
+
+Grid = tuple[int, int]
+
 # Multiples of 14 and of 16: 256 and 64 patches at patch size 14, 196 and 49 at 16.
 PHOTO_SIZE, CROP_SIZE = 224, 112
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Final-normed tokens before L2 normalisation.
+    """Tokens after the final norm and before L2 normalization.
 
-    d [n_d, l_d, dim] with d_prefix [n_d, p, dim], q [n_q, l_q, dim] with q_prefix [n_q, p, dim]; d_before
-    [n_d, p + l_d, dim]: the photos' whole sequences before the final norm.
+    Attributes:
+        d: [n_d, l_d, dim], patches of the photos.
+        d_prefix: [n_d, p, dim].
+        d_before: [n_d, p + l_d, dim], the whole sequences of the photos before the final norm.
+        grid: (rows, cols) of a photo.
+        q: [n_q, l_q, dim], patches of the crops.
+        q_prefix: [n_q, p, dim].
+        q_grid: (rows, cols) of a crop.
     """
 
     d: Tensor
     d_prefix: Tensor
     d_before: Tensor
-    grid: tuple[int, int]
+    grid: Grid
     q: Tensor
     q_prefix: Tensor
-    q_grid: tuple[int, int]
+    q_grid: Grid
 
 
-def encode(encoder, before_norm, photos: list[Photo], crops: list[Crop], *, progress: bool) -> Encoded:
-    """Tokens of photos and crops. ``before_norm``: an encoder of the same model with final_norm=None."""
+def encode(
+    encoder: PatchEncoder, before_norm: PatchEncoder, photos: list[Photo], crops: list[Crop], *, progress: bool
+) -> Encoded:
+    """Encodes photos and crops.
+
+    Args:
+        encoder: with ``normalize=False``.
+        before_norm: an encoder of the same model, also with ``final_norm=None``.
+        photos: the documents.
+        crops: the queries.
+        progress: draw progress bars.
+    """
     photo_size, crop_size = (PHOTO_SIZE, PHOTO_SIZE), (CROP_SIZE, CROP_SIZE)
-    options = {"return_prefix": True, "progress": progress, "batch_size": 16}
+    options: dict[str, Any] = {"return_prefix": True, "progress": progress, "batch_size": 16}
     d = encoder.encode([p.image for p in photos], size=photo_size, **options)
     before = before_norm.encode([p.image for p in photos], size=photo_size, **options)
     q = encoder.encode([c.image for c in crops], size=crop_size, **options)
-    return Encoded(d.tokens, d.prefix, torch.cat([before.prefix, before.tokens], 1), d.grid, q.tokens, q.prefix, q.grid)
+    # fixed sizes: one grid for all photos and one for all crops, never a list of them
+    d_grid, q_grid = cast(Grid, d.grid), cast(Grid, q.grid)
+    return Encoded(d.tokens, d.prefix, torch.cat([before.prefix, before.tokens], 1), d_grid, q.tokens, q.prefix, q_grid)
 
 
 def recall_at_1(scores: Tensor, owner: Tensor) -> float:
-    """Share of queries whose own photo scores highest. scores [n_q, n_d], owner [n_q]."""
+    """Returns the share of queries whose own photo scores highest, from scores [n_q, n_d] and owner [n_q]."""
     return float((scores.argmax(1) == owner).double().mean())
 
 
 def rankings(encoded: Encoded, owner: Tensor) -> dict[str, float]:
-    """R@1 of several ways to score, each without any training."""
+    """Returns R@1 of several kinds of scoring, none of them trained; owner [n_q] is each query's own photo."""
     q, d = encoded.q, encoded.d
     scores = {
         "maxsim, patches, cosine": maxsim(q, d, normalize=True),
@@ -67,12 +91,20 @@ def rankings(encoded: Encoded, owner: Tensor) -> dict[str, float]:
     return {name: recall_at_1(value, owner) for name, value in scores.items()}
 
 
-def pointing(argmax: Tensor, crops: list[Crop], grid: tuple[int, int], q_grid: tuple[int, int]) -> dict[str, float]:
-    """Do the winners on the right photo lie where the crop was cut?
+def pointing(argmax: Tensor, crops: list[Crop], grid: Grid, q_grid: Grid) -> dict[str, Any]:
+    """Measures whether the argmax patches on the right photo are where the crop was cut.
 
-    argmax [n_q, l_q]: winners on each query's own photo. "in_box" counts winners whose centre lies inside the crop's
-    box, chance being the box's share of the patch centres; "near" winners whose centre lies within 1.5 patches of the
-    true place of the query patch's own centre, chance being the share of patches that near.
+    Args:
+        argmax: int [n_q, l_q], on each query's own photo.
+        crops: the queries.
+        grid: (rows, cols) of a photo.
+        q_grid: (rows, cols) of a crop.
+
+    Returns:
+        ``in_box``: the share of argmax patches whose centre is inside the crop's box; its chance is the box's share of
+        the patch centres. ``near``: the share whose centre is within 1.5 patches of the true place of the query patch's
+        centre; its chance is the share of patches that are so near. Both with ``_chance``, ``in_box`` also
+        ``_per_query``.
     """
     rows, cols = grid
     y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(cols) + 0.5) / cols, indexing="ij")
@@ -87,19 +119,23 @@ def pointing(argmax: Tensor, crops: list[Crop], grid: tuple[int, int], q_grid: t
     truth = low + inside_query * (high - low)
     distance = ((centre[None, None] - truth[:, :, None]) * torch.tensor([cols, rows])).norm(dim=-1)
     near = distance <= 1.5
-    winners = argmax.long()
+    patch = argmax.long()
     return {
-        "in_box": float(in_box.gather(1, winners).double().mean()),
+        "in_box": float(in_box.gather(1, patch).double().mean()),
         "in_box_chance": float(in_box.double().mean()),
-        "near": float(near.gather(2, winners[..., None]).double().mean()),
+        "near": float(near.gather(2, patch[..., None]).double().mean()),
         "near_chance": float(near.double().mean()),
-        "in_box_per_query": in_box.gather(1, winners).double().mean(1).tolist(),
+        "in_box_per_query": in_box.gather(1, patch).double().mean(1).tolist(),
         "in_box_chance_per_query": in_box.double().mean(1).tolist(),
     }
 
 
 def time_scoring(q: Tensor, d: Tensor, repeats: int = 5) -> dict[str, float | int | str]:
-    """Median and fastest wall time of one `maxsim` call over all pairs, after one warm-up call, in ms."""
+    """Times one `maxsim` call over all pairs, after a warm-up call.
+
+    Returns:
+        ``median_ms`` and ``fastest_ms`` of ``repeats`` calls, with the sizes, threads and backend.
+    """
     maxsim(q, d, normalize=True)
     times = []
     for _ in range(repeats):

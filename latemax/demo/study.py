@@ -1,4 +1,4 @@
-"""The CLS study: the simulation, and the same questions put to the tokens of a real ViT."""
+"""The CLS study: the simulation, and the same questions for the tokens of a real ViT."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _ALIGNMENT = tuple(i / 10 for i in range(11))
 
 
 def groups_of(encoded: Encoded) -> dict[str, slice]:
-    """CLS first, what else the prefix holds as registers, then patches."""
+    """Returns the token groups: CLS first, the rest of the prefix as registers, then patches."""
     p = encoded.d_prefix.shape[1]
     return token_groups(encoded.d.shape[1], n_cls=min(p, 1), n_registers=max(p - 1, 0))
 
 
 def shares(encoded: Encoded, owner: Tensor) -> dict[str, ArgmaxShare]:
-    """Who wins the maximum with CLS kept, for query patches and for the query's own CLS as the one query token."""
+    """Counts argmax shares with CLS kept, for query patches and for the query's own CLS as the only query token."""
     tokens, groups = torch.cat([encoded.d_prefix, encoded.d], 1), groups_of(encoded)
     right = own_pairs(owner, len(tokens))
     result = {}
@@ -46,19 +46,28 @@ def shares(encoded: Encoded, owner: Tensor) -> dict[str, ArgmaxShare]:
 
 
 def distribution(encoded: Encoded, owner: Tensor) -> SimilarityDistribution:
-    """Similarities of the query patches on their own photo, by token type."""
+    """Samples the similarities of the query patches on their own photo, by token type."""
     tokens = torch.cat([encoded.d_prefix, encoded.d], 1)
     return similarity_distribution(encoded.q, tokens, groups_of(encoded), pairs=own_pairs(owner, len(tokens)))
 
 
 def norms(encoded: Encoded) -> TokenNorms:
-    """Token norms of the photos before and after the final norm."""
+    """Measures the token norms of the photos before and after the final norm."""
     after = torch.cat([encoded.d_prefix, encoded.d], 1)
     return token_norms(encoded.d_before, after, groups=groups_of(encoded))
 
 
 def simulations(tick: Callable[[], Any] = lambda: None, *, trials: int = 4, seed: int = 0) -> dict[str, Any]:
-    """The curves of the eight panels: panel -> label -> `ClsSimulation`; ``tick`` is called after each curve."""
+    """Simulates the curves of the eight panels.
+
+    Args:
+        tick: called after each curve, `N_CURVES` times.
+        trials: trials per curve.
+        seed: seed of the first trial.
+
+    Returns:
+        panel -> label -> `ClsSimulation`; "pointing" and "retrieval" hold one simulation without label.
+    """
 
     def curve(knob: str, values: tuple[float, ...], **settings: Any) -> ClsSimulation:
         result = simulate_cls_dominance(knob, values, trials=trials, seed=seed, **settings)
@@ -86,12 +95,12 @@ def simulations(tick: Callable[[], Any] = lambda: None, *, trials: int = 4, seed
     }
 
 
-# How often `simulations` ticks.
+# The number of curves that `simulations` computes.
 N_CURVES = 18
 
 
 def simulation_numbers(panels: dict[str, Any]) -> dict[str, Any]:
-    """The curves as plain lists: means over trials."""
+    """Returns the curves as plain lists, means over trials."""
 
     def plain(sim: ClsSimulation) -> dict[str, Any]:
         means = ("win_rate", "pointing_kept", "pointing_dropped", "retrieval_kept", "retrieval_dropped")
@@ -112,12 +121,14 @@ def simulation_numbers(panels: dict[str, Any]) -> dict[str, Any]:
 
 
 def norm_numbers(result: TokenNorms) -> dict[str, Any]:
-    """Median and maximum norm by group, before and after the final norm, and the count of outliers."""
+    """Returns median and maximum norm by group before and after the final norm, and the number of outliers."""
 
     def plain(values: Tensor) -> dict[str, float]:
         return {"median": float(values.median()), "max": float(values.max())}
 
-    stages = {"before": result.before, "after": result.after}
+    stages = {"before": result.before}
+    if result.after is not None:
+        stages["after"] = result.after
     return {
         "groups": {name: {when: plain(groups[name]) for when, groups in stages.items()} for name in result.before},
         "outliers": int(result.outlier.sum()),

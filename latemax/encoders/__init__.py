@@ -2,7 +2,7 @@
 
 from .lora import LoRA, add_lora
 from .patch_encoder import PatchEncoder
-from .preprocess import Preprocess
+from .pixels import Preprocess
 from .tokens import PatchTokens
 
 __all__ = ["LoRA", "PatchEncoder", "PatchTokens", "Preprocess", "add_lora"]

@@ -1,97 +1,90 @@
-"""Names and folders to models: `PatchEncoder.from_pretrained`."""
+"""Names and folders to models: ``PatchEncoder.from_pretrained``."""
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from .preprocess import Preprocess, from_processor_config, from_torchvision_transforms
+from . import hub, processors
+from .pixels import ImageTransform
+from .preprocess import from_torchvision_transforms
 from .weights import dinov2_small
 
-LOCAL_NAMES = {"dinov2-small": dinov2_small}
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+Loaded = tuple[nn.Module, ImageTransform | None]
+LOCAL_NAMES: dict[str, Callable[[], str | os.PathLike[str]]] = {"dinov2-small": dinov2_small}
 
 
-def load(name_or_path: str | os.PathLike) -> tuple[nn.Module, Preprocess | None]:
-    """(model, preprocessing or None where the model tells it itself); names as in `PatchEncoder.from_pretrained`."""
+def load(name_or_path: str | os.PathLike[str], with_processor: bool = True) -> Loaded:
+    """``(model, preprocessing)``; names as in ``PatchEncoder.from_pretrained``.
+
+    Args:
+        name_or_path: Name or folder.
+        with_processor: False spares looking for the model's preprocessing files.
+
+    Returns:
+        The preprocessing is None where the model carries it, or where it was not wanted.
+    """
     name = os.fspath(name_or_path)
     library, _, rest = name.partition(":")
-    if rest and library in LOADERS:
-        loaded = LOADERS[library](rest)
-        return loaded if isinstance(loaded, tuple) else (loaded, None)
+    if rest and library in LOADERS and not os.path.exists(name):
+        return LOADERS[library](rest)
     if name in LOCAL_NAMES and not os.path.exists(name):
         name = os.fspath(LOCAL_NAMES[name]())
-    return _transformers(name)
+    return _transformers(name, with_processor)
 
 
-def _transformers(name: str) -> tuple[nn.Module, Preprocess | None]:
+def _transformers(name: str, with_processor: bool) -> Loaded:
     try:
         from transformers import AutoModel
     except ImportError as error:
         raise ImportError(f'loading {name} needs transformers: pip install "latemax[encoders]"') from error
-    if _is_path(name) and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"name_or_path: {name} holds no config.json; it must be a folder in transformers format"
-        )
-    return AutoModel.from_pretrained(name), _processor(name)
+    options: dict[str, Any] = {}
+    if hub.is_path(name):
+        name = os.path.expanduser(name)
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"name_or_path: {name} holds no config.json; it must be a folder in transformers format"
+            )
+    else:
+        options["local_files_only"] = hub.check_name(name, [*LOCAL_NAMES, *(f"{library}:..." for library in LOADERS)])
+    model = AutoModel.from_pretrained(name, **options)
+    return model, processors.of_files(name) if with_processor else None
 
 
-def _is_path(name: str) -> bool:
-    return os.path.exists(name) or os.path.isabs(name) or name.startswith((".", "~"))
-
-
-def _processor(name: str) -> Preprocess | None:
-    """The `Preprocess` beside the weights, in a folder or on the hub."""
-    for file in PROCESSOR_FILES:
-        path = _find(name, file)
-        if path is not None:
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
-            config = config.get("image_processor", config)
-            if "image_mean" in config:
-                return from_processor_config(config)
-    return None
-
-
-def _find(name: str, file: str) -> Path | None:
-    if os.path.isdir(name):
-        path = Path(name) / file
-        return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, file))
-    except EntryNotFoundError:
-        return None
-
-
-def _timm(name: str) -> nn.Module:
+def _timm(name: str) -> Loaded:
     try:
         import timm
     except ImportError as error:
         raise ImportError(f"loading timm:{name} needs timm: pip install timm") from error
-    return timm.create_model(name, pretrained=True)
+    return timm.create_model(name, pretrained=True), None
 
 
-def _torchvision(name: str) -> tuple[nn.Module, Preprocess]:
+def _torchvision(name: str) -> Loaded:
     try:
         from torchvision.models import get_model, get_model_weights
     except ImportError as error:
         raise ImportError(f"loading torchvision:{name} needs torchvision: pip install torchvision") from error
     weights = get_model_weights(name).DEFAULT
-    return get_model(name, weights=weights), from_torchvision_transforms(weights.transforms())
+    transforms = weights.transforms()
+    own = processors.per_image(transforms, "torchvision's transform", from_torchvision_transforms(transforms))
+    return get_model(name, weights=weights), own
 
 
-def _open_clip(name: str) -> nn.Module:
+def _open_clip(name: str) -> Loaded:
     try:
         import open_clip
     except ImportError as error:
         raise ImportError(f"loading open_clip:{name} needs open_clip: pip install open_clip_torch") from error
     model, _, tag = name.partition("/")
-    return open_clip.create_model(model, pretrained=tag or None)
+    return open_clip.create_model(model, pretrained=tag or None), None
 
 
-LOADERS = {"timm": _timm, "torchvision": _torchvision, "open_clip": _open_clip}
+LOADERS: dict[str, Callable[[str], Loaded]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "open_clip": _open_clip,
+}

@@ -8,16 +8,16 @@ there.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import lora_file
 from .patch_encoder import PatchEncoder
 
 # Names of separate projections, per target, across the libraries.
@@ -30,11 +30,12 @@ FUSED = "qkv"
 # nn.MultiheadAttention: one weight where all widths agree, three where they differ.
 IN_PROJ = "in_proj_weight"
 TARGETS = tuple(SEPARATE)
-FORMAT = "latemax-lora-1"
+# Modules of a PatchEncoder that are trained next to its model.
+OWN_MODULES = ("projection", "final_norm")
 
 
 class LowRank(nn.Module):
-    """Adds scale * B @ A to some row blocks of a weight [blocks * out, in]; `blocks` is 1, or 3 for fused q, k, v."""
+    """Adds scale * B @ A to some row blocks of a weight [blocks * out, in]; ``blocks`` is 1, or 3 for fused q, k, v."""
 
     def __init__(self, weight: Tensor, rank: int, scale: float, targets: tuple[str, ...], blocks: int):
         super().__init__()
@@ -42,7 +43,10 @@ class LowRank(nn.Module):
         self.blocks = blocks
         out, width = weight.shape[0] // blocks, weight.shape[1]
         # float32 whatever the base: steps of 1e-4 vanish in a bfloat16 factor.
-        like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        like: dict[str, Any] = {
+            "device": weight.device,
+            "dtype": torch.promote_types(weight.dtype, torch.float32),
+        }
         self.a = nn.ParameterDict({t: nn.Parameter(torch.empty(rank, width, **like)) for t in targets})
         self.b = nn.ParameterDict({t: nn.Parameter(torch.zeros(out, rank, **like)) for t in targets})
         for a in self.a.values():
@@ -56,186 +60,284 @@ class LowRank(nn.Module):
         return torch.cat([part + deltas[t] if t in deltas else part for t, part in zip(TARGETS, parts, strict=True)])
 
 
-class LoRA:
-    """The low-rank factors living in a model; made by `add_lora`.
+class Site(NamedTuple):
+    """One adapted weight.
 
-    `sites` names the adapted weights ("blocks.0.attn.qkv.weight"); keys of `state_dict` are "<site>:<target>.a" and
-    ".b".
+    Attributes:
+        name: Dotted name of the weight in the model.
+        module: Its owner.
+        attribute: Its name there.
+        targets: Which of "q", "k", "v" it serves.
+        blocks: Row blocks of the weight: 1, or 3 for fused q, k, v.
     """
 
-    def __init__(self, sites: dict[str, tuple[nn.Module, str]], config: dict, frozen: list[nn.Parameter]):
+    name: str
+    module: nn.Module
+    attribute: str
+    targets: tuple[str, ...]
+    blocks: int
+
+
+class LoRA:
+    """The low-rank factors in a model; made by ``add_lora``.
+
+    Attributes:
+        rank: Columns of B and rows of A.
+        alpha: The update is scaled by alpha / rank.
+        targets: Which of "q", "k", "v" are adapted.
+    """
+
+    def __init__(
+        self, model: nn.Module, sites: list[Site], rank: int, alpha: float, targets: tuple[str, ...], frozen: list[Any]
+    ):
+        self._encoder = model if isinstance(model, PatchEncoder) else None
         self._sites = sites
+        self._orders = [list(site.module._parameters) for site in sites]
         self._frozen = frozen
-        self.rank, self.alpha, self.targets = config["rank"], config["alpha"], tuple(config["targets"])
+        self.rank, self.alpha, self.targets = rank, alpha, targets
+        for site in sites:
+            low_rank = LowRank(getattr(site.module, site.attribute), rank, alpha / rank, site.targets, site.blocks)
+            # unsafe: the check it skips would run the update once more; shape and dtype are kept by construction.
+            parametrize.register_parametrization(site.module, site.attribute, low_rank, unsafe=True)
 
     @property
     def sites(self) -> list[str]:
-        return list(self._sites)
+        """Names of the adapted weights, as "blocks.0.attn.qkv.weight"."""
+        return [site.name for site in self._sites]
 
-    def _low_rank(self) -> Iterator[tuple[str, LowRank]]:
-        for name, (module, attribute) in self._sites.items():
-            if not parametrize.is_parametrized(module, attribute):
+    def _low_rank(self) -> Iterator[tuple[str, Any]]:
+        for site in self._sites:
+            if not parametrize.is_parametrized(site.module, site.attribute):
                 raise RuntimeError("this LoRA was merged or removed already; call add_lora again")
-            yield name, module.parametrizations[attribute][0]
+            parametrizations: Any = site.module.parametrizations
+            yield site.name, parametrizations[site.attribute][0]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """("<site>:<target>.a" [rank, in] or ".b" [out, rank], parameter)."""
+        """``("<site>:<target>.a", [rank, in])`` and ``("<site>:<target>.b", [out, rank])`` of every factor."""
         for name, low_rank in self._low_rank():
             for target in low_rank.a:
                 yield f"{name}:{target}.a", low_rank.a[target]
                 yield f"{name}:{target}.b", low_rank.b[target]
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The trainable factors: what an optimiser takes."""
+        """The trainable factors: what an optimiser takes, with ``encoder.projection.parameters()``."""
         return (parameter for _, parameter in self.named_parameters())
 
+    def _own_modules(self) -> dict[str, nn.Module]:
+        """What is trained with the factors: the encoder's own projection and final norm."""
+        modules = {name: getattr(self._encoder, name, None) for name in OWN_MODULES}
+        return {name: module for name, module in modules.items() if module is not None}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = dict(self.named_parameters())
+        for name, module in self._own_modules().items():
+            tensors.update({f"{name}.{key}": value for key, value in module.state_dict().items()})
+        return tensors
+
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        """All that is trained: the factors, named as in ``named_parameters``, and the encoder's own projection
+        ("projection.weight") and final norm."""
+        return {name: tensor.detach() for name, tensor in self._tensors().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copies the factors in; ValueError on a missing or unknown key or a wrong shape, before anything is "
-        "changed."""
-        own = dict(self.named_parameters())
+        """Copies the tensors of ``state_dict`` in.
+
+        Raises:
+            ValueError: A missing or unknown key or a wrong shape; nothing has changed then.
+        """
+        own = self._tensors()
         missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or unknown:
             raise ValueError(
                 f"state: {len(missing)} missing keys (first: {missing[:2]}) and {len(unknown)} unknown ones (first: "
                 f"{unknown[:2]}); it must come from the same architecture and targets {self.targets}"
             )
-        for name, parameter in own.items():
-            if state[name].shape != parameter.shape:
-                raise ValueError(f"state: {name} must be {tuple(parameter.shape)}, got {tuple(state[name].shape)}")
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(f"state: {name} must be {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
 
     def merge(self) -> None:
         """Writes W + scale * B @ A into the base weights, bit for bit the weight in use before, and drops the factors.
 
-        The state dict has its original keys again, and what `add_lora` froze may be trained again.
+        The state dict has its original keys again, in their order, and what ``add_lora`` froze may be trained again.
         """
         self._finish(keep=True)
 
     def remove(self) -> None:
-        """Drops the factors: the model is bit for bit what it was before `add_lora`."""
+        """Drops the factors: the model is bit for bit what it was before ``add_lora``."""
         self._finish(keep=False)
 
     def _finish(self, keep: bool) -> None:
-        sites = list(self._low_rank())
-        for name, _ in sites:
-            module, attribute = self._sites[name]
-            parametrize.remove_parametrizations(module, attribute, leave_parametrized=keep)
+        list(self._low_rank())
+        for site in self._sites:
+            parametrize.remove_parametrizations(site.module, site.attribute, leave_parametrized=keep)
+        # torch appends a weight after the bias: an optimiser's state, kept by index, would not fit. In place, because
+        # an encoder's view shares the dictionary.
+        for site, order in zip(self._sites, self._orders, strict=True):
+            parameters = site.module._parameters
+            for name in order:
+                parameters[name] = parameters.pop(name)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the factors with rank, alpha and targets, in one step: safetensors where that is installed, else
-        torch.save.
+    def _encoder_settings(self) -> dict[str, Any] | None:
+        """What the tokens depend on, next to the weights; None for a LoRA on a plain model."""
+        encoder = self._encoder
+        return None if encoder is None else {"projection": encoder.projection_kind, "final_norm": encoder.norm_kind}
 
-        `LoRA.from_file` and `load` read either.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one file that holds all that was trained: the factors and the encoder's own projection and norm.
+
+        It is written in one step, as safetensors where that is installed, else by ``torch.save``. ``from_file`` and
+        ``load`` read either.
         """
-        path = Path(path)
-        state = {k: v.contiguous().cpu() for k, v in self.state_dict().items()}
-        config = {"format": FORMAT, "rank": self.rank, "alpha": self.alpha, "targets": list(self.targets)}
-        # Beside the target, because a rename is atomic only within one file system.
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            try:
-                from safetensors.torch import save_file
-            except ImportError:
-                torch.save({"config": config, "state": state}, scratch)
-            else:
-                save_file(state, scratch, metadata={"latemax": json.dumps(config)})
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        settings = {"rank": self.rank, "alpha": self.alpha, "targets": list(self.targets)}
+        lora_file.write(path, {**settings, "encoder": self._encoder_settings()}, self.state_dict())
 
-    def load(self, path: str | os.PathLike) -> None:
-        """Copies the factors of a file into this LoRA; ValueError where rank, alpha, targets or sites differ."""
-        config, state = _read(path)
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Copies a file's tensors into this LoRA and its encoder.
+
+        Raises:
+            ValueError: Rank, alpha, targets, sites or the encoder's projection and norm differ.
+        """
+        config, state = lora_file.read(path)
         own = {"rank": self.rank, "alpha": self.alpha, "targets": list(self.targets)}
         wrong = {k: (config[k], v) for k, v in own.items() if config[k] != v}
         if wrong:
             raise ValueError(
                 f"{path}: saved with other settings (file, here): {wrong}; use LoRA.from_file(path, model)"
             )
+        self._check_encoder(path, config, state)
         self.load_state_dict(state)
 
+    def _check_encoder(self, path: str | os.PathLike[str], config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Raises ValueError where the tokens would not be those that were trained."""
+        theirs, ours = config["encoder"], self._encoder_settings()
+        if theirs is not None and ours is not None and theirs != ours:
+            raise ValueError(
+                f"{path}: trained in an encoder of {theirs}, loaded into one of {ours}; build it with "
+                f"PatchEncoder(model, **LoRA.encoder_options(path))"
+            )
+        held = {key.split(".")[0] for key in state if ":" not in key}
+        here = set(self._own_modules())
+        if held != here:
+            raise ValueError(
+                f"{path}: the file holds {sorted(held) or 'no projection'}, and the model here has "
+                f"{sorted(here) or 'none'}; build it with PatchEncoder(model, **LoRA.encoder_options(path))"
+            )
+
     @classmethod
-    def from_file(cls, path: str | os.PathLike, model: nn.Module) -> LoRA:
-        """`add_lora` on `model` with the file's rank, alpha and targets, then its factors."""
-        config, state = _read(path)
+    def from_file(cls, path: str | os.PathLike[str], model: nn.Module) -> LoRA:
+        """``add_lora`` on ``model`` with the file's rank, alpha and targets, then its tensors.
+
+        Args:
+            path: A file of ``save``.
+            model: The base model, or the ``PatchEncoder`` around it; see ``encoder_options``.
+
+        Raises:
+            ValueError: The model or the encoder is of another shape; ``model`` is then as it was.
+
+        Example:
+            >>> encoder = PatchEncoder.from_pretrained(name, **LoRA.encoder_options("lora.safetensors"))
+            >>> lora = LoRA.from_file("lora.safetensors", encoder)
+        """
+        config, state = lora_file.read(path)
         lora = add_lora(model, config["rank"], config["alpha"], tuple(config["targets"]))
         try:
+            lora._check_encoder(path, config, state)
             lora.load_state_dict(state)
         except ValueError:
             lora.remove()
             raise
         return lora
 
+    @staticmethod
+    def encoder_options(path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The arguments of ``PatchEncoder`` that a file was trained with: ``projection`` and ``final_norm``.
+
+        Raises:
+            ValueError: They were modules of the caller's own, which only the caller can build.
+        """
+        config, state = lora_file.read(path)
+        settings = config["encoder"] or {"projection": None, "final_norm": "auto"}
+        options = dict(settings)
+        if settings["projection"] == "module":
+            keys = [key for key in state if key.startswith("projection.")]
+            if keys != ["projection.weight"] or state[keys[0]].ndim != 2:
+                raise ValueError(
+                    f"{path}: trained with a projection of its own, {keys}; build it yourself: "
+                    f"PatchEncoder(model, projection=<that module>)"
+                )
+            options["projection"] = state[keys[0]].shape[0]
+        if settings["final_norm"] == "module":
+            raise ValueError(
+                f"{path}: trained with a final norm of its own; build it yourself: "
+                f"PatchEncoder(model, final_norm=<that module>)"
+            )
+        return options
+
     def __repr__(self) -> str:
-        live = all(parametrize.is_parametrized(module, attribute) for module, attribute in self._sites.values())
+        live = all(parametrize.is_parametrized(site.module, site.attribute) for site in self._sites)
         state = f"{sum(p.numel() for p in self.parameters())} parameters" if live else "merged or removed"
         settings = f"rank={self.rank}, alpha={self.alpha}, targets={self.targets}"
         return f"LoRA({len(self._sites)} weights, {settings}, {state})"
 
 
-def add_lora(
-    model: nn.Module | PatchEncoder, rank: int = 8, alpha: float = 16, targets: tuple[str, ...] = ("q", "v")
-) -> LoRA:
-    """Adds trainable low-rank updates to W_Q and W_V of every attention in `model`, in place, and freezes its own
+def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, targets: str | tuple[str, ...] = ("q", "v")) -> LoRA:
+    """Adds trainable low-rank updates to W_Q and W_V of every attention in ``model``, in place, and freezes its own
     weights.
 
-    Separate q/v linears, a fused qkv linear and nn.MultiheadAttention's in_proj_weight are all adapted. The weights in
-    use are bit for bit unchanged until the first optimiser step (B starts at zero). Given a `PatchEncoder`, only the
-    tower that makes patch tokens is adapted (no text tower, pooler or head), and an own `projection` stays trainable.
+    Separate q/v linears, a fused qkv linear and ``nn.MultiheadAttention``'s in_proj_weight are all adapted. The weights
+    in use are bit for bit unchanged until the first optimiser step (B starts at zero).
 
     Args:
-        rank: columns of B and rows of A; at most the smaller side of a weight.
-        alpha: the update is scaled by alpha / rank.
-        targets: which of "q", "k", "v".
+        model: A module. Of a ``PatchEncoder``, only the tower that makes patch tokens is adapted (no text tower, pooler
+            or head), and an own ``projection`` stays trainable.
+        rank: Columns of B and rows of A; at most the smaller side of a weight.
+        alpha: The update is scaled by alpha / rank.
+        targets: Which of "q", "k", "v".
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: a bad argument, a model that carries a LoRA already, quantised weights, or no attention found.
+        TypeError: ``model`` is no module.
+        ValueError: A bad argument, a model that carries a LoRA already, quantised weights, or no attention found.
     """
     targets = _check(model, rank, alpha, targets)
-    base, skipped = model, []
-    search = model
+    base: nn.Module = model
+    search: nn.Module = model
+    skipped: list[nn.Module] = []
     if isinstance(model, PatchEncoder):
         adapter = model.adapter
         base, search, skipped = model.model, adapter.tower, adapter.unused
         if not isinstance(base, nn.Module):
-            raise TypeError("model: this PatchEncoder wraps a plain callable; pass the module behind it to add_lora")
+            raise TypeError("model: this PatchEncoder wraps a plain callable; pass the module inside it to add_lora")
     names = {id(module): name for name, module in base.named_modules()}
     ignored = {id(m) for part in skipped for m in part.modules()}
-    plan = [
-        (".".join(filter(None, (names[id(module)], attribute))), *site)
+    sites = [
+        Site(".".join(filter(None, (names[id(module)], path))), owner, attribute, served, blocks)
         for module in search.modules()
         if id(module) not in ignored
-        for attribute, *site in _sites_of(module, targets)
+        for path, owner, attribute, served, blocks in _sites_of(module, targets)
     ]
-    if not plan:
+    if not sites:
         raise ValueError(
             f"model: no attention with targets {targets} found in {type(base).__name__}: looked for fused '{FUSED}' "
             f"linears, '{IN_PROJ}', and linears named {[n for t in targets for n in SEPARATE[t]]}"
         )
-    for name, module, attribute, site_targets, blocks in plan:
-        _check_site(name, module, attribute, site_targets, blocks, rank)
+    for site in sites:
+        _check_site(site, rank)
     frozen = [p for p in base.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    sites = {}
-    for name, module, attribute, site_targets, blocks in plan:
-        low_rank = LowRank(getattr(module, attribute), rank, alpha / rank, site_targets, blocks)
-        # unsafe: the check it skips would run the update once more; shape and dtype are kept by construction.
-        parametrize.register_parametrization(module, attribute, low_rank, unsafe=True)
-        sites[name] = (module, attribute)
-    return LoRA(sites, {"rank": rank, "alpha": alpha, "targets": targets}, frozen)
+    return LoRA(model, sites, rank, alpha, targets, frozen)
 
 
-def _sites_of(module: nn.Module, targets: tuple[str, ...]):
-    """(path below `module`, owner of the weight, its attribute, targets it serves, row blocks) of one attention."""
+def _sites_of(
+    module: nn.Module, targets: tuple[str, ...]
+) -> Iterator[tuple[str, nn.Module, str, tuple[str, ...], int]]:
+    """(path below ``module``, owner of the weight, its attribute, targets it serves, row blocks) of one attention."""
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is not None:
             yield IN_PROJ, module, IN_PROJ, targets, len(TARGETS)
@@ -248,16 +350,16 @@ def _sites_of(module: nn.Module, targets: tuple[str, ...]):
     if isinstance(children.get(FUSED), nn.Linear):
         yield f"{FUSED}.weight", children[FUSED], "weight", targets, len(TARGETS)
         return
-    found = {t: next((n for n in SEPARATE[t] if isinstance(children.get(n), nn.Linear)), None) for t in ("q", "v")}
-    if not all(found.values()):
+    found = {t: next((n for n in SEPARATE[t] if isinstance(children.get(n), nn.Linear)), None) for t in TARGETS}
+    if found["q"] is None or found["v"] is None:
         return
     for target in targets:
-        name = next((n for n in SEPARATE[target] if isinstance(children.get(n), nn.Linear)), None)
-        if name is not None:
-            yield f"{name}.weight", children[name], "weight", (target,), 1
+        linear = found[target]
+        if linear is not None:
+            yield f"{linear}.weight", children[linear], "weight", (target,), 1
 
 
-def _check(model, rank, alpha, targets) -> tuple[str, ...]:
+def _check(model: object, rank: int, alpha: float, targets: str | tuple[str, ...]) -> tuple[str, ...]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module or a PatchEncoder, got {type(model).__name__}")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -270,10 +372,11 @@ def _check(model, rank, alpha, targets) -> tuple[str, ...]:
     return targets
 
 
-def _check_site(name: str, module: nn.Module, attribute: str, targets, blocks: int, rank: int) -> None:
-    if parametrize.is_parametrized(module, attribute):
+def _check_site(site: Site, rank: int) -> None:
+    name, blocks = site.name, site.blocks
+    if parametrize.is_parametrized(site.module, site.attribute):
         raise ValueError(f"model: {name} is parametrised already (an earlier LoRA?); merge() or remove() that first")
-    weight = getattr(module, attribute)
+    weight = getattr(site.module, site.attribute)
     if not weight.is_floating_point():
         raise ValueError(
             f"model: {name} holds {weight.dtype}; LoRA by weight needs floating-point weights, not quantised ones"
@@ -283,31 +386,3 @@ def _check_site(name: str, module: nn.Module, attribute: str, targets, blocks: i
     smallest = min(weight.shape[0] // blocks, weight.shape[1])
     if rank > smallest:
         raise ValueError(f"rank must be at most {smallest} for {name} {tuple(weight.shape)}, got {rank}")
-
-
-def _read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: no such file: {path}")
-    with open(path, "rb") as file:
-        # A zip archive is torch.save's; anything else is read as safetensors.
-        is_zip = file.read(4) == b"PK\x03\x04"
-    if is_zip:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        config, state = content.get("config", {}), content.get("state", {})
-    else:
-        try:
-            from safetensors import SafetensorError, safe_open
-        except ImportError as error:
-            raise ImportError(f'reading {path} needs safetensors: pip install "latemax[encoders]"') from error
-        try:
-            with safe_open(path, "pt") as file:
-                config = json.loads((file.metadata() or {}).get("latemax", "{}"))
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable LoRA file: {error}") from error
-    if config.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: not a LoRA file of this library (format {config.get('format')!r}, expected {FORMAT!r})"
-        )
-    return config, state

@@ -9,10 +9,24 @@ from torch import Tensor
 from .adapters.base import Grid
 
 
-class PatchTokens(NamedTuple):
-    """Patch tokens of a batch of images."""
+class _Fields(NamedTuple):
+    tokens: Tensor
+    mask: Tensor
+    grid: Grid | list[Grid]
+    prefix: Tensor | None = None
 
-    tokens: Tensor  # [b, n, dim], row-major over the grid; padded patches are zero
-    mask: Tensor  # [b, n] bool, True = a real patch
-    grid: Grid | list[Grid]  # (rows, cols); one per image where a padded batch mixes sizes
-    prefix: Tensor | None = None  # [b, p, dim]: class, distillation and register tokens, when asked for
+
+class PatchTokens(_Fields):
+    """Patch tokens of a batch of images: a named tuple ``(tokens, mask, grid, prefix)`` that knows the images' crops.
+
+    Attributes:
+        tokens: ``[b, n, dim]``, row-major over the grid; padded patches are zero.
+        mask: Bool ``[b, n]``, True = a real patch.
+        grid: ``(rows, cols)``; one per image where images differ.
+        prefix: ``[b, p, dim]``: class, distillation and register tokens, when asked for.
+        crop: Float32 ``[b, 4]``, the part of each upright image that its grid covers, as fractions
+            ``(left, top, right, bottom)``: ``(0, 0, 1, 1)`` is the whole image. None where the encoder did not
+            preprocess the images itself, or by a rule unknown to it.
+    """
+
+    crop: Tensor | None = None

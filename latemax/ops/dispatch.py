@@ -101,14 +101,14 @@ MOST_PREPARED = 4096
 
 def forward(b: Batch, want_argmax: bool, asked: str) -> tuple[tuple[Tensor, Tensor | None], Plan]:
     """((scores, argmax or None), the plan that ran)."""
-    (q, q_mask, q_offsets), (d, d_mask, d_offsets), _, normalize, _ = b
+    q, d, q_mask, d_mask = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask
     key = None
-    if q_offsets is None and d_offsets is None and (q.is_cuda or asked == "triton"):
+    if (q.is_cuda or asked == "triton") and b.q.offsets is None and b.d.offsets is None:
         # all but data pointers and empty_score
         key = (
             q.shape, q.stride(), q.dtype, d.shape, d.stride(), d.dtype, q.device, q.data_ptr() & 15, d.data_ptr() & 15,
             None if q_mask is None else q_mask.stride(), None if d_mask is None else d_mask.stride(),
-            normalize, want_argmax, asked, torch.get_float32_matmul_precision(), q.is_neg(), d.is_neg(),
+            b.normalize, want_argmax, asked, torch.get_float32_matmul_precision(), q.is_neg(), d.is_neg(),
         )  # fmt: skip
         known = _prepared.get(key)
         if known is not None:

@@ -6,6 +6,7 @@ Only this file spells a batch out as the flat arguments that a torch.library sch
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ SECOND_DERIVATIVE = (
 )
 
 _library = torch.library.Library("latemax", "DEF")  # kept alive: the registrations end with it
+# empty_score: None for -inf, which AOTInductor of torch 2.13 writes as a string that it cannot read back;
 # exported programs and inductor's cache hold these names: arguments are only ever appended
 _library.define(
-    "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool normalize, float empty_score, bool argmax, "
+    "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool normalize, float? empty_score, bool argmax, "
     "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None) -> (Tensor, Tensor)"
 )
 _library.define(
@@ -34,28 +36,41 @@ _library.define(
 
 
 def _batch(
-    q, d, q_mask, d_mask, normalize, empty_score, argmax, backend, q_offsets=None, d_offsets=None, candidates=None
-):
+    q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, normalize: bool, empty_score: float | None,
+    argmax: bool, backend: str, q_offsets: Tensor | None = None, d_offsets: Tensor | None = None,
+    candidates: Tensor | None = None,
+) -> Batch:  # fmt: skip
+    empty_score = -math.inf if empty_score is None else empty_score
     return Batch(Side(q, q_mask, q_offsets), Side(d, d_mask, d_offsets), candidates, normalize, empty_score)
 
 
 def _flat(b: Batch, argmax: bool, backend: str) -> tuple:
-    (q, q_mask, q_offsets), (d, d_mask, d_offsets) = b.q, b.d
-    return q, d, q_mask, d_mask, b.normalize, b.empty_score, argmax, backend, q_offsets, d_offsets, b.candidates
+    q, d = b.q, b.d
+    empty_score = None if b.empty_score == -math.inf else b.empty_score
+    return (
+        q.tokens, d.tokens, q.mask, d.mask, b.normalize, empty_score, argmax, backend, q.offsets, d.offsets,
+        b.candidates,
+    )  # fmt: skip
 
 
-def _for_backward(q, d, normalize, q_offsets=None, d_offsets=None, candidates=None) -> Batch:
+def _for_backward(
+    q: Tensor, d: Tensor, normalize: bool, q_offsets: Tensor | None = None, d_offsets: Tensor | None = None,
+    candidates: Tensor | None = None,
+) -> Batch:  # fmt: skip
     return Batch(Side(q, None, q_offsets), Side(d, None, d_offsets), candidates, normalize)
 
 
 # an operator returns tensors, not None: an output that is not wanted has no element
-def _forward(*args):
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     b = _batch(*args)
     (scores, argmax), _ = dispatch.forward(b, args[6], args[7])
     return scores, b.q.tokens.new_empty(0, dtype=torch.int32) if argmax is None else argmax
 
 
-def _backward(g, q, d, argmax, normalize, needs_q, needs_d, backend, *ragged):
+def _backward(
+    g: Tensor, q: Tensor, d: Tensor, argmax: Tensor, normalize: bool, needs_q: bool, needs_d: bool, backend: str,
+    *ragged: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     b = _for_backward(q, d, normalize, *ragged)
     # the same facts give the plan that ran forward
     plan = dispatch.plan_for(problem_of(b, argmax=True), backend)
@@ -69,20 +84,23 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("latemax::maxsim", lib=_library)
-def _(*args):
+def _(*args: Any) -> tuple[Tensor, Tensor]:
     scores, argmax = allocate(_batch(*args), args[6])
     return scores, args[0].new_empty(0, dtype=torch.int32) if argmax is None else argmax
 
 
 @torch.library.register_fake("latemax::maxsim_backward", lib=_library)
-def _(g, q, d, argmax, normalize, needs_q, needs_d, backend, *ragged):
+def _(
+    g: Tensor, q: Tensor, d: Tensor, argmax: Tensor, normalize: bool, needs_q: bool, needs_d: bool, backend: str,
+    *ragged: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
         for x, needed in ((q, needs_q), (d, needs_d))
     )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, d, _, _, ctx.normalize, _, argmax, ctx.backend, *ragged = inputs
     if not argmax:
         raise RuntimeError("latemax::maxsim must be called with argmax=True where a gradient is needed")
@@ -90,7 +108,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx, g: Tensor, _) -> tuple:
+def _differentiate(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
     q, d, argmax, *ragged = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
     grads = torch.ops.latemax.maxsim_backward(g, q, d, argmax, ctx.normalize, *needs, ctx.backend, *ragged)
@@ -98,7 +116,7 @@ def _differentiate(ctx, g: Tensor, _) -> tuple:
     return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * (inputs - 2))
 
 
-def _refuse(ctx, *_) -> None:
+def _refuse(ctx: Any, *_: Any) -> None:
     raise RuntimeError(SECOND_DERIVATIVE)
 
 
@@ -110,17 +128,18 @@ class _MaxSim(torch.autograd.Function):
     """scores, argmax of a batch in eager mode. q and d are its tokens: autograd sees only tensors as arguments."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, d: Tensor, b: Batch, backend: str):
+    def forward(ctx: Any, q: Tensor, d: Tensor, b: Batch, backend: str) -> tuple[Tensor, Tensor]:
         (scores, argmax), ctx.plan = dispatch.forward(b, True, backend)
+        assert argmax is not None
         ctx.save_for_backward(q, d, argmax, b.q.offsets, b.d.offsets, b.candidates)
         ctx.normalize, ctx.backend = b.normalize, backend
         ctx.mark_non_differentiable(argmax)
         return scores, argmax
 
     @staticmethod
-    def backward(ctx, g: Tensor, _):
-        if torch.is_grad_enabled() or not _plain(g):
-            # the registered operator refuses a second derivative, and takes what is no plain tensor
+    def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
+        if torch.is_grad_enabled() or not _plain(g) or torch._C._functorch.is_legacy_batchedtensor(g):
+            # the registered operator refuses a second derivative, and takes tensors that are not plain
             return _differentiate(ctx, g, _)
         q, d, argmax, *ragged = ctx.saved_tensors
         b = _for_backward(q, d, ctx.normalize, *ragged)
@@ -128,8 +147,12 @@ class _MaxSim(torch.autograd.Function):
 
 
 def _no_mode() -> bool:
-    """No dispatch mode and no functorch transform is active."""
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+    """No dispatch mode, no functorch transform and no ``torch.jit.trace`` is active."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def _plain(*tensors: Tensor | None) -> bool:
@@ -172,12 +195,14 @@ def fast_path(q: Any, d: Any, normalize: bool, empty_score: float, backend: str)
 
 def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | None]:
     """(scores, argmax); argmax is None or empty where it is not wanted."""
-    (q, q_mask, _), (d, d_mask, _), _, _, _ = b
+    q, d = b.q.tokens, b.d.tokens
     train = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
     if not torch.compiler.is_compiling():
         _refuse_transforms(q, d)
-        if _plain(q, d, q_mask, d_mask):
+        if _plain(q, d, b.q.mask, b.d.mask):
             if train:
                 return _MaxSim.apply(q, d, b, backend)
             return dispatch.forward(b, want_argmax, backend)[0]
+    # below a vmap, a tensor may require a gradient although none here does
+    train = train or (torch.is_grad_enabled() and not _no_mode())
     return torch.ops.latemax.maxsim(*_flat(b, want_argmax or train, backend))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ class Plan(NamedTuple):
     backend: str  # the name of the backend's module
     why: str
     notes: tuple[str, ...] = ()  # why each other backend does not run
-    launch: object = None  # what the backend decided for itself: a tile, an instruction set
+    launch: Any = None  # what the backend decided for itself: a tile, an instruction set
 
 
 def problem_of(b: Batch, *, argmax: bool) -> Problem:

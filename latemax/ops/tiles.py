@@ -1,11 +1,13 @@
-"""Tile sizes as data: which tile the Triton kernels use, for which shapes, and where that was measured.
+"""Which tile the Triton kernels use, for which shapes, and how that was found: the rows of ``tiles.json``.
 
-A missing row falls to ``DEFAULT``, never to a sweep at the first call.
+A missing row falls back to ``DEFAULT``, never to a sweep at the first call.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -36,39 +38,30 @@ class Row(NamedTuple):
     dim: int  # up to this dim, padded to a power of two
     q_rows: int  # up to this many query tokens to put in one tile
     tile: TileConfig
-    argmax_tile: TileConfig | None  # where the winner is kept too and a third tile of registers would spill
-    source: str  # how the row was found
+    argmax_tile: TileConfig | None  # with argmax, where a third tile of registers would spill
+    source: str  # how the row was found: measured (GPU, date, gain) or static (what its build shows)
 
 
-STATIC = "static: registers, spills, wgmma and loop length of the sm_90 build; not yet timed on a GPU"
-STATIC_80 = "static: registers, spills and loop length of the sm_80 build; not yet timed on a GPU"
-STATIC_100 = "static: registers, spills and loop length of the sm_100 build; not yet timed on a GPU"
+UNBOUNDED = 1 << 30
 
-TABLE = (
-    Row(90, "half", 128, 16, TileConfig(16, 128, 128, True, 4, 3), None, STATIC),
-    Row(90, "half", 128, 32, TileConfig(32, 128, 128, True, 4, 3), None, STATIC),
-    Row(90, "half", 128, 64, TileConfig(64, 128, 128, True, 4, 3), None, STATIC),
-    # tcgen05 has full rate from 128 rows on; on sm_90 two blocks of 64 rows share a multiprocessor, one multiplying
-    # while the other takes maxima, and 300 tokens fill 320 rows instead of 384
-    Row(100, "half", 128, 1 << 30, TileConfig(128, 128, 128, True, 8, 3), None, STATIC_100),
-    Row(90, "half", 128, 1 << 30, TileConfig(128, 64, 128, True, 4, 3), None, STATIC),
-    Row(80, "half", 128, 16, TileConfig(16, 128, 128, True, 4, 3), None, STATIC_80),
-    Row(80, "half", 128, 32, TileConfig(32, 64, 128, True, 4, 3), None, STATIC_80),
-    Row(80, "half", 128, 64, TileConfig(64, 64, 128, True, 4, 3), None, STATIC_80),
-    Row(80, "half", 128, 1 << 30, TileConfig(128, 64, 128, True, 8, 3), None, STATIC_80),
-    Row(80, "half", 256, 16, TileConfig(16, 64, 256, True, 4, 3), None, STATIC),
-    Row(80, "half", 256, 32, TileConfig(32, 64, 256, True, 4, 3), None, STATIC),
-    Row(80, "half", 256, 1 << 30, TileConfig(64, 128, 256, True, 8, 2), None, STATIC),
-    Row(80, "half", 1 << 30, 16, TileConfig(16, 128, 64, True, 4, 3), None, STATIC),
-    Row(80, "half", 1 << 30, 32, TileConfig(32, 64, 128, True, 4, 3), None, STATIC),
-    Row(80, "half", 1 << 30, 1 << 30, TileConfig(64, 128, 64, True, 8, 3), None, STATIC),
-    Row(80, "tf32", 128, 32, TileConfig(32, 64, 128, True, 4, 3), None, STATIC),
-    Row(80, "tf32", 128, 1 << 30, TileConfig(64, 128, 128, True, 8, 2), None, STATIC),
-    Row(80, "tf32", 1 << 30, 32, TileConfig(32, 64, 64, True, 4, 3), None, STATIC),
-    Row(80, "tf32", 1 << 30, 1 << 30, TileConfig(64, 128, 64, True, 8, 3), None, STATIC),
-    Row(80, "ieee", 1 << 30, 1 << 30, TileConfig(32, 32, 32, True, 4, 3), TileConfig(16, 32, 32, True, 4, 2), STATIC),
-    Row(80, "double", 1 << 30, 1 << 30, TileConfig(16, 32, 32, True, 4, 3), None, STATIC),
-)
+
+def read_table(text: str) -> tuple[Row, ...]:
+    """The rows of ``tiles.json``, in which null is no upper bound; their notes are for readers of the file."""
+
+    def row(entry: dict) -> Row:
+        dim, q_rows = (UNBOUNDED if entry[name] is None else entry[name] for name in ("dim", "q_rows"))
+        argmax_tile = TileConfig(*entry["argmax_tile"]) if "argmax_tile" in entry else None
+        return Row(
+            entry["capability"], entry["kind"], dim, q_rows, TileConfig(*entry["tile"]), argmax_tile, entry["source"]
+        )  # fmt: skip
+
+    return tuple(row(entry) for entry in json.loads(text))
+
+
+# a file next to the module: benchmarks/tune.py rewrites its rows
+TABLE_FILE = Path(__file__).with_suffix(".json")
+# the first row that covers a problem is used
+TABLE = read_table(TABLE_FILE.read_text("utf-8"))
 DEFAULT = TileConfig(16, 64, 32, True, 4, 2)
 
 # bytes of shared memory a block may use, by compute capability; 8.6, 8.9 and 12.x have less than the data-centre chips
@@ -137,6 +130,7 @@ class BackwardTile(NamedTuple):
     block_r: int  # query tokens it takes at a time
     block_k: int  # columns that it owns
     num_warps: int
+    num_stages: int
 
 
 def backward_tile(dim: int, l_q: int, itemsize: int) -> BackwardTile:
@@ -147,4 +141,5 @@ def backward_tile(dim: int, l_q: int, itemsize: int) -> BackwardTile:
     few = l_q <= 16 or (itemsize > 2 and block_k <= 128)
     # 235 issue slots a block of 64 x 32 x 128 with 4 warps, 306 with 8 (sm_90)
     warps = 4 if itemsize == 2 and block_k <= 128 else 8
-    return BackwardTile(block_d, 16 if few else 32, block_k, warps)
+    # two blocks of rows in flight while one is multiplied; 4 stages of 256 columns of float32 take 103 KB
+    return BackwardTile(block_d, 16 if few else 32, block_k, warps, 3)

@@ -144,6 +144,18 @@ class Snapshot:
         row, _ = self.row(i)
         return {} if row.meta is None else catalog.parse_meta(self.catalog, row.meta)
 
+    def metas(self) -> list[dict[str, Any]]:
+        """The metadata of all documents, in order."""
+        with self._db() as db:
+            found = db.execute(
+                "SELECT seq, meta FROM documents WHERE added <= ?1 AND (removed IS NULL OR removed > ?1) ORDER BY seq",
+                (self.generation,),
+            ).fetchall()
+        metas: list[dict[str, Any]] = [{}] * len(self)
+        for at, (_, meta) in zip(self._documents(np.array([seq for seq, _ in found], np.int64)), found, strict=True):
+            metas[at] = {} if meta is None else json.loads(meta)
+        return metas
+
     @cached_property
     def ids(self) -> list[int] | list[str]:
         with self._db() as db:

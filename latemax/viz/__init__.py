@@ -1,4 +1,4 @@
-"""Plots of what `latemax.analysis` returns. Needs matplotlib, imported inside; every function returns (fig, ax)."""
+"""Plots of what ``latemax.analysis`` returns, with matplotlib, which is imported when first needed."""
 
 from latemax.viz.grounding import plot_correspondence, plot_grounding, plot_ranking, position_colors
 from latemax.viz.norms import plot_norm_maps, plot_token_norms

@@ -1,4 +1,4 @@
-"""One look for every plot: palette, type sizes, spines, and the import of matplotlib."""
+"""The look that all plots share: palette, type sizes, spines, and the import of matplotlib."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# Okabe-Ito, distinguishable under the common colour-vision deficiencies.
+# Okabe-Ito: distinguishable under the common colour-vision deficiencies.
 COLORS = {"CLS": "#D55E00", "registers": "#009E73", "patches": "#0072B2", "maximum": "#4D4D4D"}
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, MUTED, FAINT = "#222222", "#6B6B6B", "#D9D9D9"
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -40,7 +40,11 @@ _RC = {
 
 @contextmanager
 def style() -> Iterator[Any]:
-    """`matplotlib.pyplot` under this package's look; the user's own rcParams come back afterwards."""
+    """Yields ``matplotlib.pyplot`` with the look of this package and restores the user's rcParams afterwards.
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra to install.
+    """
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -50,12 +54,15 @@ def style() -> Iterator[Any]:
 
 
 def color_of(name: str, at: int) -> str:
-    """The fixed colour of a token type, or the at-th of the cycle for a name of the user's own."""
+    """Returns the fixed colour of a token type; any other name takes colour number ``at`` of the cycle."""
     return COLORS.get(name, CYCLE[at % len(CYCLE)])
 
 
 def percent(value: float) -> str:
-    """0.0039 -> "0.4 %", 0.123 -> "12 %", 0.998 -> "99.8 %"; never rounds a share to 0 or 100 % that is not."""
+    """Formats a share: 0.0039 -> "0.4 %", 0.123 -> "12 %", 0.998 -> "99.8 %".
+
+    Only an exact 0 or 1 becomes "0 %" or "100 %".
+    """
     value *= 100
     if value in (0, 100):
         return f"{value:.0f} %"
@@ -65,14 +72,27 @@ def percent(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that count, and never an exponent: 0.586, 43.4, 1,023."""
+    """Formats a number with three significant digits and without an exponent: 0.586, 43.4, 1,023."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def as_uint8(image: Any, name: str = "image") -> Any:
-    """An image as uint8 [H, W, 3]: from a PIL image, an array or a tensor [H, W, 3] or [H, W]; floats are 0..1."""
+    """Converts an image to uint8 [H, W, 3].
+
+    Args:
+        image: a PIL image, which is turned upright as the encoder does it; or an array or tensor [H, W], [H, W, 3] or
+            [H, W, 4]; floats are in 0..1.
+        name: name of the argument in the error.
+
+    Raises:
+        ValueError: another shape.
+    """
     import numpy as np
 
+    if hasattr(image, "getexif"):
+        from latemax.encoders.images import load_image
+
+        image = load_image(image, name)
     array = np.asarray(image)
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=-1)
@@ -84,14 +104,14 @@ def as_uint8(image: Any, name: str = "image") -> Any:
 
 
 def new_axes(plt: Any, ax: Any, figsize: tuple[float, float]) -> tuple[Any, Any]:
-    """(fig, ax): a new figure, or the one that ``ax`` lives in."""
+    """Returns ``(fig, ax)``: those of ``ax``, or of a new figure if it is None."""
     if ax is not None:
         return ax.figure, ax
     return plt.subplots(figsize=figsize, layout="constrained")
 
 
 def spread_labels(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Heights for labels at ``values``, moved as little as needed to stand ``gap`` apart within low..high."""
+    """Returns heights for labels at ``values``, at least ``gap`` apart and within low..high."""
     order = sorted(range(len(values)), key=values.__getitem__)
     placed: list[float] = []
     for i in order:

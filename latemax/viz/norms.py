@@ -1,4 +1,4 @@
-"""Plots of token norms around the final norm."""
+"""Plots of token norms before and after the final norm."""
 
 from __future__ import annotations
 
@@ -8,15 +8,30 @@ from typing import TYPE_CHECKING, Any
 from latemax.viz._style import COLORS, INK, as_uint8, color_of, number, style
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
     from latemax.analysis import TokenNorms
 
 
 def plot_token_norms(
     norms: TokenNorms, *, patches: str = "patches", title: str | None = None, bins: int = 60
-) -> tuple[Any, Any]:
-    """Histograms of token norms before and after the final norm, by token type; returns (fig, axes [1 or 2]).
+) -> tuple[Figure, NDArray[Any]]:
+    """Plots histograms of token norms before and after the final norm, by token type.
 
-    Patches fill the histogram; the few tokens of the other types, and the flagged patches, are one tick each below it.
+    The histogram counts the patches; below it, each token of the other types and each flagged patch is one tick.
+
+    Args:
+        norms: result of `latemax.analysis.token_norms`.
+        patches: the group of the patches.
+        title: None states the largest norm and the number of flagged patches.
+        bins: number of bins.
+
+    Returns:
+        (fig, axes [1 or 2]).
+
+    Raises:
+        ImportError: matplotlib is missing.
     """
     import numpy as np
 
@@ -66,10 +81,22 @@ def plot_norm_maps(
     *,
     patches: str = "patches",
     title: str | None = None,
-) -> tuple[Any, Any]:
-    """Each image beside the map of its patch norms before the final norm, flagged patches outlined.
+) -> tuple[Figure, NDArray[Any]]:
+    """Plots each image above the map of its patch norms before the final norm, with flagged patches outlined.
 
-    images: b images [H, W, 3]. norms: of the same b images in the same order. Returns (fig, axes [2, b]).
+    Args:
+        images: b images [H, W, 3].
+        norms: of the same b images in the same order.
+        grid: (rows, cols) of the patches.
+        patches: the group of the patches.
+        title: None takes a general one.
+
+    Returns:
+        (fig, axes [2, b]).
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: another number of images than ``norms`` has, or a grid that does not fit.
     """
     rows, cols = grid
     maps = norms.before[patches]

@@ -1,4 +1,4 @@
-"""Plots of who wins the maximum: win rates beside chance, and similarity distributions by token type."""
+"""Plots of argmax shares compared with chance, and of similarity distributions by token type."""
 
 from __future__ import annotations
 
@@ -8,16 +8,33 @@ from typing import TYPE_CHECKING, Any
 from latemax.viz._style import INK, MUTED, color_of, new_axes, number, percent, style
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
     from latemax.analysis import ArgmaxShare, SimilarityDistribution
 
 
 def plot_argmax_share(
-    shares: Mapping[str, ArgmaxShare], *, group: str = "CLS", title: str | None = None, ax: Any = None
-) -> tuple[Any, Any]:
-    """How often ``group`` holds the maximum, a row a condition: a stem from chance to the share, on a log scale.
+    shares: Mapping[str, ArgmaxShare], *, group: str = "CLS", title: str | None = None, ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Plots how often ``group`` holds the maximum: one row per condition, a stem from chance to the share.
 
-    The log scale lets shares below chance and near 1 be read in one plot; a share of 0 ends in an open dot at the left
-    edge. shares: condition -> result of `latemax.analysis.argmax_share`. Returns (fig, ax).
+    The log scale shows shares far below chance and near 1 in one plot; a share of 0 ends in an open dot at the left
+    edge.
+
+    Args:
+        shares: condition -> result of `latemax.analysis.argmax_share`.
+        group: the group of tokens to show.
+        title: None states the largest share.
+        ax: axes to draw on; None makes a new figure.
+
+    Returns:
+        (fig, ax).
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no condition.
     """
     if not shares:
         raise ValueError("shares must hold at least one condition, got an empty mapping")
@@ -50,7 +67,7 @@ def plot_argmax_share(
         ax.tick_params(axis="y", length=0)
         ax.set_xlabel(f"query tokens whose maximum is {group} (log scale)", loc="left")
         best = max(rows, key=lambda r: r[1]["share"])
-        heading = title or f"{group} wins at most {percent(best[1]['share'])} of the maxima: {best[0]}"
+        heading = title or f"{group} holds at most {percent(best[1]['share'])} of the maxima: {best[0]}"
         fig.suptitle(heading, x=0.01, ha="left", fontweight="bold", fontsize=11.5)
     return fig, ax
 
@@ -61,10 +78,21 @@ def _times(lift: float) -> str:
 
 def plot_similarity_distribution(
     distribution: SimilarityDistribution, *, title: str | None = None, bins: int = 90
-) -> tuple[Any, Any]:
-    """A ridge a token type, raw dot products left and cosines right, with the mean marked.
+) -> tuple[Figure, NDArray[Any]]:
+    """Plots one ridge per token type, raw dot products left and cosines right, with the mean marked.
 
-    Each ridge is scaled to its own height, as there are many more patches than CLS tokens. Returns (fig, axes [2]).
+    Each ridge has its own scale, since there are many more patches than CLS tokens.
+
+    Args:
+        distribution: result of `latemax.analysis.similarity_distribution`.
+        title: None states the mean cosines.
+        bins: number of bins.
+
+    Returns:
+        (fig, axes [2]).
+
+    Raises:
+        ImportError: matplotlib is missing.
     """
     with style() as plt:
         names = list(distribution.raw)

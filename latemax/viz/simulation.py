@@ -1,4 +1,4 @@
-"""Plots of the simulation in which CLS can dominate the maximum."""
+"""Plots of the simulation in which CLS can become the argmax."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 from latemax.viz._style import COLORS, CYCLE, MUTED, new_axes, percent, spread_labels, style
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
     from latemax.analysis import ClsSimulation
 
 _KNOB_LABELS = {
@@ -21,12 +25,23 @@ _KNOB_LABELS = {
 
 
 def plot_simulation(
-    simulations: Mapping[str, ClsSimulation], *, title: str | None = None, ax: Any = None
-) -> tuple[Any, Any]:
-    """CLS win rate against one knob, a curve a setting, beside the chance line 1 / (n_patches + 1).
+    simulations: Mapping[str, ClsSimulation], *, title: str | None = None, ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Plots the CLS win rate against one knob: one curve per setting, and the chance line 1 / (n_patches + 1).
 
-    simulations: label -> result of `simulate_cls_dominance`; all of one knob. Curves are means over trials, the band
-    spans the smallest to the largest trial. Returns (fig, ax).
+    Curves are means over trials; bands span the smallest to the largest trial.
+
+    Args:
+        simulations: label -> result of `latemax.analysis.simulate_cls_dominance`, all of one knob.
+        title: None states the largest win rate.
+        ax: axes to draw on; None makes a new figure.
+
+    Returns:
+        (fig, ax).
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: simulations of several knobs.
     """
     knob = _one_knob(simulations)
     with style() as plt:
@@ -38,15 +53,29 @@ def plot_simulation(
         sim = next(iter(simulations.values()))
         ax.plot(sim.values, sim.chance, color=MUTED, linewidth=1.4, linestyle=(0, (4, 2)))
         ends[f"chance {percent(float(sim.chance[-1]))}"] = (float(sim.chance[-1]), MUTED)
-        _finish(ax, knob, ends, "query tokens won by CLS")
-        ax.set_title(title or f"CLS wins up to {percent(float(sim.win_rate.mean(0).max()))} of the maxima")
+        _finish(ax, knob, ends, "query tokens whose maximum is CLS")
+        ax.set_title(title or f"CLS holds up to {percent(float(sim.win_rate.mean(0).max()))} of the maxima")
     return fig, ax
 
 
 def plot_dropping(
-    simulation: ClsSimulation, *, measure: str = "pointing", title: str | None = None, ax: Any = None
-) -> tuple[Any, Any]:
-    """Accuracy with CLS kept and dropped against one knob, beside chance. measure: "pointing" or "retrieval"."""
+    simulation: ClsSimulation, *, measure: str = "pointing", title: str | None = None, ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Plots accuracy with CLS kept and with CLS dropped against one knob, and the chance line.
+
+    Args:
+        simulation: result of `latemax.analysis.simulate_cls_dominance`.
+        measure: ``"pointing"`` or ``"retrieval"``.
+        title: None states the largest difference.
+        ax: axes to draw on; None makes a new figure.
+
+    Returns:
+        (fig, ax).
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: another measure.
+    """
     if measure not in ("pointing", "retrieval"):
         raise ValueError(f'measure must be "pointing" or "retrieval", got {measure!r}')
     kept, dropped = getattr(simulation, f"{measure}_kept"), getattr(simulation, f"{measure}_dropped")
@@ -76,11 +105,21 @@ def plot_simulation_panels(
     *,
     titles: Mapping[str, str] | None = None,
     title: str | None = None,
-) -> tuple[Any, Any]:
-    """Several sweeps side by side, two a row.
+) -> tuple[Figure, NDArray[Any]]:
+    """Plots several sweeps, two per row.
 
-    panels: name -> what `plot_simulation` takes; or, under the names "pointing" and "retrieval", one simulation for
-    `plot_dropping`. titles: name -> title of that panel. Returns (fig, axes [rows, 2]).
+    Args:
+        panels: name -> what `plot_simulation` takes; under the names "pointing" and "retrieval", one simulation for
+            `plot_dropping`.
+        titles: name -> title of that panel.
+        title: of the figure.
+
+    Returns:
+        (fig, axes [rows, 2]).
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: a panel with simulations of several knobs.
     """
     rows = -(-len(panels) // 2)
     with style() as plt:

@@ -22,6 +22,8 @@ constexpr int STACK = 128 << 10, CANARY = 4096, MOST_THREADS = 1024;
 struct {
     unsigned seed = 0;
     Device device{90, 3, 232448, 233472};
+    int changes = 1;
+    std::map<void *, int> prepared;
 } config;
 
 struct Group {  // cp.async
@@ -52,9 +54,14 @@ struct Barrier {
 
 struct Product {
     float *d[128];
+    const uint32_t *registers[128];  // of A, read when the product is made: they must not change before
     uint64_t a, b;
     int accumulate, n;
-    bool bf16, committed;
+    bool bf16;
+};
+struct Products {
+    std::vector<Product> open;
+    std::deque<std::vector<Product>> groups;
 };
 
 struct Load {
@@ -71,7 +78,7 @@ size_t shared_size;
 std::map<std::pair<int, int>, Meeting> meetings;  // by first thread and size
 std::map<int, Meeting> barriers;                  // by name
 std::map<uint32_t, Barrier> mbarriers;
-std::map<int, std::deque<Product>> products;  // by the warpgroup's first thread
+std::map<int, Products> products;  // by the warpgroup's first thread
 std::vector<Load> loads;
 std::mt19937 random_;
 int current, block_, grid_, threads_;
@@ -151,7 +158,11 @@ float element(uint64_t descriptor, int row, int k, bool bf16) {
 void multiply(const Product &p) {
     static float a[64][16], b[16][256];
     for (int k = 0; k < 16; ++k) {
-        for (int m = 0; m < 64; ++m) a[m][k] = element(p.a, m, k, p.bf16);
+        for (int m = 0; m < 64; ++m) {
+            const int thread = m / 16 * 32 + m % 8 * 4 + k % 8 / 2, index = m % 16 / 8 + k / 8 * 2;
+            a[m][k] = p.registers[0] ? emulator::widen(p.registers[thread][index] >> k % 2 * 16 & 0xffff, p.bf16)
+                                     : element(p.a, m, k, p.bf16);
+        }
         for (int n = 0; n < p.n; ++n) b[k][n] = element(p.b, n, k, p.bf16);
     }
     for (int m = 0; m < 64; ++m) {
@@ -166,13 +177,10 @@ void multiply(const Product &p) {
     }
 }
 
-void finish_products(int warpgroup, bool all) {
-    auto &queue = products[warpgroup];
-    while (!queue.empty() && queue.front().committed) {
-        multiply(queue.front());
-        queue.pop_front();
-        if (!all) return;
-    }
+void finish_products(int warpgroup, size_t pending) {
+    auto &groups = products[warpgroup].groups;
+    for (; groups.size() > pending; groups.pop_front())
+        for (const Product &p : groups.front()) multiply(p);
 }
 
 void run_block() {
@@ -195,7 +203,8 @@ void run_block() {
             continue;
         }
         if (chance(3))
-            for (auto &entry : products) finish_products(entry.first, false);
+            for (auto &entry : products)
+                if (const size_t count = entry.second.groups.size()) finish_products(entry.first, count - 1);
         if (ready.empty()) break;
         const size_t which = config.seed ? random_() % ready.size() : ready.size() - 1;
         const int index = ready[which];
@@ -299,12 +308,14 @@ void mbarrier_arrive(uint32_t barrier, uint32_t bytes) {
         wake(b.waiting);
     }
 }
-void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+void mbarrier_wait(uint32_t barrier, uint32_t lap) {
     may_yield();
-    while ((mbarriers.at(barrier).phase & 1) == parity) {
+    while ((mbarriers.at(barrier).phase & 1) == (lap & 1)) {
         mbarriers.at(barrier).waiting.push_back(current);
         sleep();
     }
+    // the instruction returns on parity only; a right protocol never lets another generation answer
+    if (mbarriers.at(barrier).phase != lap + 1) fail("a wait ended in another generation of its barrier");
 }
 void tensor_load(uint32_t to, const TensorMap &map, uint32_t barrier, const int (&x)[4]) {
     // groups of 8 rows are 1,024 bytes; the swizzle goes by the address
@@ -316,31 +327,37 @@ void tensor_load(uint32_t to, const TensorMap &map, uint32_t barrier, const int 
 
 struct Issued {
     float *d;
+    const uint32_t *registers;
     uint64_t a, b;
     int accumulate, n;
     bool bf16;
 };
-void wgmma(float *d, uint64_t a, uint64_t b, int accumulate, int n, bool bf16) {
-    Issued mine{d, a, b, accumulate, n, bf16};
+void wgmma(float *d, const uint32_t *registers, uint64_t a, uint64_t b, int accumulate, int n, bool bf16) {
+    Issued mine{d, registers, a, b, accumulate, n, bf16};
     meet("wgmma", current / 128 * 128, 128, &mine, [](void **all) {
         const Issued &first = *static_cast<Issued *>(all[0]);
-        Product p{{}, first.a, first.b, first.accumulate, first.n, first.bf16, false};
+        Product p{{}, {}, first.a, first.b, first.accumulate, first.n, first.bf16};
         for (int i = 0; i < 128; ++i) {
             const Issued &x = *static_cast<Issued *>(all[i]);
             if (x.a != first.a || x.b != first.b || x.accumulate != first.accumulate) fail("wgmma: the warpgroup disagrees");
-            p.d[i] = x.d;
+            p.d[i] = x.d, p.registers[i] = x.registers;
+            // an accumulator that is read too early is NaN
+            if (!x.accumulate) std::fill(x.d, x.d + x.n / 2, NAN);
         }
-        products[current / 128 * 128].push_back(p);
+        products[current / 128 * 128].open.push_back(p);
     });
 }
 void wgmma_fence() { meet("wgmma.fence", current / 128 * 128, 128, nullptr, [](void **) {}); }
 void wgmma_commit() {
     meet("wgmma.commit", current / 128 * 128, 128, nullptr, [](void **) {
-        for (Product &p : products[current / 128 * 128]) p.committed = true;
+        Products &mine = products[current / 128 * 128];
+        mine.groups.push_back(std::move(mine.open));
+        mine.open.clear();
     });
 }
-void wgmma_wait() {
-    meet("wgmma.wait", current / 128 * 128, 128, nullptr, [](void **) { finish_products(current / 128 * 128, true); });
+void wgmma_wait(int pending) {
+    meet("wgmma.wait", current / 128 * 128, 128, &pending,
+         [](void **all) { finish_products(current / 128 * 128, *static_cast<int *>(all[0])); });
 }
 
 float widen(uint16_t x, bool bf16) {
@@ -402,6 +419,17 @@ void ldmatrix(uint32_t (&r)[4], uint32_t from) {
     });
 }
 
+int configured() { return config.changes; }
+void prepare(void *kernel, int shared) {
+    if (shared > config.device.shared_block) throw std::runtime_error("more shared memory than the device has");
+    if (!config.prepared.insert({kernel, shared}).second) throw std::runtime_error("a kernel's attributes were set twice");
+}
+void may_launch(void *kernel, int shared) {
+    const auto found = config.prepared.find(kernel);
+    if (found == config.prepared.end()) throw std::runtime_error("a kernel was not loaded before its launch");
+    if (shared > found->second) throw std::runtime_error("more shared memory than the kernel opted in to");
+}
+
 void run(const std::function<void()> &kernel, int blocks, int threads, int shared) {
     if (shared > config.device.shared_block) throw std::runtime_error("more shared memory than the device has");
     if (threads > MOST_THREADS) throw std::runtime_error("more threads than a block has");
@@ -424,4 +452,6 @@ extern "C" __attribute__((visibility("default"))) void latemax_emulator(unsigned
                                                                         int shared) {
     latemax::config.seed = seed;
     latemax::config.device = {capability, multiprocessors, shared, shared + 1024};
+    ++latemax::config.changes;
+    latemax::config.prepared.clear();
 }

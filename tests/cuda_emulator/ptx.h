@@ -1,5 +1,5 @@
-/* csrc/cuda/device/ptx.h for the host: a thread block's threads are fibers, and every instruction does here what the PTX
- * manual says of it. What may happen late on a GPU happens late here: copies land when they are waited for or at a random
+/* csrc/cuda/device/ptx.h for the host: a thread block's threads are fibers, and every instruction does what the PTX
+ * manual says. What may happen late on a GPU happens late here: copies land when they are waited for or at a random
  * moment, and until then their targets hold NaN.
  */
 #pragma once
@@ -20,7 +20,7 @@ namespace latemax {
 struct F16 {};
 struct BF16 {};
 
-/* What cuTensorMapEncodeTiled is told. */
+/* The arguments of cuTensorMapEncodeTiled. */
 struct TensorMap {
     const char *base;
     uint64_t sizes[4], strides[3];
@@ -44,12 +44,13 @@ void cp_async_commit();
 void cp_async_wait(int pending);
 void mbarrier_init(uint32_t barrier, int arrivals);
 void mbarrier_arrive(uint32_t barrier, uint32_t bytes);
-void mbarrier_wait(uint32_t barrier, uint32_t parity);
+void mbarrier_wait(uint32_t barrier, uint32_t lap);
 void tensor_load(uint32_t to, const TensorMap &map, uint32_t barrier, const int (&at)[4]);
-void wgmma(float *d, uint64_t a, uint64_t b, int accumulate, int n, bool bf16);
+/* One of `registers` and `a` holds the left operand. */
+void wgmma(float *d, const uint32_t *registers, uint64_t a, uint64_t b, int accumulate, int n, bool bf16);
 void wgmma_fence();
 void wgmma_commit();
-void wgmma_wait();
+void wgmma_wait(int pending);
 float widen(uint16_t x, bool bf16);
 void mma(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16);
 void ldmatrix(uint32_t (&r)[4], uint32_t from);
@@ -110,6 +111,16 @@ inline float max_nan(float x, float y) { return x != x || y != y ? NAN : x > y ?
 inline float to_float(F16, uint16_t x) { return emulator::widen(x, false); }
 inline float to_float(BF16, uint16_t x) { return emulator::widen(x, true); }
 
+struct Eight {
+    uint16_t values[8];
+};
+inline Eight load_eight(const char *from) {
+    if (reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("a 16-byte access that is not aligned");
+    Eight x;
+    memcpy(&x, from, 16);
+    return x;
+}
+
 inline void cp_async_16(uint32_t to, const void *from, int bytes) { emulator::cp_async(to, from, bytes); }
 inline void cp_async_commit() { emulator::cp_async_commit(); }
 template <int PENDING>
@@ -124,7 +135,8 @@ inline void mbarrier_init(uint32_t barrier, int arrivals) { emulator::mbarrier_i
 inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(uint32_t barrier) { emulator::mbarrier_arrive(barrier, 0); }
 inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) { emulator::mbarrier_arrive(barrier, bytes); }
-inline void mbarrier_wait(uint32_t barrier, uint32_t parity) { emulator::mbarrier_wait(barrier, parity); }
+inline void mbarrier_wait(uint32_t barrier, uint32_t lap) { emulator::mbarrier_wait(barrier, lap); }
+inline void prefetch_map(const TensorMap *) {}
 inline void tensor_load(uint32_t to, const TensorMap *map, uint32_t barrier, int column, int row, int n, int m) {
     emulator::tensor_load(to, *map, barrier, {column, row, n, m});
 }
@@ -134,9 +146,13 @@ template <int REGISTERS>
 inline void take_registers() {}
 inline void wgmma_fence() { emulator::wgmma_fence(); }
 inline void wgmma_commit() { emulator::wgmma_commit(); }
-template <int COUNT>
+template <int PENDING>
+inline void wgmma_wait() {
+    emulator::wgmma_wait(PENDING);
+}
+template <int PENDING, int COUNT>
 inline void wgmma_wait(float (&)[COUNT]) {
-    emulator::wgmma_wait();
+    emulator::wgmma_wait(PENDING);
 }
 
 }  // namespace ptx

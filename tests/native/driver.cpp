@@ -87,12 +87,12 @@ struct Case {
 
 int64_t offset(const std::vector<int64_t> &cu, int64_t n, int64_t length) { return cu.empty() ? n * length : cu[n]; }
 
-/* Counts in `wrong` what is no winner of its token, within the tolerance of a similarity. */
+/* Adds to `wrong` each argmax that is not one, within the tolerance of a similarity. */
 double pair_score(const Case &c, int64_t a, int64_t slot, const int32_t *argmax, double tolerance, int &wrong) {
     const maxsim_args &args = c.args;
     int64_t document = args.candidates ? args.candidates[a * args.n_c + slot] : args.own ? a * args.n_c + slot : slot;
     const int64_t first = document < 0 ? 0 : offset(c.d_offsets, document, args.d.l);
-    const int64_t past = document < 0 ? 0 : offset(c.d_offsets, document + 1, args.d.l);
+    const int64_t end = document < 0 ? 0 : offset(c.d_offsets, document + 1, args.d.l);
     const int64_t dim = args.dim;
     auto norm = [&](const Tensor &t, int64_t row) {
         if (!args.normalize) return 1.0;
@@ -101,35 +101,35 @@ double pair_score(const Case &c, int64_t a, int64_t slot, const int32_t *argmax,
         return std::sqrt(squares) < 1e-12 ? 1e-12 : std::sqrt(squares);
     };
     const int64_t first_token = offset(c.q_offsets, a, args.q.l);
-    const int32_t *won = argmax + (c.q_offsets.empty() ? (a * args.n_c + slot) * args.q.l : slot * args.q.total + first_token);
+    const int32_t *argmax_row = argmax + (c.q_offsets.empty() ? (a * args.n_c + slot) * args.q.l : slot * args.q.total + first_token);
     double total = 0;
     bool some_query = false, some_document = false;
     for (int64_t i = offset(c.q_offsets, a, args.q.l); i < offset(c.q_offsets, a + 1, args.q.l); ++i) {
-        const int32_t winner = won[i - first_token];
+        const int32_t at = argmax_row[i - first_token];
         if (!c.q.mask.empty() && !c.q.mask[i]) {
-            wrong += winner != -1;
+            wrong += at != -1;
             continue;
         }
         some_query = true;
-        double best = -INF, of_winner = -INF;
+        double best = -INF, at_similarity = -INF;
         int64_t first_nan = -1;
         bool valid = false;
-        for (int64_t j = first; j < past; ++j) {
+        for (int64_t j = first; j < end; ++j) {
             if (!c.d.mask.empty() && !c.d.mask[j]) continue;
             some_document = true;
             double s = 0;
             for (int64_t k = 0; k < dim; ++k) s += c.q.get(i * dim + k) * c.d.get(j * dim + k);
             s /= norm(c.q, i) * norm(c.d, j);
             if (std::isnan(s) && first_nan < 0) first_nan = j - first;
-            if (j - first == winner) of_winner = s, valid = true;
+            if (j - first == at) at_similarity = s, valid = true;
             best = std::isnan(best) || std::isnan(s) ? NOT_A_NUMBER : std::fmax(best, s);
         }
-        if (first == past || !some_document)
-            wrong += winner != -1;
+        if (first == end || !some_document)
+            wrong += at != -1;
         else if (first_nan >= 0)
-            wrong += winner != first_nan;
+            wrong += at != first_nan;
         else
-            wrong += !valid || !(of_winner == best || of_winner >= best - tolerance - 1e-5 * std::fabs(best));
+            wrong += !valid || !(at_similarity == best || at_similarity >= best - tolerance - 1e-5 * std::fabs(best));
         total += best;
     }
     return !some_query ? 0 : some_document ? total : args.empty_score;
@@ -214,7 +214,13 @@ int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normali
 
 }  // namespace
 
-int main() {
+/* driver ordinary|all: cases with ordinary values only, or with denormals, infinities and NaN too */
+int main(int argc, char **argv) {
+    if (argc != 2 || (std::strcmp(argv[1], "ordinary") && std::strcmp(argv[1], "all"))) {
+        std::fprintf(stderr, "usage: driver ordinary|all\n");
+        return 2;
+    }
+    const bool all = !std::strcmp(argv[1], "all");
     const latemax::Level *levels[8];
     const int n = latemax::levels(levels);
     int wrong = 0, cases = 0;
@@ -224,6 +230,7 @@ int main() {
                 for (Values values : {ORDINARY, DENORMAL, SPECIAL})
                     for (bool masked : {false, true})
                         for (bool normalize : {false, true}) {
+                            if (values != ORDINARY && !all) continue;
                             if (values == DENORMAL && (normalize || dtype == MAXSIM_F16)) continue;
                             wrong += check(form, dtype, values, masked, normalize, *levels[l]), ++cases;
                         }

@@ -9,6 +9,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
+#ifdef LATEMAX_WATCHDOG
+#include <stdio.h>
+#endif
 
 namespace latemax {
 
@@ -54,6 +57,12 @@ __device__ inline float max_nan(float x, float y) {
 
 __device__ inline float to_float(F16, uint16_t x) { return __half2float(__ushort_as_half(x)); }
 __device__ inline float to_float(BF16, uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
+
+/* Eight elements of a row in shared memory, by one access. */
+struct __align__(16) Eight {
+    uint16_t values[8];
+};
+__device__ inline Eight load_eight(const char *from) { return *reinterpret_cast<const Eight *>(from); }
 
 /* 16 bytes from global to shared memory; with bytes = 0 nothing is read and zeros are written. */
 __device__ inline void cp_async_16(uint32_t to, const void *from, int bytes) {
@@ -103,9 +112,25 @@ __device__ inline void mbarrier_arrive(uint32_t barrier) {
 __device__ inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-/* Until the phase of this parity has ended; at once for parity 1 of a new barrier. */
-__device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-    // the loop is in the assembly: as a loop of C++ it looks divergent, and wgmma behind it would be serialised
+/* Waits until phase `lap` of the barrier (0, 1, ...) has ended; lap -1 of a new barrier has. The instruction sees only
+ * the parity, so a thread must wait for every phase in turn, or phase lap - 2 answers for lap. */
+__device__ inline void mbarrier_wait(uint32_t barrier, uint32_t lap) {
+#ifdef LATEMAX_WATCHDOG
+    // a protocol error traps and names its barrier instead of spinning until the process is killed
+    for (uint32_t tries = 0, ended = 0; !ended; ++tries) {
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+            : "=r"(ended)
+            : "r"(barrier), "r"(lap & 1)
+            : "memory");
+        if (tries == 1u << 24) {
+            printf("barrier %u never ended phase %d (parity %u): block %d, thread %d\n", barrier, lap, lap & 1, blockIdx.x,
+                   threadIdx.x);
+            __trap();
+        }
+    }
+#else
+    // the loop is in the assembly: as a loop of C++ it looks divergent, and ptxas would serialise the wgmma after it
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
@@ -115,10 +140,15 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
         "bra again;\n"
         "done:\n"
         "}" ::"r"(barrier),
-        "r"(parity)
+        "r"(lap & 1)
         : "memory");
+#endif
 }
 
+/* Fetches a tensor map before its first use. */
+__device__ inline void prefetch_map(const TensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 /* A box of the tensor from (column, row, n, m) to shared memory; its bytes count towards the barrier's phase. Elements
  * outside of the tensor arrive as 0 and are counted too. */
 __device__ inline void tensor_load(uint32_t to, const TensorMap *map, uint32_t barrier, int column, int row, int n, int m) {
@@ -141,10 +171,15 @@ __device__ inline void take_registers() {
 /* Accumulators may be written by wgmma from here on. */
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-/* Names the accumulators, so that the compiler moves no reading of them before the wait. */
-template <int COUNT>
+/* Until at most PENDING groups are unfinished. */
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+/* Names the accumulators that are read next, so that the compiler moves no reading of them before the wait. */
+template <int PENDING, int COUNT>
 __device__ __forceinline__ void wgmma_wait(float (&d)[COUNT]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    wgmma_wait<PENDING>();
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }

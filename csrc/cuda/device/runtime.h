@@ -27,15 +27,25 @@ struct Device {
     int capability, multiprocessors, shared_block, shared_multiprocessor;
 };
 
-/* Asked once for each device: the attributes take longer than a launch. */
+constexpr int MOST_DEVICES = 64;
+
+/* Runs `work` once per device; threads that come meanwhile wait. The flag is one per type of `work`, that is, per caller. */
+template <class Work>
+void once_per_device(int index, const Work &work) {
+    static std::atomic<bool> done[MOST_DEVICES];
+    if (index < 0 || index >= MOST_DEVICES) throw std::runtime_error("no device " + std::to_string(index));
+    if (done[index].load(std::memory_order_acquire)) return;
+    static std::mutex one;
+    const std::lock_guard<std::mutex> lock(one);
+    if (done[index].load(std::memory_order_relaxed)) return;
+    work();
+    done[index].store(true, std::memory_order_release);
+}
+
+/* Asked once per device: the attributes take longer than a launch. */
 inline const Device &device_of(int index) {
-    constexpr int MOST = 64;
-    static Device known[MOST];
-    static std::atomic<bool> asked[MOST];
-    if (index < 0 || index >= MOST) throw std::runtime_error("no device " + std::to_string(index));
-    if (!asked[index].load(std::memory_order_acquire)) {
-        static std::mutex one;
-        const std::lock_guard<std::mutex> lock(one);
+    static Device known[MOST_DEVICES];
+    once_per_device(index, [&] {
         const auto get = [&](cudaDeviceAttr name) {
             int value = 0;
             check(cudaDeviceGetAttribute(&value, name, index), "asking the device");
@@ -44,23 +54,35 @@ inline const Device &device_of(int index) {
         known[index] = {10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor),
                         get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                         get(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
-        asked[index].store(true, std::memory_order_release);
-    }
+    });
     return known[index];
 }
 
-/* The caller has made the device current; this thread may not have been told. */
+/* Torch switches devices lazily: the current device of this thread may still be another. */
 inline void use(int device) {
     int current = -1;
     check(cudaGetDevice(&current), "cudaGetDevice");
     if (current != device) check(cudaSetDevice(device), "cudaSetDevice");
 }
 
+/* The driver's CUDA version, 0 without a driver, and that of the runtime in this library: 1000 * major + 10 * minor. */
+inline int driver_version() {
+    int version = 0;
+    check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+    return version;
+}
+inline int runtime_version() { return CUDART_VERSION; }
+
+/* Loads a kernel of the current device and opts in to `shared` bytes of a block; 48 KB is the limit without. Once per
+ * device and never per call: another thread may be between its own attribute and its launch, and a first launch inside
+ * a capture would load the kernel there. */
+template <class... Parameters>
+void prepare(void (*kernel)(Parameters...), int shared) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "loading a kernel");
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int blocks, int threads, int shared, Stream stream, Arguments &&...arguments) {
-    // 48 KB are had without asking
-    if (shared > 48 * 1024)
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "shared memory");
     kernel<<<blocks, threads, shared, stream>>>(std::forward<Arguments>(arguments)...);
     check(cudaGetLastError(), "launch");
 }

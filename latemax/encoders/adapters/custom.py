@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Adapter, RawTokens
+from .base import Adapter, Grid, RawTokens
 
 
 class CustomAdapter(Adapter):
-    """`source(pixel_values)` gives [b, n_prefix + n, dim], or (tokens, (rows, cols)), or an output with "
-    "last_hidden_state."""
+    """``source(pixel_values)`` gives ``[b, n_prefix + n, dim]``, ``(tokens, (rows, cols))``, or an output with
+    ``last_hidden_state``."""
 
-    def __init__(self, source: Callable):
+    def __init__(self, source: Callable[..., Any]):
         self.source = source
         self.family = type(source).__name__ if isinstance(source, nn.Module) else "callable"
-        tower = source if isinstance(source, nn.Module) else nn.Module()
-        super().__init__(tower, n_prefix=0, dim=None, norm=None, norm_name="none")
+        super().__init__(source if isinstance(source, nn.Module) else nn.Module(), n_prefix=0, dim=None)
 
-    def run(self, pixel_values: Tensor, **inputs) -> RawTokens:
+    def run(self, pixel_values: Tensor, **inputs: Any) -> RawTokens:
         output, grid = self.source(pixel_values, **inputs), None
         if isinstance(output, tuple) and len(output) == 2 and not isinstance(output[1], Tensor):
             output, grid = output
@@ -30,7 +30,7 @@ class CustomAdapter(Adapter):
             raise ValueError(f"model: the callable must return tokens [b, n_prefix + n, dim], got {got}")
         return RawTokens(tokens, grid or self._guess_grid(tokens.shape[1] - self.n_prefix, pixel_values))
 
-    def _guess_grid(self, n: int, pixel_values: Tensor) -> tuple[int, int]:
+    def _guess_grid(self, n: int, pixel_values: Tensor) -> Grid:
         """Square patches that tile the image exactly: patch = sqrt(height * width / n)."""
         height, width = pixel_values.shape[-2:]
         patch = math.isqrt(height * width // n) if n > 0 else 0

@@ -1,6 +1,9 @@
-"""open_clip image towers: its own VisionTransformer, and timm trunks (SigLIP, EVA, PE ...) behind its TimmModel."""
+"""open_clip image towers: its own VisionTransformer, and timm trunks (SigLIP, EVA, PE ...) in its TimmModel."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,25 +12,32 @@ from .base import Adapter, RawTokens, ViewAdapter, check_dropping, image_size, o
 
 
 def matches(model: nn.Module) -> Adapter | None:
-    """The adapter for an open_clip model or its `.visual` tower, else None. ValueError for ResNet towers."""
-    visual = model.visual if isinstance(getattr(model, "visual", None), nn.Module) else model
-    if hasattr(visual, "trunk") and hasattr(visual, "head"):
-        adapter = timm.matches(visual.trunk)
-        return TrunkAdapter(visual) if adapter is not None else None
-    if hasattr(visual, "conv1") and hasattr(visual, "ln_post") and hasattr(visual, "class_embedding"):
+    """The adapter for an open_clip model or its ``.visual`` tower, else None.
+
+    Raises:
+        ValueError: A ResNet tower.
+    """
+    visual = model._modules.get("visual") or model
+    parts = visual._modules
+    trunk = parts.get("trunk")
+    if trunk is not None and "head" in parts:
+        return TrunkAdapter(visual) if timm.matches(trunk) is not None else None
+    if "conv1" in parts and "ln_post" in parts and "class_embedding" in visual._parameters:
         return OpenClipAdapter(visual)
-    if visual is not model and hasattr(visual, "attnpool"):
+    if visual is not model and "attnpool" in parts:
         raise ValueError("this open_clip tower is a ResNet: it has no patch tokens; use a ViT tower, e.g. ViT-B-32")
     return None
 
 
 class OpenClipAdapter(ViewAdapter):
+    """open_clip's own VisionTransformer."""
+
     family = "open_clip VisionTransformer"
 
-    def __init__(self, visual: nn.Module):
+    def __init__(self, visual: Any):
         self.visual = visual
         self.has_pool = getattr(visual, "attn_pool", None) is not None
-        replaced = {"ln_post": nn.Identity(), "attn_pool": None, "proj": None}
+        replaced: dict[str, Any] = {"ln_post": nn.Identity(), "attn_pool": None, "proj": None}
         # With "none" the tower's forward returns every token, class token first; older releases ask a boolean instead.
         replaced.update(pool_type="none", global_average_pool=False, final_ln_after_pool=False, output_tokens=False)
         super().__init__(
@@ -35,12 +45,11 @@ class OpenClipAdapter(ViewAdapter):
             replaced,
             n_prefix=1,
             dim=visual.class_embedding.shape[-1],
-            # CoCa's ln_post belongs to the pooled queries behind attn_pool.
-            norm=None if self.has_pool else visual.ln_post,
-            norm_name="ln_post",
+            # CoCa's ln_post belongs to the pooled queries that attn_pool makes.
+            norm_path=None if self.has_pool else "ln_post",
         )
 
-    def run(self, pixel_values: Tensor, **inputs) -> RawTokens:
+    def run(self, pixel_values: Tensor, **inputs: Any) -> RawTokens:
         check_dropping(getattr(self.visual, "patch_dropout", None), self.family)
         size, grid = image_size(pixel_values, pair(self.visual.patch_size), self.family)
         if size != pair(self.visual.image_size):
@@ -48,34 +57,25 @@ class OpenClipAdapter(ViewAdapter):
             raise offsize_error(self.family, size, pair(self.visual.image_size), how)
         return RawTokens(self.view.module(pixel_values), grid)
 
-    def text_projection(self):
+    def text_projection(self) -> Callable[[Tensor], Tensor]:
         if self.has_pool or self.visual.proj is None:
             raise ValueError(
                 "projection='text': this open_clip tower pools with attention before its projection (CoCa), so there "
                 "is no projection of single patches. Use projection=None, a module or an int"
             )
-        return ParameterProjection(self.visual, "proj")
+        return lambda tokens: tokens @ self.visual.proj
 
 
 class TrunkAdapter(timm.TimmAdapter):
-    def __init__(self, visual: nn.Module):
+    """A timm trunk in open_clip's TimmModel."""
+
+    def __init__(self, visual: Any):
+        self.visual = visual
         super().__init__(visual.trunk)
         self.family = f"open_clip {self.family}"
-        self.visual = visual
 
-    def text_projection(self):
+    def text_projection(self) -> Callable[[Tensor], Tensor]:
         head = self.visual.head
-        if getattr(self.model, "attn_pool", None) is None and "pool" not in dict(head.named_children()) and len(head):
+        if getattr(self.model, "attn_pool", None) is None and "pool" not in head._modules and len(head):
             return head
         return super().text_projection()
-
-
-class ParameterProjection:
-    """tokens [..., dim] @ module.<name> [dim, out]; looks the parameter up at every call, so `.to()` and loading are "
-    "seen."""
-
-    def __init__(self, module: nn.Module, name: str):
-        self.module, self.name = module, name
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return tokens @ getattr(self.module, self.name)

@@ -35,6 +35,8 @@ TOKENS = 2048
 BLOCK_BYTES = 16 << 20
 # padded tokens of a block of ragged documents at most: enough for torch's matmul to run at full rate
 RAGGED_TOKENS = 1 << 14
+# the maximum so far [m, rows], and the index it came from or None
+Running = tuple[Tensor, Tensor | None]
 
 
 def status() -> Status:
@@ -60,7 +62,7 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
 
 
 def _dense(b: Batch, out: Outputs) -> None:
-    (q, q_mask, _), (d, d_mask, _) = b.q, b.d
+    q, d, q_mask, d_mask = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask
     scores, argmax = out
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
         q = q.to(scores.dtype)
@@ -70,7 +72,7 @@ def _dense(b: Batch, out: Outputs) -> None:
             q = q / clamped_norms(q)
         if d.shape[-2]:
             for group in groups(d.dim() == 4, len(q), (d, d_mask), (q, q_mask, scores, argmax)):
-                _forward_group(*group, b.normalize)
+                _forward_group(group, b.normalize)
         _fill_empty(q_mask, d_mask, d.shape[-2], scores, argmax, b.empty_score)
 
 
@@ -91,11 +93,9 @@ def _fill_empty(
         scores.masked_fill_(~q_mask.any(-1, keepdim=True), 0.0)
 
 
-def _forward_group(
-    d: Tensor, d_mask: Tensor | None, q: Tensor, q_mask: Tensor | None, scores: Tensor, argmax: Tensor | None,
-    normalize: bool,
-) -> None:  # fmt: skip
+def _forward_group(group: tuple, normalize: bool) -> None:
     """q [n_q, l_q, dim] in the dtype of scores, d [n_d, l_d, dim]; scores [n_q, n_d], argmax [n_q, n_d, l_q]."""
+    d, d_mask, q, q_mask, scores, argmax = group
     (n_q, l_q, dim), (n_d, l_d) = q.shape, d.shape[:2]
     per_block = min(n_q, max(1, ROWS // l_q))
     rows = per_block * l_q
@@ -112,8 +112,7 @@ def _forward_group(
     for n in range(0, n_d, docs):
         m = min(docs, n_d - n)
         end = l_d if ends is None else max(ends[n : n + m])
-        best = position = None
-        parts = [None] * len(columns)
+        parts: list[Running | None] = [None] * len(columns)
         for start in range(0, end, tokens):
             size = min(tokens, end - start)
             block = d[n : n + m, start : start + size].to(q.dtype)
@@ -132,12 +131,14 @@ def _forward_group(
                 if masked is not None:
                     sims.masked_fill_(masked, -math.inf)
                 parts[part] = _running(parts[part], sims, start, argmax is not None)
-        for part in range(len(columns) if end else 0):
-            best, position = parts[part]
+        for part, running in enumerate(parts):
+            if running is None:
+                continue
+            best, position = running
             first = part * per_block
             last = first + best.shape[1] // l_q
             best = best.view(m, -1, l_q).transpose(0, 1)  # [queries, m, l_q]
-            if argmax is not None:
+            if position is not None:
                 position = position.view(m, -1, l_q).transpose(0, 1)
                 if d_mask is not None:
                     # where every valid similarity is -inf a masked token ties with it: the first valid one wins
@@ -159,9 +160,7 @@ def _ends(d_mask: Tensor | None, l_d: int) -> list[int] | None:
     return (d_mask * torch.arange(1, l_d + 1, device=d_mask.device)).amax(-1).tolist()
 
 
-def _running(
-    state: tuple[Tensor, Tensor | None] | None, sims: Tensor, start: int, want_position: bool
-) -> tuple[Tensor, Tensor | None]:
+def _running(state: Running | None, sims: Tensor, start: int, want_position: bool) -> Running:
     """Running maximum over token blocks, first index on ties: sims [m, size, rows] → [m, rows] twice (or None)."""
     if not want_position:
         best = sims.amax(1)
@@ -171,6 +170,7 @@ def _running(
     if state is None:
         return best, position
     old, old_position = state
+    assert old_position is not None
     new = (best > old) | (best.isnan() & ~old.isnan())
     return torch.where(new, best, old), torch.where(new, position, old_position)
 
@@ -206,7 +206,8 @@ def _blocks(numbers: list[int], spans: list[tuple[int, int]]) -> Iterator[list[i
 
 
 def _ragged(b: Batch, out: Outputs) -> None:
-    (q, q_mask, q_offsets), (d, d_mask, d_offsets) = b.q, b.d
+    q, d, q_mask, d_mask = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask
+    q_offsets, d_offsets = b.q.offsets, b.d.offsets
     n_q, n_d = out.scores.shape
     if q_offsets is not None:
         query_spans = _spans(q_offsets)
@@ -225,11 +226,11 @@ def _ragged(b: Batch, out: Outputs) -> None:
             for block in _blocks(numbers, spans):
                 docs, keep = _padded(d, d_mask, [spans[numbers[slot]] for slot in block])
                 part = out.scores.new_empty(len(q[at]), len(block))
-                best = None if argmax is None else argmax.new_empty(*part.shape, q.shape[1])
+                best = None if argmax is None else argmax.new_empty((*part.shape, q.shape[1]))
                 dense = b._replace(q=query, d=b.d._replace(tokens=docs, mask=keep, offsets=None), candidates=None)
                 _dense(dense, Outputs(part, best))
                 out.scores[at, block] = part
-                if argmax is not None:
+                if argmax is not None and best is not None:
                     argmax[at, block] = best
     if out.argmax is None or argmax is None:
         return

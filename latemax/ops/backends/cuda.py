@@ -36,14 +36,29 @@ def status() -> Status:
         return Status(False, f"the CUDA extension cannot be loaded: {_why_not}")
     if not torch.cuda.is_available():
         return Status(False, f"built for {ARCHITECTURES}, but torch sees no CUDA device")
+    driver, runtime = _cuda.versions()
+    if driver // 1000 < runtime // 1000:
+        return Status(
+            False, f"built with CUDA {_version(runtime)}, which the driver (CUDA {_version(driver)}) is too old for"
+        )
     return Status(True, f"built for {ARCHITECTURES}; forward only, Triton runs the backward; not yet timed on a GPU")
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def load(device: torch.device, capability: int = 0) -> None:
+    """Loads the kernels on ``device``, so that the first call may be inside a graph capture."""
+    with pointers.on(device):
+        _cuda.load(device.index or 0, capability)
 
 
 def most_dims(capability: int) -> int:
     """The largest dim at which a tile of queries fits in shared memory next to the ring of document tiles."""
     shared = SHARED_MEMORY.get(capability, SMALLEST_SHARED_MEMORY)
-    # sm_90: two stages of 16 KB, 17 KB of tables and barriers, 128 query tokens; else three, 4.2 KB, 64
-    left = (shared - 32768 - 17000) // 256 if capability == 90 else (shared - 49152 - 4200) // 128
+    # sm_90: 128 query tokens, two stages of 8 KB, 12 KB of tables and barriers; else 64, three of 16 KB, 4.2 KB
+    left = (shared - 16384 - 12288) // 256 if capability == 90 else (shared - 49152 - 4200) // 128
     return left // 64 * 64
 
 
@@ -83,14 +98,15 @@ def _stream(device: torch.device) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as the copy engines take it: dims contiguous, every token at a multiple of 16 bytes. A dense tensor with such
-    dims is not copied."""
+    """``x`` as the copy engines take it: contiguous dims, every token at a multiple of 16 bytes, no two tokens that
+    overlap. Copies where that does not hold."""
     x = x.resolve_neg() if x.is_neg() else x
     strides = x.stride()
     taken = strides[-1] == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides[:-1])
-    # an axis of size 1 may have any stride; several tokens at one address are no rows of a tensor map
-    taken = taken and (strides[-2] != 0 or x.shape[-2] == 1)
-    return x if taken else x.contiguous()
+    # an axis of size 1 may have any stride; expanded and sliding views overlap, which a tensor map cannot express
+    taken = taken and (strides[-2] >= x.shape[-1] or x.shape[-2] <= 1)
+    # not contiguous(), which returns a contiguous x itself, however it is aligned
+    return x if taken else x.clone(memory_format=torch.contiguous_format)
 
 
 def forward(b: Batch, plan: Plan, out: Outputs) -> None:
@@ -100,7 +116,7 @@ def forward(b: Batch, plan: Plan, out: Outputs) -> None:
         return
     launch = plan.launch
     b = b._replace(q=_side(b.q), d=_side(b.d))
-    (q, _, q_offsets), (d, d_mask, d_offsets) = b.q, b.d
+    q, d, d_mask, q_offsets, d_offsets = b.q.tokens, b.d.tokens, b.d.mask, b.q.offsets, b.d.offsets
     device = q.device.index or 0
     longest = b.q.length if q_offsets is None else launch.longest_query
     if q_offsets is not None and out.argmax is not None:

@@ -35,7 +35,9 @@ def clamped_norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(EPS)
 
 
-def groups(own: bool, n_q: int, shared: tuple, per_query: tuple) -> Iterator[tuple]:
+def groups(
+    own: bool, n_q: int, shared: tuple[Tensor | None, ...], per_query: tuple[Tensor | None, ...]
+) -> Iterator[tuple]:
     """Queries and the documents they meet: one group of all, or one a query with its own candidates.
 
     ``shared`` tensors lose their n_q axis in a group of one query, ``per_query`` tensors keep it.
@@ -59,18 +61,16 @@ def backward(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
     if g.numel() and d.shape[-2]:
         with torch.autocast(q.device.type, enabled=False), torch.no_grad():
             for group in groups(b.own, len(q), (d, grad_d), (q, grad_q, g, argmax)):
-                _dense_group(*group, b.normalize, b.score_dtype)
+                _dense_group(group, b.normalize, b.score_dtype)
     return Gradients(grad_q, grad_d)
 
 
-def _dense_group(
-    d: Tensor, grad_d: Tensor | None, q: Tensor, grad_q: Tensor | None, g: Tensor, argmax: Tensor, normalize: bool,
-    wide: torch.dtype,
-) -> None:  # fmt: skip
+def _dense_group(group: tuple, normalize: bool, wide: torch.dtype) -> None:
     """Fills grad_q and grad_d in place, a block of documents at a time."""
+    d, grad_d, q, grad_q, g, argmax = group
     (n_q, l_q, dim), (n_d, l_d) = q.shape, d.shape[:2]
     rows = q.reshape(-1, dim).to(wide).contiguous()
-    q_norms = clamped_norms(rows) if normalize else None
+    q_norms = clamped_norms(rows) if normalize else rows
     units = rows / q_norms if normalize else rows
     sum_q = torch.zeros_like(rows)
     # picked rows stay in L2; sums over whole documents, where d has a gradient, stay within a block
@@ -104,7 +104,7 @@ def _dense_group(
 
 def ragged(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
     """Any form, dense ones too: query rows are taken as one list, whichever query they belong to."""
-    (q, _, q_offsets), (d, _, d_offsets) = b.q, b.d
+    q, d, q_offsets, d_offsets = b.q.tokens, b.d.tokens, b.q.offsets, b.d.offsets
     n_q, n_d, l_q, l_d, dim = b.q.items, b.n_d, b.q.length, b.d.length, b.dim
     candidates, wide = b.candidates, b.score_dtype
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
@@ -116,16 +116,16 @@ def ragged(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
             # rows after the last offset count as the last query's here; their argmax is -1
             at = torch.arange(len(rows), device=q.device)
             owner = (torch.searchsorted(q_offsets, at, right=True) - 1).clamp(max=n_q - 1)
-        q_norms = clamped_norms(rows) if b.normalize else None
+        q_norms = clamped_norms(rows) if b.normalize else rows
         units = rows / q_norms if b.normalize else rows
-        sum_q = torch.zeros_like(rows) if needs.q else None
-        sum_d = torch.zeros(docs.shape, dtype=wide, device=d.device) if needs.d else None
+        sum_q = torch.zeros_like(rows)
+        sum_d = torch.zeros(docs.shape if needs.d else (0, dim), dtype=wide, device=d.device)
         step = max(1, BLOCK_BYTES // max(1, 2 * rows.numel() * rows.element_size()))
         for first in range(0, n_d if len(rows) and len(docs) else 0, step):
             best = argmax[first : first + step]  # [c, rows]
             won = best >= 0
             c = torch.arange(first, first + len(best), device=d.device)
-            if candidates is not None:
+            if d_offsets is not None and candidates is not None:
                 # the argmax of an invalid candidate is -1
                 numbers = candidates[:, first : first + step].clamp(0, max(0, len(d_offsets) - 2))
                 base = d_offsets[numbers.T[:, owner]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from latemax.ops.problem import Batch, Outputs, Side
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
-def load(name: str) -> tuple[ModuleType | None, str]:
-    """The extension ``latemax.ops.<name>``, and why there is none; empty if there is."""
+def load(name: str) -> tuple[Any, str]:
+    """The extension ``latemax.ops.<name>`` or None, and why there is none; empty if there is."""
     try:
         return importlib.import_module(f"latemax.ops.{name}"), ""
     except ImportError as error:
@@ -34,7 +34,7 @@ def address(x: Tensor | None) -> int:
 
 
 def side(s: Side) -> tuple:
-    tokens, mask, offsets = s
+    tokens, mask, offsets = s.tokens, s.mask, s.offsets
     return (
         DTYPES[tokens.dtype], address(tokens), tokens.shape, tokens.stride(), address(offsets),
         0 if offsets is None else len(offsets) - 1, address(mask), None if mask is None else mask.stride(),

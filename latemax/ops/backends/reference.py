@@ -10,7 +10,7 @@ from torch import Tensor
 from latemax import reference
 from latemax.ops.backends import gather
 from latemax.ops.backends.base import Status
-from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Plan, Problem
+from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Plan, Problem, Side
 
 name = "reference"
 
@@ -46,8 +46,9 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
     return gather.backward(b, argmax, g, needs)
 
 
-def _items(tokens: Tensor, mask: Tensor | None, offsets: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+def _items(s: Side) -> list[tuple[Tensor, Tensor | None]]:
     """(tokens [l, dim], mask [l] or None) of every query or document."""
+    tokens, mask, offsets = s.tokens, s.mask, s.offsets
     if offsets is None:
         return [(tokens[i], None if mask is None else mask[i]) for i in range(len(tokens))]
     spans = itertools.pairwise(offsets.tolist())
@@ -58,13 +59,13 @@ def _ragged(b: Batch, out: Outputs) -> None:
     """Scores every pair on its own."""
     if out.argmax is not None:
         out.argmax.fill_(-1)
-    documents = None if b.d.tokens.dim() == 4 else _items(*b.d)
+    documents = None if b.d.tokens.dim() == 4 else _items(b.d)
     none = (b.d.tokens.reshape(-1, b.dim)[:0], None)  # candidate -1
     starts = None if b.q.offsets is None else b.q.offsets.tolist()
-    for a, (query, q_mask) in enumerate(_items(*b.q)):
+    for a, (query, q_mask) in enumerate(_items(b.q)):
         mine = documents
         if documents is None:
-            mine = _items(b.d.tokens[a], None if b.d.mask is None else b.d.mask[a], None)
+            mine = _items(Side(b.d.tokens[a], None if b.d.mask is None else b.d.mask[a]))
         elif b.candidates is not None:
             mine = [none if number < 0 else documents[number] for number in b.candidates[a].tolist()]
         for c, (document, d_mask) in enumerate(mine or ()):

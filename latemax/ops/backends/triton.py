@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
 
 
 @functools.cache
-def _launcher():
+def _launcher() -> ModuleType:
     # imports triton: not before it is needed
     from latemax.ops.backends import triton_launch
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -31,9 +33,9 @@ _built: dict = {}
 
 
 def _launch(
-    kernel, programs: int, pointers: tuple, numbers: tuple, constants: tuple, types: tuple,
+    kernel: Any, programs: int, pointers: tuple, numbers: tuple, constants: tuple, types: tuple,
     warps: int = 4, stages: int = 3,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """``kernel[(programs,)](*pointers, *numbers, *constants, *types)`` without triton's binder once a build is known:
     3 µs instead of 40 (benchmarks, suite ``host``).
 
@@ -65,29 +67,35 @@ def _hooked() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
+def _form(x: Tensor) -> tuple:
+    return x.shape, x.stride(), x.dtype, x.device
+
+
 class PreparedLaunch:
     """A forward that was one launch, prepared for other tensors of the same shapes, strides, dtypes, 16-byte alignment
     and device. Skipping the rest of a call saves two thirds of its host time (benchmarks, suite ``host``)."""
 
-    __slots__ = ("built", "constants", "function", "grid", "index", "metadata", "numbers", "outputs", "run")
+    __slots__ = ("argmax", "built", "constants", "function", "grid", "index", "metadata", "numbers", "run", "scores")
 
-    def __init__(self, built, programs: int, numbers: tuple, constants: tuple, out: Outputs):
+    def __init__(self, built: Any, programs: int, numbers: tuple, constants: tuple, out: Outputs) -> None:
         self.built, self.numbers, self.constants, self.grid = built, numbers, constants, (programs, 1, 1)
         self.run, self.function, self.metadata = built.run, built.function, built.packed_metadata
         self.index = out.scores.device.index if out.scores.is_cuda else None
         # (shape, strides, dtype, device) of the outputs: torch.empty_strided is the fastest allocation
-        self.outputs = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in out]
+        self.scores = _form(out.scores)
+        self.argmax = None if out.argmax is None else _form(out.argmax)
 
     def __call__(self, b: Batch) -> tuple[Tensor, Tensor | None] | None:
         """(scores, argmax or None); None if another device is current."""
         if self.index is not None and self.index != torch.cuda.current_device():
             return None
-        (q, q_mask, _), (d, d_mask, _), _, _, empty_score = b
-        (shape, strides, dtype, device), best = self.outputs
+        q, d, q_mask, d_mask, empty_score = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask, b.empty_score
+        shape, strides, dtype, device = self.scores
         scores = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         argmax = None
-        if best is not None:
-            argmax = torch.empty_strided(best[0], best[1], dtype=best[2], device=device)
+        if self.argmax is not None:
+            shape, strides, dtype, _ = self.argmax
+            argmax = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         pointers = (
             q, d, scores if q_mask is None else q_mask, scores if d_mask is None else d_mask, scores, scores, scores,
             *[scores if argmax is None else argmax] * 4,
@@ -155,7 +163,7 @@ def _align(*tensors: Tensor) -> int:
     return most
 
 
-def _compute(dtype: torch.dtype):
+def _compute(dtype: torch.dtype) -> tl.dtype:
     """The type of the products' operands. The interpreter multiplies bfloat16 bit patterns as integers (triton 3.9), so
     it is given float32, which holds them exactly."""
     return tl.float32 if dtype == torch.bfloat16 and INTERPRETED else TL_DTYPES[dtype]
@@ -166,7 +174,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _accumulator(dtype: torch.dtype):
+def _accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -334,7 +342,7 @@ def _grad_d(b: Batch, argmax: Tensor, g: Tensor, q_inv: Tensor, d_inv: Tensor) -
         (*_strides(b)[:5], *g.stride(), n_q, n_d, l_q, l_d, blocks),
         (dim, tile.block_d, tile.block_r, tile.block_k, q_offsets is not None, d_offsets is not None, b.own, normalize,
          project, _align(q, d), precision),
-        (_compute(compute), _accumulator(dtype)), tile.num_warps, 2,
+        (_compute(compute), _accumulator(dtype)), tile.num_warps, tile.num_stages,
     )  # fmt: skip
     return _through_norm(d, d_inv, grad) if normalize and not project else grad
 

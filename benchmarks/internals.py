@@ -1,0 +1,91 @@
+"""The only module of the benchmarks that knows the inside of latemax; the others use its public names."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from unittest import mock
+
+import torch
+
+from benchmarks.shapes import Shape
+from latemax.arguments.batch import batch_of
+from latemax.arguments.check import check_options
+from latemax.cli.bench import fifths, limits, sync
+from latemax.ops import dispatch, operator, tiles
+from latemax.ops.backends import triton
+from latemax.ops.backends.base import Status
+from latemax.ops.backends.cuda import status as cuda_status
+from latemax.ops.problem import Batch, Outputs, Problem, Side, allocate, problem_of
+
+if TYPE_CHECKING:
+    from benchmarks.null_driver import NullDriver
+
+__all__ = ["cuda_status", "fifths", "limits", "sync", "tiles"]
+
+
+def install_null_driver(arch: int = 90) -> NullDriver:
+    """Lets ``backend="triton"`` take CPU tensors in this process: compiled for ``arch``, launched nowhere."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("unset TRITON_INTERPRET: the interpreter compiles and launches nothing")
+    from benchmarks.null_driver import NullDriver
+
+    null = NullDriver(arch)
+    triton.status = lambda: Status(True, "null driver")
+    triton.interpreted = lambda: True
+    triton.capability = lambda device: arch
+    return null
+
+
+def triton_launch(shape: Shape, capability: int) -> tiles.Launch:
+    """The forward launch of a dense shape on a GPU of this compute capability, which need not be here."""
+    dtype = getattr(torch, shape.dtype)
+    problem = Problem(
+        torch.device("cuda"), dtype, dtype, torch.get_float32_matmul_precision(), shape.dim, shape.n_q, shape.l_q,
+        q_ragged=False, own=shape.own, candidates=False, normalize=shape.normalize, argmax=shape.argmax,
+    )  # fmt: skip
+    with mock.patch.object(triton, "capability", lambda device: capability):
+        return triton.plan(problem, by_name=True).launch
+
+
+def forward_with_tile(q: torch.Tensor, d: torch.Tensor, tile: tiles.TileConfig, scores: torch.Tensor) -> None:
+    """The Triton forward of a few dense queries with a given tile."""
+    from latemax.ops.backends import triton_launch
+
+    pack = triton.queries_per_tile(tile, q.shape[1], len(q), own=d.dim() == 4)
+    triton_launch.forward(Batch(Side(q), Side(d)), tiles.Launch(tile, pack, tiles.NO_NORM), Outputs(scores, None))
+
+
+def forget_prepared_launches() -> None:
+    """The next call of any form is prepared anew."""
+    dispatch._prepared.clear()
+
+
+def steps_of_a_prepared_call(q: torch.Tensor, d: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """What an eager call with a prepared launch consists of."""
+    batch, _ = batch_of(q, d, None, None)
+    options = dict(normalize=False, empty_score=float("-inf"), return_argmax=False, backend="triton")
+    return {
+        "check the options": functools.partial(check_options, **options),
+        "check the arguments": lambda: batch_of(q, d, None, None),
+        "rule out transforms": lambda: (operator._refuse_transforms(q, d), operator._plain(q, d, None, None)),
+        "look up, allocate, launch": lambda: dispatch.forward(batch, False, "triton"),
+    }
+
+
+def steps_of_an_unprepared_call(q: torch.Tensor, d: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """What a call without a prepared launch does instead of looking one up."""
+    batch, _ = batch_of(q, d, None, None)
+    out = allocate(batch, False)
+
+    def plan():
+        return dispatch.plan_for(problem_of(batch, argmax=False), "triton")
+
+    launch = plan()
+    return {
+        "choose backend and tile": plan,
+        "allocate the outputs": lambda: allocate(batch, False),
+        "prepare and launch": lambda: triton.forward(batch, launch, out),
+    }

@@ -1,0 +1,125 @@
+"""What nvcc makes of the CUDA kernels (csrc/cuda), on a machine that needs no GPU.
+
+    python -m benchmarks.static.cuda_aot [--json benchmarks/results/cuda-aot.json]
+
+Builds the wheel and takes the library in it apart: registers, spills, matrix instructions and the shortest loop that
+holds one, a row for each kernel. Needs nvcc and triton (which carries cuobjdump and nvdisasm).
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from typing import Any
+
+from benchmarks import harness, sass
+from benchmarks.tables import Table, markdown
+
+FORWARD = re.compile(r"(sm\d+)7forwardINS_\d(B?F16)ELi(\d+)E(?:Li(\d+)E)?Lb([01])")
+
+
+def kernels(library: pathlib.Path) -> list[dict]:
+    """A row for every kernel and architecture in a library."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        sass.tool("cuobjdump", "--extract-elf", "all", library.resolve(), cwd=folder)
+        for cubin in sorted(pathlib.Path(folder).glob("*.cubin")):
+            arch = re.search(r"sm_(\d+a?)", cubin.name)[0]
+            usage, code = sass.resource_usage(cubin), sass.disassembly(cubin)
+            bodies = dict(re.findall(r"\.section\s+\.text\.(\S+?),.*?\n(.*?)(?=\n\t?\.section|\Z)", code, re.DOTALL))
+            for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
+                rows.append(dict(arch=arch, **describe(name), registers=int(registers), stack=int(stack),
+                                 **count(bodies[name])))  # fmt: skip
+    return sorted(rows, key=lambda row: (row["arch"], row["kernel"], row["instance"], row["argmax"], row["dtype"]))
+
+
+def describe(mangled: str) -> dict[str, Any]:
+    """Kernel, dtype, instance and argmax of a mangled name. An instance is the query tokens of a warpgroup and, where
+    they stay in registers, the dims."""
+    found = FORWARD.search(mangled)
+    if found:
+        arch, dtype, rows, steps, argmax = found.groups()
+        instance = f"{rows} tokens" if steps is None else f"{64 * int(rows)} tokens"
+        instance += f", {16 * int(steps)} dims" if int(steps or 0) else ""
+        return dict(kernel=f"forward_{arch}", dtype=dtype.lower(), instance=instance, argmax=argmax == "1")
+    name = re.search(r"\d+(inverse_norms|lengths|sum_parts)", mangled)[1]
+    dtype = re.search(r"INS_\d(B?F16)E", mangled)
+    return dict(kernel=name, dtype=dtype[1].lower() if dtype else "", instance="", argmax=False)
+
+
+def count(code: str) -> dict[str, int]:
+    """Instructions of one kernel."""
+    return dict(
+        spills=sass.spills(code), hgmma=sass.count("HGMMA", code), hmma=sass.count("HMMA", code),
+        bulk_copies=sass.count("UTMALDG", code), async_copies=sass.count("LDGSTS", code),
+        instructions=len(re.findall(r"/\*[0-9a-f]{4,5}\*/", code)), loop=len(sass.hottest_loop(code)),
+    )  # fmt: skip
+
+
+def build(folder: pathlib.Path) -> tuple[pathlib.Path, float]:
+    """The wheel of this checkout with the CUDA kernels, and how many seconds it took."""
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet",
+         "--wheel-dir", folder, harness.ROOT],
+        check=True, env=os.environ | {"LATEMAX_BUILD_CUDA": "1"},
+    )  # fmt: skip
+    (wheel,) = folder.glob("*.whl")
+    return wheel, time.perf_counter() - start
+
+
+def unpacked(wheel: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """The CUDA library of a wheel, extracted."""
+    with zipfile.ZipFile(wheel) as archive:
+        return pathlib.Path(archive.extract("latemax/ops/_cuda.abi3.so", folder))
+
+
+def measure() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        wheel, seconds = build(folder)
+        library = unpacked(wheel, folder)
+        version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+        machine = harness.machine()
+        facts = dict(
+            nvcc=re.search(r"V([\d.]+)", version)[1], cores=os.cpu_count(), seconds=round(seconds, 1),
+            wheel=wheel.name, wheel_bytes=wheel.stat().st_size, library_bytes=library.stat().st_size,
+            commit=machine["commit"], date=machine["date"],
+        )  # fmt: skip
+        return dict(build=facts, rows=kernels(library))
+
+
+def table(result: dict) -> str:
+    build = result["build"]
+    head = ["arch", "kernel", "instance", "argmax", "registers", "spills", "HGMMA", "HMMA", "instructions",
+            "loop"]  # fmt: skip
+    rows = []
+    for row in result["rows"]:
+        # float16 and bfloat16 compile alike; one that differed would have a row of its own
+        line = [row["arch"], row["kernel"], row["instance"], "yes" if row["argmax"] else "",
+                *(row[key] for key in ("registers", "spills", "hgmma", "hmma", "instructions", "loop"))]  # fmt: skip
+        if line not in rows:
+            rows.append(line)
+    return markdown(head, rows) + (
+        f"\nnvcc {build['nvcc']}; `{build['wheel']}`, {build['wheel_bytes'] / 1e6:.2f} MB, built in "
+        f"{build['seconds']:.0f} s on {build['cores']} cores, the native CPU kernels included; commit "
+        f"{build['commit']}, {build['date']}.\n"
+    )
+
+
+TABLES = {"cuda-aot": Table("cuda-aot", table)}
+
+
+def main() -> None:
+    options = harness.parser(__doc__, tiny=False).parse_args()
+    harness.finish(measure(), table, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""``python -m latemax.cli`` is the ``latemax`` command."""
+
+import sys
+
+from latemax.cli import main
+
+sys.exit(main())

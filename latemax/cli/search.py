@@ -1,0 +1,160 @@
+"""``latemax search``: the best images of a store for an image or for query tokens."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latemax.cli.index import check_device, load_encoder
+from latemax.cli.terminal import printable
+from latemax.search import topk
+from latemax.store import PatchStore, StoreError
+
+# patches shown per result
+PATCHES = 5
+
+
+def search(
+    store: str, *, image: str | None = None, tokens: str | None = None, k: int = 10, size: int | None = None,
+    where: str | None = None, patches: bool = False, normalize: bool = False, memory_mib: int = 1024,
+    device: str | None = None, verify: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Finds the k best documents of a store (all of them if it has fewer) for an image or for query tokens.
+
+    Args:
+        store: the store's folder.
+        image: a file, encoded with the model that the store was indexed with. Exclusive with ``tokens``.
+        tokens: a .npy, .safetensors (its only tensor, or the one called "tokens") or .pt file, [l_q, dim] or
+            [n_q, l_q, dim].
+        k: number of results.
+        size: size of the query image in pixels; None takes that of the store's images.
+        where: rank only documents for which this condition is true, as in ``PatchStore.where``.
+        patches: also tell which patches of each result the score comes from.
+        normalize: L2-normalize all tokens before scoring.
+        memory_mib: MiB of read buffers.
+        device: device that scores; None is the CPU.
+        verify: check every byte of the store first.
+
+    Returns:
+        ``{"store", "query", "documents", "results"}``. ``results`` holds a list for every query:
+        ``[{"rank", "id", "index", "score"}, …]``; a score that is not finite is None. With ``patches``, a result has
+        ``"patches": [{"row", "column", "part", "query_tokens"}, …]``: the largest parts of the score first; of a
+        document without a grid, all are in row 0.
+
+    Raises:
+        StoreError: the store is damaged, or does not say which model made it.
+        ValueError: a wrong file, condition or device.
+    """
+    check_device(device)
+    pages = PatchStore(store)
+    if verify:
+        pages.verify()
+    within = None if where is None else pages.where(where)
+    if image is not None:
+        q = _encoded(pages, image, size)
+    elif tokens is not None:
+        q = load_tokens(tokens)
+    else:
+        raise ValueError("search needs an image or query tokens")
+    q = q.unsqueeze(0) if q.dim() == 2 else q
+    k = min(k, len(pages) if within is None else len(within))
+    result: dict[str, Any] = {"store": store, "query": image or tokens, "documents": len(pages)}
+    if not k:
+        return {**result, "results": [[] for _ in q]}
+    found = topk(
+        q, pages, k, within=within, normalize=normalize, memory=memory_mib << 20, device=device, progress=True
+    )  # fmt: skip
+    results = [
+        [
+            {"rank": rank, "id": pages.ids[i], "index": i, "score": score if math.isfinite(score) else None}
+            for rank, (score, i) in enumerate(zip(scores, indices, strict=True), 1)
+        ]
+        for scores, indices in zip(found.scores.tolist(), found.indices.tolist(), strict=True)
+    ]
+    if patches:
+        for query, rows in zip(q, results, strict=True):
+            for row in rows:
+                row["patches"] = best_patches(query, pages, row["index"], normalize)
+    return {**result, "results": results}
+
+
+def best_patches(q: Tensor, pages: PatchStore, i: int, normalize: bool) -> list[dict[str, Any]]:
+    """Returns the patches of document i that the score of query q [l_q, dim] comes from, largest part first."""
+    from latemax.analysis import grounding_map
+
+    tokens = pages[i]
+    if not len(tokens):
+        return []
+    grounding = grounding_map(q.cpu(), tokens, pages.grid(i) or (1, len(tokens)), normalize=normalize)
+    part, wins = grounding.total().flatten(), grounding.wins().flatten()
+    order = part.masked_fill(wins == 0, -math.inf).argsort(descending=True, stable=True)
+    columns = grounding.grid[1]
+    return [
+        {"row": at // columns, "column": at % columns, "part": float(part[at]), "query_tokens": int(wins[at])}
+        for at in order[: int((wins > 0).sum())].tolist()
+    ]
+
+
+def _encoded(pages: PatchStore, image: str, size: int | None) -> Tensor:
+    if "model" not in pages.meta:
+        raise StoreError(f"{pages.path} does not say which model made it: pass --tokens instead of --image")
+    encoder = load_encoder(pages.meta["model"], pages.meta.get("adapter"))
+    out = encoder.encode([image], size=pages.meta.get("size") if size is None else size)
+    return out.tokens[0][out.mask[0]]
+
+
+def load_tokens(path: str) -> Tensor:
+    """Reads query tokens, [l_q, dim] or [n_q, l_q, dim], from a .npy, .safetensors or .pt file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, or other content.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    suffix = Path(path).suffix
+    if suffix == ".npy":
+        import numpy as np
+
+        found = torch.from_numpy(np.load(path, allow_pickle=False))
+    elif suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+        if "tokens" not in tensors and len(tensors) != 1:
+            raise ValueError(
+                f'{path} must hold one tensor, or one called "tokens"; it has {", ".join(sorted(tensors))}'
+            )
+        found = tensors.get("tokens", next(iter(tensors.values())))
+    elif suffix == ".pt":
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"{path} must be a .npy, .safetensors or .pt file")
+    if not isinstance(found, Tensor) or found.dim() not in (2, 3):
+        came = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{path} must hold tokens [l_q, dim] or [n_q, l_q, dim], got {came}")
+    if not found.is_floating_point():
+        raise ValueError(f"{path} must hold floats, got {found.dtype}")
+    return found
+
+
+def render(result: dict[str, Any]) -> str:
+    """Formats what `search` returned as the text of ``latemax search``."""
+    lines = []
+    for number, rows in enumerate(result["results"], 1):
+        if len(result["results"]) > 1:
+            lines.append(f"query {number}")
+        if not rows:
+            lines.append("no document")
+        for row in rows:
+            score = "      none" if row["score"] is None else f"{row['score']:10.4f}"
+            lines.append(f"{row['rank']:4}  {score}  {printable(str(row['id']))}")
+            if row.get("patches"):
+                best = (f"({p['row']}, {p['column']}) {p['part']:.2f}" for p in row["patches"][:PATCHES])
+                lines.append(f"{'':18}from {len(row['patches'])} patches (row, column): {', '.join(best)}")
+    return "\n".join(lines)
