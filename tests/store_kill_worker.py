@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from latemax.store import PatchStore, StoreError, StoreWriter, upgrade
+from latemax.store import PatchStore, StoreError, StoreWriter
 
 SHIM = ctypes.CDLL(sys.argv[1])
 SECTOR = 512

@@ -159,6 +159,7 @@ def two_stage(
     if one_query:
         q, q_mask = q.unsqueeze(0), None if q_mask is None else q_mask.unsqueeze(0)
     candidates = _candidates(first, q, q_mask, n, len(found), documents).to(found.device)
+    candidates = F.pad(candidates, (0, max(0, k - candidates.shape[1])), value=-1)
     q, q_mask = q.detach().to(found.device), None if q_mask is None else q_mask.to(found.device)
 
     # empty slots stay NaN, so that they rank last whatever empty_score is

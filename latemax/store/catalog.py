@@ -235,6 +235,13 @@ def select(db: sqlite3.Connection, table: str, where: str = "", values: tuple = 
         yield row
 
 
+def document_row(db: sqlite3.Connection, seq: int) -> DocumentRow:
+    rows = list(select(db, "documents", "WHERE seq = ?", (seq,)))
+    if len(rows) != 1:
+        raise StoreError(f"{file_of(db)} is damaged: it has no row {seq} of documents")
+    return rows[0]
+
+
 def file_of(db: sqlite3.Connection) -> str:
     return db.execute("PRAGMA database_list").fetchone()[2]
 

@@ -24,14 +24,15 @@ def record(
     shards: Sequence[ShardRow] = (),
     documents: Sequence[DocumentRow] = (),
     regions: Iterable[bytes] = (),
-    removed: Sequence[int] = (),
+    removed: Sequence[DocumentRow] = (),
 ) -> StoreRow:
-    """Makes the generation after ``before``: adds documents in committed shards, and removes rows by their seq.
+    """Makes the generation after ``before``: adds documents in committed shards, and removes some.
 
     Args:
         before: the store as it must still be.
         after: what it becomes; ``generation`` and ``next_seq`` are set here.
         documents: by rising seq from ``before.next_seq`` on; ``added`` is set here.
+        regions: boxes that the documents name. removed: rows as they are.
 
     Returns:
         The store's new row.
@@ -40,12 +41,8 @@ def record(
         raise StoreError(f"{catalog.file_of(db)} was changed while a writer was at work: close it and open another")
     generation = before.generation + 1
     documents = [row._replace(added=generation) for row in documents]
-    gone = []
-    for seq in removed:
-        rows = [row for row in catalog.select(db, "documents", "WHERE seq = ?", (seq,)) if row.removed is None]
-        if len(rows) != 1:
-            raise StoreError(f"{catalog.file_of(db)} is damaged: document row {seq} is not there")
-        gone.append(rows[0]._replace(removed=generation))
+    if any(row.removed is not None for row in removed):
+        raise StoreError(f"{catalog.file_of(db)} is damaged: a document was removed twice")
     count, tokens = db.execute(
         "SELECT documents, tokens FROM commits WHERE generation = ?", (before.generation,)
     ).fetchone()
@@ -53,17 +50,18 @@ def record(
     commit = CommitRow(
         generation,
         catalog.nonce(),
-        count + len(documents) - len(gone),
-        tokens + sum(r.length for r in documents) - sum(r.length for r in gone),
+        count + len(documents) - len(removed),
+        tokens + sum(r.length for r in documents) - sum(r.length for r in removed),
         added.tobytes(),
-        np.sort(np.array(removed, dtype=INT64)).tobytes(),
+        np.sort(np.array([r.seq for r in removed], dtype=INT64)).tobytes(),
     )
     row = after._replace(generation=generation, next_seq=before.next_seq + len(documents))
     catalog.insert(db, "shards", shards)
     db.executemany(
         "INSERT OR IGNORE INTO regions VALUES (?, ?)", ((catalog.regions_digest(boxes), boxes) for boxes in regions)
     )
-    catalog.insert(db, "documents", [*gone, *documents])
+    catalog.insert(db, "documents", (old._replace(removed=generation) for old in removed))
+    catalog.insert(db, "documents", documents)
     catalog.insert(db, "commits", [commit])
     catalog.replace_store(db, row)
     return row
@@ -142,6 +140,8 @@ def _keep(db: sqlite3.Connection, kept: list[int]) -> None:
     db.execute("DELETE FROM commits")
     catalog.insert(db, "commits", commits)
     ended = db.execute("SELECT seq, added, removed FROM documents WHERE removed IS NOT NULL").fetchall()
+    if not all(type(x) is int for span in ended for x in span):
+        raise StoreError(f"{catalog.file_of(db)} is damaged: documents are removed at no generation")
     spans = np.array(ended, dtype=np.int64).reshape(-1, 3)
     generations = np.array([*kept, np.iinfo(np.int64).max])
     dead = generations[generations.searchsorted(spans[:, 1])] >= spans[:, 2]

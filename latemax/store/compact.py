@@ -39,12 +39,12 @@ def compact(folder: Path, store: StoreRow, shard_bytes: int) -> StoreRow:
         )
         with discarding(folder), catalog.opened(folder / CATALOG, write=True) as db:
             rows: list[DocumentRow] = []
-            removed: list[int] = []
+            removed: list[DocumentRow] = []
             for shard, part in zip(written, parts, strict=True):
                 start = 0
                 for i in part:
-                    (row,) = catalog.select(db, "documents", "WHERE seq = ?", (int(snapshot.seq[i]),))
-                    removed.append(row.seq)
+                    row = catalog.document_row(db, int(snapshot.seq[i]))
+                    removed.append(row)
                     rows.append(row._replace(seq=store.next_seq + len(rows), shard=shard.shard, start=start))
                     start += row.length
             store = record(db, store, store, shards=written, documents=rows, removed=removed)

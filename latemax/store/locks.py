@@ -47,9 +47,10 @@ class Lock:
 
 
 class WriterLock(Lock):
-    """The writer's lock; a forked child drops its copy, so that the lock ends with its owner."""
+    """The writer's lock; it ends with its owner, whatever forked children have of it."""
 
     def __init__(self, folder: Path):
+        self._pid = os.getpid()
         super().__init__(os.open(folder / WRITER, os.O_RDWR | os.O_CREAT, 0o666))
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,6 +61,12 @@ class WriterLock(Lock):
             self.close()
             raise
         _writers.add(self)
+
+    def close(self) -> None:
+        if self.fd >= 0 and os.getpid() == self._pid:
+            # a child that has just been forked has the descriptor still
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+        super().close()
 
 
 _writers: weakref.WeakSet[WriterLock] = weakref.WeakSet()

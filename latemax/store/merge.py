@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,10 +52,10 @@ def merge_stores(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
             snapshot = store.snapshot()
             with catalog.opened(snapshot.catalog) as db:
                 for i, seq in enumerate(snapshot.seq.tolist()):
-                    (row,) = catalog.select(db, "documents", "WHERE seq = ?", (seq,))
+                    row = catalog.document_row(db, seq)
                     grid = None if row.rows is None else (row.rows, row.cols)
                     boxes = catalog.read_regions(db, row.regions)
-                    meta = None if row.meta is None else json.loads(row.meta)
+                    meta = None if row.meta is None else catalog.parse_meta(snapshot.catalog, row.meta)
                     writer.add(
                         snapshot.document(i), row.id, grid, meta, regions=None if boxes is None else store.regions(i)
                     )

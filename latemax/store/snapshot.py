@@ -137,10 +137,8 @@ class Snapshot:
     def row(self, i: int) -> tuple[DocumentRow, bytes | None]:
         """The catalogue's row of a document, and its regions."""
         with self._db() as db:
-            rows = list(catalog.select(db, "documents", "WHERE seq = ?", (int(self.seq[i]),)))
-            if len(rows) != 1:
-                raise StoreError(f"{self.catalog} is damaged: it has no row of document {i}")
-            return rows[0], catalog.read_regions(db, rows[0].regions)
+            row = catalog.document_row(db, int(self.seq[i]))
+            return row, catalog.read_regions(db, row.regions)
 
     def meta(self, i: int) -> dict[str, Any]:
         row, _ = self.row(i)

@@ -287,10 +287,7 @@ class StoreWriter:
         if seq is None:
             return self._added[id]
         with catalog.opened(self.path / CATALOG) as db:
-            rows = list(catalog.select(db, "documents", "WHERE seq = ?", (seq,)))
-            if len(rows) != 1:
-                raise StoreError(f"{self.path / CATALOG} is damaged: it has no row of document {id!r}")
-            (row,) = rows
+            row = catalog.document_row(db, seq)
             boxes = catalog.read_regions(db, row.regions)
         grid = None if row.rows is None else (row.rows, row.cols)
         return Document(Place(row.shard, row.start, row.length), grid, boxes, row.meta, row.pos)
@@ -330,9 +327,8 @@ class StoreWriter:
             next_id=self._next_id,
         )
         with discarding(self.path), catalog.opened(self.path / CATALOG, write=True) as db:
-            store = record(
-                db, self._store, after, shards=written, documents=rows, regions=regions, removed=sorted(self._removed)
-            )
+            gone = [catalog.document_row(db, seq) for seq in sorted(self._removed)]
+            store = record(db, self._store, after, shards=written, documents=rows, regions=regions, removed=gone)
         self._store = store
         self._ids.update((row.id, row.seq) for row in rows)
         self._added, self._removed, self._bytes = {}, set(), 0
