@@ -1,4 +1,4 @@
-# make demo | make test | make bench | make lint | make wheel | make clean
+# make demo | make test | make bench | make soak | make lint | make wheel | make clean
 # Everything is installed into .venv; only python3 and access to a package index are needed.
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ JOBS ?= auto
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint wheel clean
+.PHONY: help demo test bench soak lint wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -74,6 +74,10 @@ test: lint $(DEV_STAMP) $(VISION_STAMP)
 # Any machine: CPU rows on a CPU, CUDA rows and peers (if installed) on a GPU.
 bench: $(DEV_STAMP)
 	$(PY) -m benchmarks.suites.maxsim $(BENCH_ARGS)
+
+# Half an hour of threads that score, search, encode and write.
+soak: $(DEV_STAMP)
+	$(PY) -m benchmarks.suites.soak
 
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check .

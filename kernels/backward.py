@@ -114,7 +114,7 @@ def grad_q_kernel(
     d_stride_k = aligned(d_stride_k, ALIGN)
     d_stride_l = aligned(d_stride_l, ALIGN)
     total = tl.zeros([BLOCK_R, BLOCK_K], ACC)
-    for step in range(split, n_d, splits):
+    for step in tl.range(split, n_d, splits, num_stages=4):
         doc = wide(step)
         # item is 0 if Q_RAGGED
         at = argmax_ptr + (item * n_d + doc) * l_q + token
@@ -174,31 +174,59 @@ def find_query(query, doc, q, scores, B):
 
 
 @triton.jit
+def load_weight(query, doc, scores, B):
+    return tl.load(scores.g + query * scores.g_stride_n + doc * scores.g_stride_k).to(B.ACC)
+
+
+@triton.jit
+def gather_block(query, token, weight, j, columns, q, GUARD: tl.constexpr, B):
+    """[BLOCK_D, BLOCK_K]: what BLOCK_R query tokens from ``token`` on add to the gradient of the document tokens j."""
+    i = tl.arange(0, B.BLOCK_R)
+    ok = i < query.length - token
+    argmax = tl.load(query.argmax + token + i, mask=ok, other=-1)
+    if GUARD:
+        ok = argmax >= 0
+    # One pointer moves and the offsets of the rows stay: 249 instructions a block instead of 272.
+    base = query.base + wide(token) * q.stride_l
+    rows = load_rows(base, i.to(tl.int64), ok, columns, q.stride_l, B.DIM, B.DIM % B.BLOCK_K == 0, False)
+    if B.NORM:
+        rows = rows.to(B.ACC) * tl.load(q.inv + query.row + token + i, mask=ok, other=0.0)[:, None]
+    picked = argmax[None, :] == j[:, None]
+    part = tl.dot(picked.to(B.COMPUTE), rows.to(B.COMPUTE), input_precision=B.PRECISION, out_dtype=B.ACC) * weight
+    if GUARD:
+        part = tl.where((tl.max(picked.to(tl.int32), 1) > 0)[:, None], part, 0.0)
+    return part
+
+
+@triton.jit
 def gather(owned, j, columns, q, scores, GUARD: tl.constexpr, B):
     """Sum of g · q over the query tokens whose argmax is one of the document tokens j [BLOCK_D]: [BLOCK_D, BLOCK_K].
 
     GUARD: a token that is no argmax in a block of query tokens gets nothing from it, not even 0 times a NaN or
-    infinity. Asking that of every block doubled the loop (464 issue slots a block instead of 235, with 4 warps).
+    infinity. Asking that of every block doubled the loop (464 issue slots a block instead of 235, with 4 warps), and
+    rows that are read only where there is an argmax wait for it, so that no copy overlaps a product.
+
+    Queries of one length are one flat loop over (query, block of its tokens), since only innermost loops are pipelined:
+    a loop inside a loop starts anew for each query, and at l_q <= BLOCK_R overlaps nothing.
     """
-    r = tl.arange(0, B.BLOCK_R)
     total = tl.zeros([B.BLOCK_D, B.BLOCK_K], B.ACC)
-    for number in range(owned.first, owned.end):
-        weight = tl.load(scores.g + number * scores.g_stride_n + owned.doc * scores.g_stride_k).to(B.ACC)
-        query = find_query(number, owned.doc, q, scores, B)
-        for token in range(0, query.length, B.BLOCK_R):
-            i = token + r
-            argmax = tl.load(query.argmax + i, mask=i < query.length, other=-1)
-            rows = load_rows(
-                query.base, i.to(tl.int64), argmax >= 0, columns, q.stride_l, B.DIM, B.DIM % B.BLOCK_K == 0, False
-            )
-            if B.NORM:
-                rows = rows.to(B.ACC) * tl.load(q.inv + query.row + i, mask=argmax >= 0, other=0.0)[:, None]
-            picked = argmax[None, :] == j[:, None]
-            part = tl.dot(picked.to(B.COMPUTE), rows.to(B.COMPUTE), input_precision=B.PRECISION, out_dtype=B.ACC)
-            part *= weight
-            if GUARD:
-                part = tl.where((tl.max(picked.to(tl.int32), 1) > 0)[:, None], part, 0.0)
-            total += part
+    if B.Q_RAGGED:
+        for number in range(owned.first, owned.end):
+            weight = load_weight(number, owned.doc, scores, B)
+            query = find_query(number, owned.doc, q, scores, B)
+            for token in range(0, query.length, B.BLOCK_R):
+                total += gather_block(query, token, weight, j, columns, q, GUARD, B)
+    else:
+        number = owned.first
+        token = 0
+        for _ in range((owned.end - owned.first).to(tl.int32) * tl.cdiv(q.length, B.BLOCK_R)):
+            weight = load_weight(number, owned.doc, scores, B)
+            query = find_query(number, owned.doc, q, scores, B)
+            total += gather_block(query, token, weight, j, columns, q, GUARD, B)
+            # carried, since dividing the step by the blocks of a query took 24 instructions more
+            token += B.BLOCK_R
+            number = tl.where(token < q.length, number, number + 1)
+            token = tl.where(token < q.length, token, 0)
     return total
 
 
@@ -210,7 +238,8 @@ def grad_d(pid, q, d, scores, out_ptr, blocks, B):
     owned = find_owned(pid // column_blocks, d, scores, blocks, B)
     j = owned.start + tl.arange(0, B.BLOCK_D)
     total = gather(owned, j, columns, q, scores, False, B)
-    # 0 times a NaN or infinity is a NaN that belongs to another token: once more, with the guard.
+    # 0 times a NaN or infinity is a NaN that belongs to another token, or to a masked query token: once more, with the
+    # guard.
     if tl.sum((total != total).to(tl.int32)) > 0:
         total = gather(owned, j, columns, q, scores, True, B)
     ok = j < owned.length

@@ -5,9 +5,9 @@ import triton.language as tl
 
 # How a forward build normalizes: not at all; each tile computes the norms of its own rows (for rows read once); or the
 # norms were computed before and are read (for rows read again and again).
-NORM_NONE = tl.constexpr(0)
+NO_NORM = tl.constexpr(0)
 NORM_IN_TILE = tl.constexpr(1)
-NORM_READ = tl.constexpr(2)
+NORM_BEFORE = tl.constexpr(2)
 
 
 @triton.jit

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from latemax.kernels.common import (
+    NO_NORM,
+    NORM_BEFORE,
     NORM_IN_TILE,
-    NORM_NONE,
-    NORM_READ,
     aligned,
     inverse,
     inverse_norm,
@@ -57,7 +57,7 @@ def load_query_tile(q, stride, B):
         tile = rows.to(B.COMPUTE)
         if B.NORM == NORM_IN_TILE:
             inv = inverse_norm(rows, B.ACC)
-    if B.NORM == NORM_READ or (B.NORM == NORM_IN_TILE and B.DIM > B.BLOCK_K):
+    if B.NORM == NORM_BEFORE or (B.NORM == NORM_IN_TILE and B.DIM > B.BLOCK_K):
         inv = tl.load(q.inv + q.token, mask=q.ok, other=0.0)
     if B.SWAP:
         # Transposed here and not at the product: there it was stored to shared memory again for every document tile.
@@ -96,7 +96,7 @@ def similarities(start, ok, q_tile, q, q_stride, d, FULL: tl.constexpr, B):
                 s = tl.dot(q_rows, tl.trans(rows), s, input_precision=B.PRECISION, out_dtype=B.ACC)
         if B.NORM == NORM_IN_TILE:
             s *= along_documents(inverse(squares), B)
-    if B.NORM == NORM_READ:
+    if B.NORM == NORM_BEFORE:
         s *= along_documents(tl.load(d.inv + start + j, mask=ok, other=0.0), B)
     return s
 
@@ -198,7 +198,7 @@ def score_item(pid, q, d, scores_ptr, argmax_ptr, candidates_ptr, n_q, n_d, chun
             tl.store(argmax_ptr + item.doc * q.length + item.begin + rows.token, argmax, mask=rows.ok)
         else:
             tl.store(argmax_ptr + (rows.query * n_d + item.doc) * q.length + rows.token, argmax, mask=rows.ok)
-    if B.NORM != NORM_NONE:
+    if B.NORM != NO_NORM:
         value *= q_inv
     total = sum_of_queries(tl.where(keep, value, 0.0), B)
     if kept.hi == 0:

@@ -39,7 +39,7 @@ class Side(NamedTuple):
 
     tokens: Any
     mask: Any
-    inv: Any  # inverse norms, if NORM_READ
+    inv: Any  # inverse norms, if NORM_BEFORE
     offsets: Any  # if ragged
     stride_n: Any  # from query to query
     stride_k: Any  # from document to document

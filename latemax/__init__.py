@@ -22,6 +22,7 @@ __all__ = [
     "PatchEncoder",
     "PatchStore",
     "PatchTokens",
+    "StoreError",
     "StoreWriter",
     "TopK",
     "add_lora",
@@ -30,6 +31,7 @@ __all__ = [
     "maxsim",
     "maxsim_pairs",
     "maxsim_varlen",
+    "merge_stores",
     "reference",
     "rerank",
     "topk",
@@ -39,7 +41,7 @@ __all__ = [
 # loaded when first asked for: scoring needs none of it
 _LATER = {
     "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "add_lora"),
-    "store": ("PatchStore", "StoreWriter"),
+    "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
     "search": ("MeanPool", "TopK", "first_stage_recall", "topk", "two_stage"),
 }
 

@@ -1,6 +1,6 @@
 """One small, randomly initialised model per encoder family, with the library's own patch tokens to compare to.
 
-`python -m tests.encoder_models` (or the file itself) prints the family table as markdown.
+``python -m tests.encoder_models`` (or the file itself) prints the family table as markdown.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAFLEX_GRIDS = ((3, 4), (2, 5))
 
 @dataclass(frozen=True)
 class Row:
-    """`reference(model, inputs)` is what the library itself gives for the patches, before any projection or L2 norm."""
+    """``reference(model, inputs)`` is what the library itself gives for the patches, before any projection or L2 norm."""
 
     name: str
     library: str

@@ -77,11 +77,16 @@ def test_the_library_needs_neither_torch_nor_cuda(library):
 @needs_tools
 def test_no_spills_and_the_right_instructions(kernels):
     forward = [row for row in kernels if row["kernel"].startswith("forward")]
-    assert {(row["arch"], row["dtype"], row["columns"], row["argmax"]) for row in forward} == {
-        (arch, dtype, columns, argmax)
-        for arch, most in (("sm_80", (32, 64)), ("sm_90a", (32, 64, 128)))
+    dims = ("", ", 64 dims", ", 96 dims", ", 128 dims")
+    instances = {
+        "sm_80": [f"{tokens} tokens" for tokens in (32, 64)],
+        "sm_90a": [f"{tokens} tokens{kept}" for tokens in (64, 128) for kept in dims],
+    }
+    assert {(row["arch"], row["dtype"], row["instance"], row["argmax"]) for row in forward} == {
+        (arch, dtype, instance, argmax)
+        for arch in instances
         for dtype in ("f16", "bf16")
-        for columns in most
+        for instance in instances[arch]
         for argmax in (False, True)
     }
     for row in kernels:
@@ -89,6 +94,10 @@ def test_no_spills_and_the_right_instructions(kernels):
     for row in forward:
         hopper = row["arch"] == "sm_90a"
         assert (row["hgmma"] > 0, row["hmma"] == 0) == (hopper, hopper), row
+        if hopper:
+            # a chain for each block of 64 query tokens, and one more for a warpgroup that holds half
+            chain = int(row["instance"].split(", ")[1][:-5]) // 16 if ", " in row["instance"] else 4
+            assert row["hgmma"] == chain * (3 if row["instance"].startswith("128") else 1), row
         assert (row["bulk_copies"] > 0, row["async_copies"] == 0) == (hopper, hopper), row
         # sm_80: 128 threads, two blocks per multiprocessor; sm_90a: 384 threads, one block
         assert row["registers"] <= (168 if hopper else 255), row
@@ -107,7 +116,7 @@ def test_later_chips_find_ptx(library):
 @needs_tools
 def test_the_table_in_the_docs_lists_these_kernels(kernels):
     stored = json.loads((ROOT / "benchmarks" / "results" / "cuda-aot.json").read_text())
-    keys = ("arch", "kernel", "dtype", "columns", "argmax")
+    keys = ("arch", "kernel", "dtype", "instance", "argmax")
     assert [[row[key] for key in keys] for row in stored["rows"]] == [[row[key] for key in keys] for row in kernels]
 
 

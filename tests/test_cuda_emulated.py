@@ -1,10 +1,11 @@
 """The CUDA kernels' own sources, run without a GPU: tests/cuda_emulator compiles them with g++ and plays the tensor
-cores, copies, barriers and threads, the last in several random orders. What it cannot show stands in
-benchmarks/GPU_PENDING.md.
+cores, copies, barriers and threads, the last in several random orders. benchmarks/GPU_PENDING.md lists what it cannot
+show.
 """
 
 import importlib.util
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,24 +43,25 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return emulator.build(tmp_path_factory.mktemp("emulator"))
-
-
-@pytest.fixture(params=CAPABILITIES)
-def device(built, monkeypatch, request):
+@pytest.fixture(params=CAPABILITIES, scope="module")
+def device(request):
     """Sets the emulated GPU; returns a function that sets the order of threads."""
-    module, configure = built
-    monkeypatch.setattr(cuda, "_cuda", module)
-    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    module, configure = emulator.built()
+    replaced = pytest.MonkeyPatch()
+    replaced.setattr(cuda, "_cuda", module)
+    replaced.setattr(cuda, "_stream", lambda device: 0)
+    request.addfinalizer(replaced.undo)
 
     def seed(number, multiprocessors=3, shared=tiles.SHARED_MEMORY[request.param]):
         configure(number, request.param, multiprocessors, shared)
 
     seed.capability = request.param
-    seed(1)
     return seed
+
+
+@pytest.fixture(autouse=True)
+def first_order(device):
+    device(1)
 
 
 def forward(q, d, scores, argmax, *, longest=0, **options):
@@ -69,13 +71,13 @@ def forward(q, d, scores, argmax, *, longest=0, **options):
 def run(q, d, q_mask=None, d_mask=None, *, argmax=False, normalize=False, empty_score=-math.inf):
     n_q, n_d = len(q), d.shape[-3]
     scores = torch.full((n_q, n_d), math.nan)
-    winners = torch.full((n_q, n_d, q.shape[1]) if argmax else (0,), -99, dtype=torch.int32)
-    forward(q, d, scores, winners, q_mask=q_mask, d_mask=d_mask, normalize=normalize, empty_score=empty_score)
-    return (scores, winners) if argmax else scores
+    where = torch.full((n_q, n_d, q.shape[1]) if argmax else (0,), -99, dtype=torch.int32)
+    forward(q, d, scores, where, q_mask=q_mask, d_mask=d_mask, normalize=normalize, empty_score=empty_score)
+    return (scores, where) if argmax else scores
 
 
 def assert_right(q, d, q_mask=None, d_mask=None, **options):
-    """Scores within the tolerance rule with and without winners, bit for bit the same, and the winners right."""
+    """Scores within the tolerance rule, bit for bit the same with and without argmax, and the argmax right."""
     scores, argmax = run(q, d, q_mask, d_mask, argmax=True, **options)
     assert torch.equal(run(q, d, q_mask, d_mask, **options), scores)
     clean = [x if keep is None else x.masked_fill(~keep[..., None], 0) for x, keep in ((q, q_mask), (d, d_mask))]
@@ -98,7 +100,7 @@ def test_forward(device, shape, own):
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("shape", [(3, 4, 20, 70, 96), (2, 3, 140, 129, 64), (5, 2, 7, 200, 136)], ids=str)
-def test_masks_with_poison_behind_them(device, shape, own, normalize):
+def test_masks_with_poison_under_them(device, shape, own, normalize):
     for seed in SEEDS:
         device(seed)
         q, d = problem(shape, own=own, dtype=torch.bfloat16)
@@ -135,7 +137,7 @@ def test_a_score_depends_neither_on_padding_nor_on_batch_mates(device):
         assert torch.equal(run(q[1:2], d[3:4]), scores[1:2, 3:4])
 
 
-# query columns on both sides of each group size, dims that leave few stages, and more tiles than stages
+# query tokens on both sides of each block size, dims that leave few stages, and more tiles than stages
 RINGS = [
     (5, 3, 40, 200, 576), (1, 2, 100, 200, 640), (1, 2, 100, 200, 704), (4, 2, 128, 200, 640), (1, 2, 100, 500, 320),
     (1, 1, 100, 1500, 128), (3, 1, 20, 300, 192), (2, 1, 200, 300, 256), (1, 2, 20, 300, 512), (2, 1, 40, 200, 384),
@@ -219,13 +221,13 @@ def test_ties_nan_and_infinities(device):
         x[1, 77, 3] = value
         x[2, 190, :] = value
         scores, argmax = run(q, x, argmax=True)
-        truth, winners = exact(q, x, return_argmax=True)
+        truth, where = exact(q, x, return_argmax=True)
         torch.testing.assert_close(scores.double(), truth, equal_nan=True, rtol=1e-5, atol=1e-4)
         if value != value:
             assert scores[:, 1:].isnan().all() and not scores[:, 0].isnan().any()
             assert (argmax[:, 1] == 77).all() and (argmax[:, 2] == 190).all()
-        assert torch.equal(argmax[:, 1:], winners[:, 1:])
-    # nothing beats -inf: the first valid token wins
+        assert torch.equal(argmax[:, 1:], where[:, 1:])
+    # nothing is greater than -inf: the argmax is the first valid token
     low = torch.full((1, 70, 32), -math.inf, dtype=torch.float16)
     keep = torch.ones(1, 70, dtype=torch.bool)
     keep[0, :5] = False
@@ -234,7 +236,7 @@ def test_ties_nan_and_infinities(device):
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
-def test_documents_and_queries_end_to_end(device, normalize):
+def test_ragged_documents_and_queries(device, normalize):
     generator = torch.Generator().manual_seed(0)
     lengths, dim = (5, 0, 130, 1, 64, 200), 48
     documents = [torch.randn(n, dim, generator=generator).bfloat16() for n in lengths]
@@ -270,18 +272,18 @@ def test_documents_and_queries_end_to_end(device, normalize):
                     if n < 0 or not keep[n].any():
                         assert scores[i, c] == (-7.0 if q_keep[i].any() else 0) and (best[c] == -1).all()
                         continue
-                    score, winners = truth(query, documents[n], q_keep[i], keep[n])
+                    score, where = truth(query, documents[n], q_keep[i], keep[n])
                     torch.testing.assert_close(scores[i, c].double(), score[0, 0], rtol=1e-5, atol=1e-4)
-                    assert torch.equal(best[c], winners[0, 0])
+                    assert torch.equal(best[c], where[0, 0])
 
 
-def test_offsets_that_lie_stay_inside_the_tokens(device):
+def test_invalid_offsets_stay_inside_the_tokens(device):
     q, d = torch.ones(1, 5, 32).bfloat16(), torch.ones(40, 32).bfloat16()
     scores, argmax = torch.full((1, 3), math.nan), torch.empty(0, dtype=torch.int32)
-    lying = torch.tensor([0, 30, 20, 10**9])
+    invalid = torch.tensor([0, 30, 20, 10**9])
     keep = torch.ones(40, dtype=torch.bool)
     for d_mask in (None, keep):
-        forward(q, d, scores, argmax, d_mask=d_mask, d_offsets=lying, normalize=True, empty_score=-1.0)
+        forward(q, d, scores, argmax, d_mask=d_mask, d_offsets=invalid, normalize=True, empty_score=-1.0)
         torch.testing.assert_close(scores, torch.tensor([[5.0, -1.0, 5.0]]))
 
 
@@ -293,6 +295,11 @@ def test_nothing_to_score(device):
     # what torch gives as the address of a tensor without elements, on any device
     assert d[:, :0].clone().data_ptr() == 0
     assert (run(q, d[:, :0].clone(), empty_score=-2.0) == -2).all()
+    # a mask without elements leaves the lengths of documents unwritten
+    scores, none = torch.full((2, 2), math.nan), torch.empty(0, dtype=torch.int32)
+    empty = torch.empty(0, dtype=torch.bool)
+    forward(q, d[0, :0].clone(), scores, none, d_mask=empty, d_offsets=torch.zeros(3, dtype=torch.int64), empty_score=-2.0)
+    assert (scores == -2).all()
     keep = torch.zeros(2, 20, dtype=torch.bool)
     assert (run(q, d[:, :0], keep, empty_score=-2.0) == 0).all()
 
@@ -338,3 +345,11 @@ def test_through_the_public_call_with_gradients(device, monkeypatch):
             latemax.maxsim(q[..., :9], d[..., :9], backend="cuda")
     finally:
         dispatch.plan_for.cache_clear()
+
+
+def test_the_driver_without_torch(device):
+    """tests/native/cuda_driver.cpp is the first program that runs on a GPU."""
+    driver = emulator.program(HERE.parent / "native" / "cuda_driver.cpp")
+    for case in range(0, 210, 19):
+        done = subprocess.run([driver, str(device.capability), "case", str(case)], capture_output=True, text=True)
+        assert done.returncode == 0, f"case {case}: {done.stdout}"

@@ -45,7 +45,7 @@ LEAVES = (
 # Imported by nobody but those named; each may import the stack and the leaves. One may name another's types under
 # TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
 TOPS = {
-    "latemax.analysis": ("latemax.demo",),
+    "latemax.analysis": ("latemax.demo", "latemax.cli"),
     "latemax.viz": ("latemax.demo",),
     "latemax.compat": (),
     "latemax.demo": ("latemax.cli",),

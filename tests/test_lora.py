@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
 def test_q_and_v_of_every_block_are_adapted(encoder):
     enc, _ = encoder
-    # test_vit, behind open_clip's TimmModel, is six blocks deep; the others have two.
+    # test_vit, the trunk of open_clip's TimmModel, is six blocks deep; the others have two.
     blocks = 6 if "trunk" in "".join(dict(enc.model.named_modules())) else 2
     names = {name for name, _ in enc.model.named_parameters()}
     lora = add_lora(enc, rank=2)
@@ -177,7 +177,7 @@ def test_multihead_attention(widths, training):
     before = model(q, k, v)[0]
     lora = add_lora(model, rank=2)
     assert lora.sites == (["q_proj_weight", "v_proj_weight"] if widths else ["in_proj_weight"])
-    # Frozen weights alone make torch multiply in another order here (1e-7), so this one is not bit for bit.
+    # With frozen weights only, torch multiplies in another order here (1e-7), so this one is not bit for bit.
     torch.testing.assert_close(model(q, k, v)[0], before)
     stir(lora)
     changed = model(q, k, v)[0]
@@ -209,7 +209,7 @@ def test_what_was_frozen_stays_frozen():
     assert model[0].qkv.weight.requires_grad and model[1].bias.requires_grad and not model[1].weight.requires_grad
 
 
-def test_a_step_of_an_optimiser_changes_the_factors_alone():
+def test_a_step_of_an_optimiser_changes_only_the_factors():
     torch.manual_seed(0)
     model = Attention()
     weight = model.qkv.weight.detach().clone()

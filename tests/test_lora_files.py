@@ -77,7 +77,7 @@ def test_an_encoder_of_another_shape_is_refused_and_left_as_it_was(tmp_path):
             LoRA.from_file(tmp_path / file, enc)
         after = enc.state_dict()
         assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
-    # The base model alone can take the factors that need nothing else.
+    # The plain base model can take the factors that need nothing else.
     assert LoRA.from_file(tmp_path / "plain", Tower()).sites
 
 

@@ -1,4 +1,4 @@
-"""Makes torchvision importable beside a CPU-only torch, for tests alone.
+"""Makes torchvision importable with a CPU-only torch, for the tests only.
 
 PyPI's Linux wheel of torchvision is built for CUDA: without libtorch_cuda its operators do not load, and `import
 torchvision` dies on registering fakes for two of them. Declaring those two is enough for its models and transforms, and

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import harness, sass
 from benchmarks.tables import Table, markdown
 
-FORWARD = re.compile(r"(sm\d+)7forwardINS_\d(B?F16)ELi(\d+)ELb([01])")
+FORWARD = re.compile(r"(sm\d+)7forwardINS_\d(B?F16)ELi(\d+)E(?:Li(\d+)E)?Lb([01])")
 
 
 def kernels(library: pathlib.Path) -> list[dict]:
@@ -36,17 +36,21 @@ def kernels(library: pathlib.Path) -> list[dict]:
             for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
                 rows.append(dict(arch=arch, **describe(name), registers=int(registers), stack=int(stack),
                                  **count(bodies[name])))  # fmt: skip
-    return sorted(rows, key=lambda row: (row["arch"], row["kernel"], row["columns"] or 0, row["argmax"], row["dtype"]))
+    return sorted(rows, key=lambda row: (row["arch"], row["kernel"], row["instance"], row["argmax"], row["dtype"]))
 
 
 def describe(mangled: str) -> dict[str, Any]:
-    """Kernel, dtype, query columns and argmax of a mangled name."""
+    """Kernel, dtype, instance and argmax of a mangled name. An instance is the query tokens of a warpgroup and, where
+    they stay in registers, the dims."""
     found = FORWARD.search(mangled)
     if found:
-        return dict(kernel=f"forward_{found[1]}", dtype=found[2].lower(), columns=int(found[3]), argmax=found[4] == "1")
+        arch, dtype, rows, steps, argmax = found.groups()
+        instance = f"{rows} tokens" if steps is None else f"{64 * int(rows)} tokens"
+        instance += f", {16 * int(steps)} dims" if int(steps or 0) else ""
+        return dict(kernel=f"forward_{arch}", dtype=dtype.lower(), instance=instance, argmax=argmax == "1")
     name = re.search(r"\d+(inverse_norms|lengths|sum_parts)", mangled)[1]
     dtype = re.search(r"INS_\d(B?F16)E", mangled)
-    return dict(kernel=name, dtype=dtype[1].lower() if dtype else "", columns=None, argmax=False)
+    return dict(kernel=name, dtype=dtype[1].lower() if dtype else "", instance="", argmax=False)
 
 
 def count(code: str) -> dict[str, int]:
@@ -93,12 +97,12 @@ def measure() -> dict[str, Any]:
 
 def table(result: dict) -> str:
     build = result["build"]
-    head = ["arch", "kernel", "query columns", "argmax", "registers", "spills", "HGMMA", "HMMA", "instructions",
+    head = ["arch", "kernel", "instance", "argmax", "registers", "spills", "HGMMA", "HMMA", "instructions",
             "loop"]  # fmt: skip
     rows = []
     for row in result["rows"]:
         # float16 and bfloat16 compile alike; one that differed would have a row of its own
-        line = [row["arch"], row["kernel"], row["columns"] or "", "yes" if row["argmax"] else "",
+        line = [row["arch"], row["kernel"], row["instance"], "yes" if row["argmax"] else "",
                 *(row[key] for key in ("registers", "spills", "hgmma", "hmma", "instructions", "loop"))]  # fmt: skip
         if line not in rows:
             rows.append(line)

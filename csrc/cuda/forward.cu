@@ -5,7 +5,7 @@ namespace latemax {
 
 namespace {
 
-/* wgmma is Hopper's alone; later chips take the sm_80 kernel, from its PTX. */
+/* Only Hopper has wgmma; later chips take the sm_80 kernel, from its PTX. */
 bool hopper(const Device &device, int capability) { return (capability ? capability : device.capability) == 90; }
 
 void prepare_all(int index, int capability) {

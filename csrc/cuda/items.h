@@ -1,4 +1,4 @@
-/* What a thread block works on: which query block against which document, and where both lie. */
+/* What a thread block works on: which query block against which document, and where both are in memory. */
 #pragma once
 
 #include "maxsim_cuda.h"
@@ -20,7 +20,7 @@ constexpr int NONE = 0x7fffffff;
  *
  * Full rounds: every thread block has a query block of its own and walks all documents, so that all read the same
  * document at about the same time, from L2. The query blocks left over are shared out, either interleaved (neighbours
- * have different query blocks and the same document) or, where that would leave too many idle, as contiguous ranges of
+ * have different query blocks and the same document) or, where too many would be idle, as contiguous ranges of
  * (query block, document).
  */
 struct Walk {
@@ -89,19 +89,18 @@ __device__ inline Segment segment_of(const Forward &f, int64_t block, int i) {
 /* The query whose documents a block walks: its only one where queries have their own, else any. */
 __device__ inline int64_t owner_of(const Forward &f, int64_t block) { return f.a.own ? segment_of(f, block, 0).query : 0; }
 
-/* Where a query's tokens lie. */
+/* Where a query's tokens are. */
 struct Query {
     int64_t start;  // row of its first token, with q_offsets
     int length;
 };
 
-/* Item i of tokens that lie end to end, kept inside them whatever the offsets hold: checking these would take a
- * synchronisation. */
+/* Item i of ragged tokens, clamped to them: checking the offsets would need a device sync. */
 __device__ inline Query span(const int64_t *offsets, int64_t i, int64_t tokens) {
-    int64_t first = offsets[i], past = offsets[i + 1];
+    int64_t first = offsets[i], end = offsets[i + 1];
     first = first < 0 ? 0 : first > tokens ? tokens : first;
-    past = past < first ? first : past > tokens ? tokens : past;
-    return {first, static_cast<int>(past - first)};
+    end = end < first ? first : end > tokens ? tokens : end;
+    return {first, static_cast<int>(end - first)};
 }
 
 __device__ inline Query query_of(const maxsim_args &a, int64_t query) {
@@ -124,23 +123,24 @@ __device__ inline int32_t *argmax_of(const maxsim_args &a, int64_t query, const 
     return a.argmax + (a.q.offsets ? c * a.q.total + q.start : (query * a.n_c + c) * a.q.l);
 }
 
-/* Where a document's tokens lie. */
+/* Where a document's tokens are. */
 struct Document {
     int64_t owner, number;  // coordinates of a dense document
     int64_t start;          // row of its first token, with d_offsets
     int length;
 };
 
+/* A mask without elements has the null address: it is none, and the lengths, which only a mask fills, are not read. */
 __device__ inline Document document_of(const Forward &f, int64_t query, int64_t c) {
     const maxsim_args &a = f.a;
     const int64_t owner = a.own ? query : 0;
-    if (!a.d.offsets) return {owner, c, 0, f.work.d_lengths ? f.work.d_lengths[owner * a.n_c + c] : static_cast<int>(a.d.l)};
+    if (!a.d.offsets) return {owner, c, 0, a.d.mask ? f.work.d_lengths[owner * a.n_c + c] : static_cast<int>(a.d.l)};
     const int64_t id = a.candidates ? a.candidates[query * a.n_c + c] : c;
     if (id < 0 || id >= a.d.n) return {0, 0, 0, 0};
     const Query rows = span(a.d.offsets, id, a.d.total);
-    return {0, 0, rows.start, f.work.d_lengths ? f.work.d_lengths[id] : rows.length};
+    return {0, 0, rows.start, a.d.mask ? f.work.d_lengths[id] : rows.length};
 }
-/* A number that is neither a document nor -1: scored NaN, where refusing it would take a synchronisation. */
+/* An invalid candidate, neither a document nor -1: scored NaN, since raising would need a device sync. */
 __device__ inline bool broken_candidate(const maxsim_args &a, int64_t query, int64_t c) {
     if (!a.candidates) return false;
     const int64_t id = a.candidates[query * a.n_c + c];

@@ -1,6 +1,6 @@
 /* How a call is cut: decided on the host, passed to the kernel with the arguments.
  *
- * A thread block keeps the query tokens of one query block, `rows` of them, and walks documents past them. The rows are
+ * A thread block keeps the query tokens of one query block, `rows` of them, and streams documents. The rows are
  * cut in segments of `slot` rows: a whole query each, or one of the `chunks` of 64 tokens of a long query.
  */
 #pragma once

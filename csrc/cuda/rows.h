@@ -13,38 +13,37 @@ __device__ __forceinline__ void halve(float *x, bool upper) {
     for (int i = 0; i < COUNT / 2; ++i) x[i] = upper ? x[i + COUNT / 2] : x[i];
 }
 
-/* The maximum of COUNT values and the number of the first that equals it, by a tree of maxima and one descent. */
+/* The maximum of COUNT values and, in binary from the top, the number of the first that equals it: a tree of maxima and
+ * one descent. */
 template <int COUNT, bool ARGMAX>
 struct Tree {
-    static __device__ __forceinline__ float run(const float (&x)[COUNT], int &index) {
+    static constexpr int BITS = Tree<COUNT / 2, ARGMAX>::BITS + 1;
+
+    static __device__ __forceinline__ float run(const float (&x)[COUNT], bool *bits) {
         constexpr int HALF = COUNT / 2;
         float upper[HALF];
 #pragma unroll
         for (int i = 0; i < HALF; ++i) upper[i] = ptx::max_nan(x[2 * i], x[2 * i + 1]);
-        const float most = Tree<HALF, ARGMAX>::run(upper, index);
+        const float most = Tree<HALF, ARGMAX>::run(upper, bits);
         if constexpr (ARGMAX) {
-            // the left value of each pair, down to that of the pair `index`; its bits are known from the top
+            // the left value of each pair, down to that of the pair which holds the maximum
             float left[HALF];
 #pragma unroll
             for (int i = 0; i < HALF; ++i) left[i] = x[2 * i];
-            descend(left, index);
+            if constexpr (HALF >= 8) halve<8>(left, bits[BITS - 4]);
+            if constexpr (HALF >= 4) halve<4>(left, bits[BITS - 3]);
+            if constexpr (HALF >= 2) halve<2>(left, bits[BITS - 2]);
             // a NaN equals nothing, and where the maximum is NaN the first NaN is meant
-            index = 2 * index + !(left[0] == most || left[0] != left[0]);
+            bits[BITS - 1] = !(left[0] == most || left[0] != left[0]);
         }
         return most;
-    }
-    static __device__ __forceinline__ void descend(float (&left)[COUNT / 2], int index) {
-        if constexpr (COUNT / 2 >= 8) halve<8>(left, index & 4);
-        if constexpr (COUNT / 2 >= 4) halve<4>(left, index & 2);
-        if constexpr (COUNT / 2 >= 2) halve<2>(left, index & 1);
     }
 };
 template <bool ARGMAX>
 struct Tree<1, ARGMAX> {
-    static __device__ __forceinline__ float run(const float (&x)[1], int &index) {
-        index = 0;
-        return x[0];
-    }
+    static constexpr int BITS = 0;
+
+    static __device__ __forceinline__ float run(const float (&x)[1], bool *) { return x[0]; }
 };
 
 using Accumulator = float[32];  // a thread's part of 64 query tokens x 64 document tokens, see wgmma.h
@@ -78,13 +77,13 @@ struct Rows {
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            int index = 0;
-            const float most = Tree<COUNT, ARGMAX>::run(line[h], index);
+            bool bits[4];
+            const float most = Tree<COUNT, ARGMAX>::run(line[h], bits);
             if constexpr (ARGMAX) {
                 // greater, or the first NaN
                 const bool moved = !(most <= best[h]) && best[h] == best[h];
                 best[h] = moved ? most : best[h];
-                where[h] = moved ? start + column + 8 * (index / 2) + index % 2 : where[h];
+                where[h] = moved ? start + column + (bits[0] << 5 | bits[1] << 4 | bits[2] << 3 | bits[3]) : where[h];
             } else {
                 best[h] = ptx::max_nan(best[h], most);
             }

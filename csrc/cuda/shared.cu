@@ -1,4 +1,4 @@
-/* Small kernels beside the forward: inverse norms, lengths of masked documents, the sum over a long query's chunks. */
+/* Small kernels before and after the forward: inverse norms, lengths of masked documents, the sum over a long query's chunks. */
 #include "items.h"
 #include "launch.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int THREADS = 256;
 
-/* A warp a token; tokens lie at (row / l / n, row / l % n, row % l) times the strides. */
+/* One warp per token; tokens are at (row / l / n, row / l % n, row % l) times the strides. */
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     inverse_norms(const uint16_t *x, float *out, int64_t rows, int64_t n, int64_t l, int64_t stride_m, int64_t stride_n,
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* A warp a document: masked tokens behind the last kept one are neither read nor multiplied. */
+/* One warp per document: masked tokens after the last kept one are neither read nor multiplied. */
 __global__ void __launch_bounds__(THREADS) lengths(const __grid_constant__ Forward f, int64_t documents) {
     const maxsim_args &a = f.a;
     const int thread = ptx::thread_index(), lane = thread % 32;

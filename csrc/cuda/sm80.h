@@ -1,8 +1,8 @@
-/* Forward for sm_80 and whatever has no kernel of its own: cp.async and mma.sync.
+/* Forward for sm_80 and chips without a kernel of their own: cp.async and mma.sync.
  *
  * Four warps share a tile of 128 document tokens, 32 each (two m16), against N query tokens. The ring holds slabs, 128
- * tokens x 64 dims, 16 KB; three of them, so that two are on their way while one is multiplied. Slabs are swizzled: the
- * 16 bytes of column c stand at c ^ (row % 8), which keeps ldmatrix and cp.async free of bank conflicts.
+ * tokens x 64 dims, 16 KB; three of them, so that two are in flight while one is multiplied. Slabs are swizzled: the
+ * 16 bytes of column c are at c ^ (row % 8), which keeps ldmatrix and cp.async free of bank conflicts.
  */
 #pragma once
 
@@ -21,7 +21,7 @@ inline int shared_bytes(const Plan &p, int tables) { return STAGES * STAGE_BYTES
 
 __device__ inline uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-/* The loads, STAGES - 1 slabs ahead of the products, past the ends of tiles and documents. */
+/* The loads, STAGES - 1 slabs ahead of the products, across the ends of tiles and documents. */
 struct Loader {
     const Forward &f;
     Walk walk;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Forwa
     Walk walk(f, ptx::block_index(), ptx::grid_size());
     while (walk.next()) {
         if (walk.moved) {
-            // nobody reads the last ones any more: the barrier below the tiles came after
+            // the last queries are read no more: the barrier after the tiles came later
             load_queries<N>(f, walk.block, queries, thread);
             ptx::cp_async_commit();
             ptx::cp_async_wait<0>();
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Forwa
             for (int i = 0; i < 4; ++i) scales[i] = plain ? 1.0f : row_scale(f, document, row + 8 * i);
             float acc[2][N / 2] = {};
             for (int slab = 0; slab < f.plan.slabs; ++slab) {
-                // this slab has come, for every thread, and nobody reads the one that is loaded next
+                // this slab has arrived for every thread, and the one that is loaded next is read no more
                 ptx::cp_async_wait<STAGES - 2>();
                 ptx::block_barrier();
                 loader.load(ring + (stage + STAGES - 1) % STAGES * STAGE_BYTES);

@@ -48,32 +48,6 @@ struct Run90 {
     }
 };
 
-/* Rows of a query block, query buffers and stages, so that they fit. */
-void plan_shared(Plan &p, const maxsim_args &a, const Device &device) {
-    const auto fits = [&] { return sm90::shared_bytes(p) <= device.shared_block; };
-    // with few rows two stages of many dims still serve; 256 rows pay off with a ring of three
-    const auto least_stages = [&] { return p.rows == sm90::MOST_ROWS ? 3 : 2; };
-    const bool registers = p.slabs <= sm90::REGISTER_SLABS;
-    p.query_buffers = 1, p.stages = least_stages();
-    while (!fits() && p.rows > sm90::LEAST_ROWS && p.rows / 2 >= p.slot) {
-        plan_rows(p, a, p.rows / 2);
-        p.stages = least_stages();
-    }
-    if (!fits()) throw std::runtime_error("dim " + std::to_string(a.dim) + " needs more shared memory than this GPU has");
-    // from registers the queries' buffer is free again at once; else a second one comes before a ring of more than four
-    if (!registers && p.blocks > device.multiprocessors) {
-        const int stages = p.stages;
-        p.stages = 4, p.query_buffers = sm90::MOST_QUERY_BUFFERS;
-        if (!fits()) p.stages = stages, p.query_buffers = 1;
-    }
-    while (p.stages < sm90::MOST_STAGES) {
-        ++p.stages;
-        if (fits()) continue;
-        --p.stages;
-        break;
-    }
-}
-
 struct Launch90 {
     const Forward &f;
     const sm90::Maps &maps;
@@ -106,9 +80,7 @@ void prepare_blocks(const Device &device) {
 void prepare_sm90(const Device &device) { prepare_blocks<1>(device), prepare_blocks<2>(device); }
 
 void launch_sm90(Forward &f, const Device &device, Stream stream) {
-    f.plan = plan_queries(f.a, sm90::LEAST_ROWS, sm90::MOST_ROWS, LONGEST_SM90);
-    plan_shared(f.plan, f.a, device);
-    plan_grid(f.plan, f.a, device.multiprocessors);
+    f.plan = sm90::plan(f.a, device.shared_block, device.multiprocessors);
     const sm90::Maps maps{map_of_queries(f.a, f.plan.slot), map_of_documents(f.a, sm90::TOKENS),
                           map_of_documents(f.a, sm90::TAIL_BOX)};
     const Launch90 launch{f, maps, stream};

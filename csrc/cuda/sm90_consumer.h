@@ -94,12 +94,14 @@ struct Consumer {
         for (int part = 0;; ++part) {
 #pragma unroll
             for (int b = 0; b < COUNT; ++b) issue(acc[b], b, part);
+            if constexpr (!REGISTERS) {
+                // the part before is read no more when only this one's groups are unfinished
+                if (part) ptx::wgmma_wait<COUNT>(), release(at);
+            }
+            at = ring;
             ring.advance();
             if (REGISTERS || part == f.plan.slabs - 1) break;
             ptx::mbarrier_wait(Shared::at(s.meta->full[ring.index]), ring.lap);
-            ptx::wgmma_wait<0>();
-            release(at);
-            at = ring;
         }
         const Tile &tile = s.meta->tiles[at.index];
         const bool scaled = ptx::uniform(tile.scaled), last = ptx::uniform(tile.last);

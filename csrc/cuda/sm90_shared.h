@@ -1,6 +1,9 @@
 /* What the warps of the sm_90 kernel share: the ring, its barriers and tables. */
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "finish.h"
 
 namespace latemax {
@@ -50,6 +53,34 @@ __host__ __device__ inline int query_bytes(const Plan &p) { return p.slabs * p.r
 __host__ __device__ inline int warpgroups_of(const Plan &p) { return p.rows > 64 ? 2 : 1; }
 inline int shared_bytes(const Plan &p) {
     return p.stages * stage_slabs(p) * SLAB_BYTES + p.query_buffers * query_bytes(p) + static_cast<int>(sizeof(Meta));
+}
+
+/* Rows of a query block, query buffers, stages and grid, so that a block fits in `shared` bytes. */
+inline Plan plan(const maxsim_args &a, int shared, int multiprocessors) {
+    Plan p = plan_queries(a, LEAST_ROWS, MOST_ROWS, LONGEST_SM90);
+    const auto fits = [&] { return shared_bytes(p) <= shared; };
+    // 256 rows halve what is read of documents, which is worth more than a ring of over three stages
+    const auto least_stages = [&] { return p.rows == MOST_ROWS ? 3 : 2; };
+    p.query_buffers = 1, p.stages = least_stages();
+    while (!fits() && p.rows > LEAST_ROWS && p.rows / 2 >= p.slot) {
+        plan_rows(p, a, p.rows / 2);
+        p.stages = least_stages();
+    }
+    if (!fits()) throw std::runtime_error("dim " + std::to_string(a.dim) + " needs more shared memory than this GPU has");
+    // queries in registers free their buffer at once; else a second buffer comes before a fifth stage
+    if (p.slabs > REGISTER_SLABS && p.blocks > multiprocessors) {
+        const int stages = p.stages;
+        p.stages = 4, p.query_buffers = MOST_QUERY_BUFFERS;
+        if (!fits()) p.stages = stages, p.query_buffers = 1;
+    }
+    while (p.stages < MOST_STAGES) {
+        ++p.stages;
+        if (fits()) continue;
+        --p.stages;
+        break;
+    }
+    plan_grid(p, a, multiprocessors);
+    return p;
 }
 
 /* A position in a ring of barriers; lap counts the turns and names the phase that is waited for. */

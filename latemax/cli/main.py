@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -15,14 +16,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0, 1 after an error that the command explains in one line, 130 after an interrupt.
+        The exit status: 0; 1 after an error that the command explains in one line; 3 if ``latemax index`` left images
+        out and the store holds the others; 130 after an interrupt.
 
     Raises:
         SystemExit: with status 2 after wrong usage, as argparse does.
     """
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # names of files hold characters that the terminal's encoding may lack
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        args.run(args)
+        status = args.run(args)
     except KeyboardInterrupt:
         print(f"latemax {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -31,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"latemax {args.command}: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     index = commands.add_parser(
         "index",
         help="encode images into a store for `latemax search`",
-        description="Encode images into a store. A second run continues where the first stopped and skips the images "
-        "that the store holds.",
+        description="Encode images into a store. A second run continues where the first stopped, skips the images that "
+        "the store holds and encodes those again that changed. Images that are gone or unreadable are named and left "
+        "out. Exit status: 0 all images are in the store, 3 some were left out, 1 none or another error.",
     )
     index.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of them")
     index.add_argument("--model", metavar="NAME_OR_PATH", required=True, help="a model folder or hub name")
@@ -77,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--size", type=int, help="image size in pixels (default: the model's own)")
     index.add_argument("--batch-size", type=_positive, default=16, help="images per batch (default: %(default)s)")
     index.add_argument("--device", help="device of the encoder (default: cpu)")
+    index.add_argument("--adapter", metavar="FILE", help="a LoRA file for the model")
+    index.add_argument("--prune", action="store_true", help="remove the images of IMAGES that were deleted")
     index.add_argument("--json", action="store_true", help="print the summary as JSON")
     index.set_defaults(run=_index)
 
@@ -87,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     query.add_argument("--tokens", metavar="FILE", help=".npy, .safetensors or .pt with [l_q, dim] or [n_q, l_q, dim]")
     search.add_argument("-k", type=_positive, default=10, metavar="N", help="number of results (default: %(default)s)")
     search.add_argument("--size", type=int, help="size of the crop in pixels (default: that of the store's images)")
+    search.add_argument(
+        "--where", metavar="CONDITION", help="search only images for which it is true, such as \"id LIKE '%%cat%%'\""
+    )
+    search.add_argument("--patches", action="store_true", help="also print the patches that each score comes from")
     search.add_argument("--normalize", action="store_true", help="L2-normalize all tokens before scoring")
     search.add_argument(
         "--memory", type=_positive, default=1024, metavar="MIB", help="MiB of read buffers (default: %(default)s)"
@@ -95,6 +107,18 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--verify", action="store_true", help="check every byte of the store first")
     search.add_argument("--json", action="store_true", help="print the results as JSON")
     search.set_defaults(run=_search)
+
+    store = commands.add_parser("store", help="describe, check, clean or upgrade a store")
+    store.add_argument("store", metavar="STORE", help="the store's folder")
+    actions = store.add_subparsers(dest="action", metavar="ACTION", required=True)
+    action = actions.add_parser("info", help="what the store holds")
+    action.add_argument("--json", action="store_true", help="print it as JSON")
+    actions.add_parser("verify", help="check every byte")
+    action = actions.add_parser("remove", help="remove documents")
+    action.add_argument("ids", metavar="ID", nargs="+", help="ids as `latemax search` prints them")
+    actions.add_parser("compact", help="give back the disk space of removed documents and join small shards")
+    actions.add_parser("upgrade", help="bring a store of an earlier format up to date")
+    store.set_defaults(run=_store)
 
     bench = commands.add_parser("bench", help="the quick table for this machine, compared with the machine's own limit")
     bench.add_argument("--json", action="store_true", help="print it as JSON")
@@ -123,32 +147,40 @@ def _bench(args: argparse.Namespace) -> None:
     print(json.dumps(rows, indent=2) if args.json else render(rows))
 
 
-def _index(args: argparse.Namespace) -> None:
-    from latemax.cli.corpus import index
+def _index(args: argparse.Namespace) -> int:
+    from latemax.cli.index import index, render
 
     done = index(
         args.images, model=args.model, store=args.out, dtype=args.dtype, size=args.size, batch_size=args.batch_size,
-        device=args.device,
+        device=args.device, adapter=args.adapter, prune=args.prune,
     )  # fmt: skip
-    if args.json:
-        print(json.dumps(done, indent=2))
-    else:
-        print(
-            f"{done['indexed']} images indexed, {done['already']} already there; "
-            f"{done['store']} holds {done['documents']}"
-        )
-    if done["unreadable"]:
-        raise ValueError(f"{len(done['unreadable'])} images could not be read and were left out")
+    print(json.dumps(done, indent=2) if args.json else render(done))
+    if not done["left_out"]:
+        return 0
+    return 3 if done["indexed"] + done["replaced"] + done["already"] else 1
 
 
 def _search(args: argparse.Namespace) -> None:
-    from latemax.cli.corpus import render, search
+    from latemax.cli.search import render, search
 
     found = search(
-        args.store, image=args.image, tokens=args.tokens, k=args.k, size=args.size, normalize=args.normalize,
-        memory_mib=args.memory, device=args.device, verify=args.verify,
+        args.store, image=args.image, tokens=args.tokens, k=args.k, size=args.size, where=args.where,
+        patches=args.patches, normalize=args.normalize, memory_mib=args.memory, device=args.device, verify=args.verify,
     )  # fmt: skip
     print(json.dumps(found, indent=2) if args.json else render(found))
+
+
+def _store(args: argparse.Namespace) -> None:
+    from latemax.cli import store
+
+    if args.action == "info":
+        found = store.info(args.store)
+        print(json.dumps(found, indent=2) if args.json else store.render_info(found))
+    elif args.action == "remove":
+        print(store.remove(args.store, args.ids))
+    else:
+        act = {"verify": store.verify, "compact": store.compact, "upgrade": store.upgraded}[args.action]
+        print(act(args.store))
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 PROBE_SECONDS = 5.0
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class UnknownModelError(ValueError):
@@ -26,13 +28,12 @@ def find(name: str, file: str) -> Path | None:
     if is_path(name):
         path = Path(name).expanduser() / file
         return path if path.is_file() else None
+    if not HUB_NAME.fullmatch(name):
+        raise UnknownModelError(f"name_or_path: {name} is neither a folder nor a name on the hub")
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    try:
-        cached = try_to_load_from_cache(name, file)
-    except HFValidationError as error:
-        raise UnknownModelError(f"name_or_path: {name} is neither a folder nor a name on the hub") from error
+    cached = try_to_load_from_cache(name, file)
     if cached is not None:
         return Path(cached) if isinstance(cached, str) else None
     reason = unreachable(name)
@@ -75,9 +76,9 @@ def check_name(name: str, known: Iterable[str]) -> bool:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    if "/" not in name or ":" in name or name.count("/") > 1:
+    if "/" not in name or not HUB_NAME.fullmatch(name):
         raise UnknownModelError(
-            f"name_or_path: {name} is neither a folder nor a known name{_proposal(name, known)}. Known names: "
+            f"name_or_path: {name} is neither a folder nor a known name{_proposal(name, known) or '.'} Known names: "
             f"{', '.join(known)}; names on the hub are owner/model"
         )
     cached = isinstance(try_to_load_from_cache(name, "config.json"), str)

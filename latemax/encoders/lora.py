@@ -109,7 +109,8 @@ class LoRA:
         for site in self._sites:
             if not parametrize.is_parametrized(site.module, site.attribute):
                 raise RuntimeError("this LoRA was merged or removed already; call add_lora again")
-            yield site.name, site.module.parametrizations[site.attribute][0]
+            parametrizations: Any = site.module.parametrizations
+            yield site.name, parametrizations[site.attribute][0]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """``("<site>:<target>.a", [rank, in])`` and ``("<site>:<target>.b", [out, rank])`` of every factor."""

@@ -185,7 +185,10 @@ class PatchEncoder(nn.Module):
             name = "patches" if "patches" in inputs else "pixel_values"
             if name not in inputs:
                 raise ValueError(f"pixel_values: the mapping must hold 'pixel_values', got {sorted(inputs)}")
-            pixel_values = inputs.pop(name)
+            return self._encode(inputs.pop(name), inputs, return_prefix)
+        return self._encode(pixel_values, inputs, return_prefix)
+
+    def _encode(self, pixel_values: Tensor, inputs: dict[str, Any], return_prefix: bool) -> PatchTokens:
         if not torch.compiler.is_compiling():
             self.sync()
         raw = self.adapter.run(pixel_values, **inputs)

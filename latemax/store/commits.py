@@ -86,7 +86,7 @@ def write_shards(
     with discarding(folder):
         for i, (documents, tokens) in enumerate(parts):
             size, digest = shards.write(folder / rows[i].name, documents, dtype=dtype, tokens=tokens, dim=dim)
-            rows[i] = rows[i]._replace(state="committed", tokens=tokens, bytes=size, sha256=digest)
+            rows[i] = rows[i]._replace(state="committed", tokens=tokens, size=size, sha256=digest)
         sync_folder(folder)
     return rows
 

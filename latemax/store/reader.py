@@ -170,6 +170,10 @@ class PatchStore(Sequence):
         """The JSON object that document i was added with, {} if none."""
         return self._snapshot.meta(self._index(i))
 
+    def metas(self) -> list[dict[str, Any]]:
+        """The JSON objects of all documents, in order; much faster than `document_meta` of each."""
+        return self._snapshot.metas()
+
     def grid(self, i: int) -> tuple[int, int] | None:
         """(rows, cols) of document i's patches, or None if it was added without."""
         row, _ = self._snapshot.row(self._index(i))

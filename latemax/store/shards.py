@@ -77,9 +77,9 @@ class Shard:
         try:
             with DESCRIPTORS.borrow(self._key, self.path) as fd:
                 size = os.fstat(fd).st_size
-                if size != row.bytes:
-                    what = "truncated" if size < row.bytes else "too long"
-                    raise StoreError(f"{self._name} is {what}: {size} bytes, the catalogue says {row.bytes}")
+                if size != row.size:
+                    what = "truncated" if size < row.size else "too long"
+                    raise StoreError(f"{self._name} is {what}: {size} bytes, the catalogue says {row.size}")
                 self._data = self._check_header(fd, size)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise StoreError(f"shard {row.name} is missing from {folder}") from error
@@ -147,7 +147,7 @@ class Shard:
             # read-only: Linux refuses a writable private map of more than the machine's memory
             untracked = {"trackfd": False} if sys.version_info >= (3, 13) else {}
             with DESCRIPTORS.borrow(self._key, self.path) as fd:
-                mapped = mmap.mmap(fd, self.row.bytes, prot=mmap.PROT_READ, **untracked)
+                mapped = mmap.mmap(fd, self.row.size, prot=mmap.PROT_READ, **untracked)
             self._map = weakref.ref(mapped)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")

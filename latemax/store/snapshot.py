@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,7 +144,19 @@ class Snapshot:
 
     def meta(self, i: int) -> dict[str, Any]:
         row, _ = self.row(i)
-        return {} if row.meta is None else json.loads(row.meta)
+        return {} if row.meta is None else catalog.parse_meta(self.catalog, row.meta)
+
+    def metas(self) -> list[dict[str, Any]]:
+        """The metadata of all documents, in order."""
+        with self._db() as db:
+            found = db.execute(
+                "SELECT seq, meta FROM documents WHERE added <= ?1 AND (removed IS NULL OR removed > ?1) ORDER BY seq",
+                (self.generation,),
+            ).fetchall()
+        metas: list[dict[str, Any]] = [{}] * len(self)
+        for at, (_, meta) in zip(self._documents(np.array([seq for seq, _ in found], np.int64)), found, strict=True):
+            metas[at] = {} if meta is None else json.loads(meta)
+        return metas
 
     @cached_property
     def ids(self) -> list[int] | list[str]:
@@ -182,16 +193,13 @@ class Snapshot:
     def find(self, ids: list[int] | list[str]) -> np.ndarray:
         """The documents of ids, in their order; -1 where there is none."""
         found = np.full(len(ids), -1, dtype=np.int64)
+        live = "id = ?1 AND added <= ?2 AND (removed IS NULL OR removed > ?2)"
         with self._db() as db:
             for i, id in enumerate(ids):
-                rows = list(
-                    catalog.select(
-                        db,
-                        "documents",
-                        "WHERE id = ?1 AND added <= ?2 AND (removed IS NULL OR removed > ?2)",
-                        (id, self.generation),
-                    )
-                )
+                rows = list(catalog.select(db, "documents", f"WHERE {live}", (id, self.generation)))
+                if not rows:
+                    # an index with damage must not hide a document
+                    rows = list(catalog.select(db, "documents", f"NOT INDEXED WHERE {live}", (id, self.generation)))
                 if rows:
                     (found[i],) = self._documents(np.array([row.seq for row in rows], dtype=np.int64))
         return found
@@ -202,7 +210,8 @@ class Snapshot:
         with self._db() as db:
             found = where.run(
                 db,
-                "SELECT seq FROM documents WHERE added <= ? AND (removed IS NULL OR removed > ?) AND (" + sql + ")",
+                "SELECT seq FROM documents NOT INDEXED "
+                f"WHERE added <= ? AND (removed IS NULL OR removed > ?) AND ({sql})",
                 (self.generation, self.generation, *bound),
                 len(self),
             )

@@ -91,6 +91,7 @@ class StoreWriter:
             self._store = store = catalog.read_store(db)
             live = catalog.layout(db, store.generation)[1][:, 0]
             rows = db.execute("SELECT id, seq FROM documents WHERE removed IS NULL").fetchall()
+            (last,) = db.execute("SELECT max(seq) FROM documents").fetchone()
         self.meta: dict[str, Any] = json.loads(store.meta)
         stored = None if store.dtype is None else packed.DTYPES[store.dtype]
         if None not in (dtype, stored) and dtype != stored:
@@ -102,7 +103,9 @@ class StoreWriter:
         self.id_type: str | None = store.id_type
         # None: not committed yet
         self._ids: dict[int | str, int | None] = dict(rows)
-        if len(self._ids) != len(live) or sorted(seq for _, seq in rows) != live.tolist():
+        wrong = len(self._ids) != len(live) or sorted(seq for _, seq in rows) != live.tolist()
+        wrong = wrong or any(type(id).__name__ != store.id_type for id in self._ids)
+        if wrong or (last is not None and last >= store.next_seq):
             raise StoreError(f"{self.path / CATALOG} is damaged: its documents are not those of its commits")
         clear_pending(self.path)
         self._next_id = store.next_id

@@ -1,5 +1,5 @@
-/* csrc/cuda/device/ptx.h for the host: a thread block's threads are fibers, and every instruction does here what the PTX
- * manual says of it. What may happen late on a GPU happens late here: copies land when they are waited for or at a random
+/* csrc/cuda/device/ptx.h for the host: a thread block's threads are fibers, and every instruction does what the PTX
+ * manual says. What may happen late on a GPU happens late here: copies land when they are waited for or at a random
  * moment, and until then their targets hold NaN.
  */
 #pragma once
@@ -20,7 +20,7 @@ namespace latemax {
 struct F16 {};
 struct BF16 {};
 
-/* What cuTensorMapEncodeTiled is told. */
+/* The arguments of cuTensorMapEncodeTiled. */
 struct TensorMap {
     const char *base;
     uint64_t sizes[4], strides[3];

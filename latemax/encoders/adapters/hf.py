@@ -87,17 +87,18 @@ def _refuse_vision_language(model: nn.Module) -> None:
     use = f"; for the patches of its vision tower, PatchEncoder(model.{tower})" if tower else ""
     raise ValueError(
         f"model: {type(model).__name__} is a vision-language model: its retrieval tokens come from its language side, "
-        f"not from its vision tower. Use Retriever.from_pretrained(...) for those{use}"
+        f"not from its vision tower. A Retriever for such models does not exist yet{use}"
     )
 
 
 def _takes_text(model: nn.Module) -> bool:
     """Whether ``model`` or any model of transformers in it reads ``input_ids``."""
-    return any(_has_config(part) and _reads_ids(type(part)) for part in model.modules())
+    classes: set[Any] = {type(part) for part in model.modules() if _has_config(part)}
+    return any(map(_reads_ids, classes))
 
 
 @functools.cache
-def _reads_ids(cls: type[nn.Module]) -> bool:
+def _reads_ids(cls: Any) -> bool:
     return "input_ids" in inspect.signature(cls.forward).parameters
 
 

@@ -19,9 +19,9 @@ def matches(model: nn.Module) -> Adapter | None:
     """
     visual = model._modules.get("visual") or model
     parts = visual._modules
-    if "trunk" in parts and "head" in parts:
-        adapter = timm.matches(parts["trunk"])
-        return TrunkAdapter(visual) if adapter is not None else None
+    trunk = parts.get("trunk")
+    if trunk is not None and "head" in parts:
+        return TrunkAdapter(visual) if timm.matches(trunk) is not None else None
     if "conv1" in parts and "ln_post" in parts and "class_embedding" in visual._parameters:
         return OpenClipAdapter(visual)
     if visual is not model and "attnpool" in parts:
@@ -34,8 +34,8 @@ class OpenClipAdapter(ViewAdapter):
 
     family = "open_clip VisionTransformer"
 
-    def __init__(self, visual: nn.Module):
-        self.visual: Any = visual
+    def __init__(self, visual: Any):
+        self.visual = visual
         self.has_pool = getattr(visual, "attn_pool", None) is not None
         replaced: dict[str, Any] = {"ln_post": nn.Identity(), "attn_pool": None, "proj": None}
         # With "none" the tower's forward returns every token, class token first; older releases ask a boolean instead.
@@ -44,7 +44,7 @@ class OpenClipAdapter(ViewAdapter):
             visual,
             replaced,
             n_prefix=1,
-            dim=self.visual.class_embedding.shape[-1],
+            dim=visual.class_embedding.shape[-1],
             # CoCa's ln_post belongs to the pooled queries that attn_pool makes.
             norm_path=None if self.has_pool else "ln_post",
         )
@@ -69,9 +69,9 @@ class OpenClipAdapter(ViewAdapter):
 class TrunkAdapter(timm.TimmAdapter):
     """A timm trunk in open_clip's TimmModel."""
 
-    def __init__(self, visual: nn.Module):
-        self.visual: Any = visual
-        super().__init__(visual._modules["trunk"])
+    def __init__(self, visual: Any):
+        self.visual = visual
+        super().__init__(visual.trunk)
         self.family = f"open_clip {self.family}"
 
     def text_projection(self) -> Callable[[Tensor], Tensor]:

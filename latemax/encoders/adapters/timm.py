@@ -39,16 +39,16 @@ def matches(model: nn.Module) -> TimmAdapter | None:
 class TimmAdapter(ViewAdapter):
     """A plain ViT of timm; ``forward_features`` runs on the view."""
 
-    def __init__(self, model: nn.Module):
-        self.model: Any = model
+    def __init__(self, model: Any):
+        self.model = model
         self.family = f"timm {type(model).__name__}"
         # Average-pooled models keep the final norm after the pool: forward_features leaves their tokens un-normed.
         norm_path = next((name for name in ("norm", "fc_norm") if is_norm(model._modules.get(name))), None)
         super().__init__(
             model,
             {"norm": nn.Identity(), "fc_norm": nn.Identity(), "attn_pool": None, "head": nn.Identity()},
-            n_prefix=self.model.num_prefix_tokens,
-            dim=self.model.embed_dim,
+            n_prefix=model.num_prefix_tokens,
+            dim=model.embed_dim,
             norm_path=norm_path,
         )
 

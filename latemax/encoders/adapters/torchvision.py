@@ -24,9 +24,9 @@ class TorchvisionAdapter(Adapter):
     family = "torchvision VisionTransformer"
     unused_names = ("heads",)
 
-    def __init__(self, model: nn.Module):
-        self.model: Any = model
-        super().__init__(model, n_prefix=1, dim=self.model.hidden_dim, norm_path="encoder.ln")
+    def __init__(self, model: Any):
+        self.model = model
+        super().__init__(model, n_prefix=1, dim=model.hidden_dim, norm_path="encoder.ln")
 
     def run(self, pixel_values: Tensor, **inputs: Any) -> RawTokens:
         model, encoder = self.model, self.model.encoder

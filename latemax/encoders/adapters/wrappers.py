@@ -26,7 +26,7 @@ def unwrap(model: nn.Module) -> nn.Module | None:
     if callable(getattr(type(model), "get_base_model", None)) and isinstance(getattr(model, "peft_config", None), dict):
         _check_peft_prompts(model)
         return model._modules.get("base_model")
-    tuner = next((base for base in type(model).__mro__ if base.__name__ == "BaseTuner"), None)
+    tuner: Any = next((base for base in type(model).__mro__ if base.__name__ == "BaseTuner"), None)
     if tuner is not None and model._modules.get("model") is not None:
         if type(model).forward is not tuner.forward:
             raise ValueError(
@@ -77,15 +77,15 @@ def _path_inside(model: nn.Module) -> str:
     """Expression of the first module below ``model`` that is no wrapper itself."""
     path, module = "model", model
     while _delegates(module) or _is_parallel(module):
-        name = next((name for name, child in module._modules.items() if child is not None), None)
-        if name is None:
+        inside = next(module.named_children(), None)
+        if inside is None:
             break
-        path, module = f"{path}.{name}", module._modules[name]
+        path, module = f"{path}.{inside[0]}", inside[1]
     return path
 
 
 class _Probe(nn.Module):
-    """Stands for the only child of a wrapper: records what it is called with."""
+    """Takes the place of a wrapper's only child, and records what it is called with."""
 
     def __init__(self) -> None:
         super().__init__()

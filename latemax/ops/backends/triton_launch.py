@@ -342,7 +342,7 @@ def _grad_d(b: Batch, argmax: Tensor, g: Tensor, q_inv: Tensor, d_inv: Tensor) -
         (*_strides(b)[:5], *g.stride(), n_q, n_d, l_q, l_d, blocks),
         (dim, tile.block_d, tile.block_r, tile.block_k, q_offsets is not None, d_offsets is not None, b.own, normalize,
          project, _align(q, d), precision),
-        (_compute(compute), _accumulator(dtype)), tile.num_warps, 2,
+        (_compute(compute), _accumulator(dtype)), tile.num_warps, tile.num_stages,
     )  # fmt: skip
     return _through_norm(d, d_inv, grad) if normalize and not project else grad
 

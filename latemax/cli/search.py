@@ -1,93 +1,28 @@
-"""``latemax index`` and ``latemax search``."""
+"""``latemax search``: the best images of a store for an image or for query tokens."""
 
 from __future__ import annotations
 
 import math
 import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latemax._progress import Bar
+from latemax.cli.index import check_device, load_encoder
+from latemax.cli.terminal import printable
 from latemax.search import topk
-from latemax.store import PatchStore, StoreError, StoreWriter
+from latemax.store import PatchStore, StoreError
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# A kill loses at most this much work: 170 images at 256 patches of 384 float16 features.
-SHARD_BYTES = 1 << 25
-
-
-def find_images(paths: Sequence[str]) -> list[str]:
-    """Lists the images to index, each once: files as given, and the images below each folder in sorted order.
-
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: no file that looks like an image.
-    """
-    found: dict[str, None] = {}
-    for path in paths:
-        if os.path.isdir(path):
-            inside = (p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            found.update(dict.fromkeys(sorted(os.fspath(p) for p in inside)))
-        elif os.path.exists(path):
-            found[os.fspath(path)] = None
-        else:
-            raise FileNotFoundError(f"{path}: no such file or folder")
-    if not found:
-        raise ValueError(f"no image ({', '.join(SUFFIXES)}) in {', '.join(paths)}")
-    return list(found)
-
-
-def index(
-    paths: Sequence[str], *, model: str, store: str, dtype: str = "float16", size: int | None = None,
-    batch_size: int = 16, device: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Encodes images into a store with their paths as ids, and skips the images that it already holds.
-
-    However it ends, everything committed stays and the same call continues from there. Unreadable images are named on
-    stderr and left out.
-
-    Returns:
-        ``{"store", "indexed", "already", "unreadable": [path, …], "documents"}``.
-    """
-    from latemax.encoders import PatchEncoder
-    from latemax.encoders.images import load_image
-
-    images, unreadable, indexed = find_images(paths), [], 0
-    meta = {"model": model, "size": size}
-    with StoreWriter(store, dtype=getattr(torch, dtype), shard_bytes=SHARD_BYTES, meta=meta) as writer:
-        todo = [path for path in images if path not in writer]
-        if todo:
-            encoder, bar = PatchEncoder.from_pretrained(model), Bar(len(todo), "indexing ")
-            for start in range(0, len(todo), batch_size):
-                names, batch = [], []
-                for path in todo[start : start + batch_size]:
-                    try:
-                        batch.append(load_image(path, path))
-                        names.append(path)
-                    except ValueError as error:
-                        unreadable.append(path)
-                        print(f"latemax index: left out: {error}", file=sys.stderr)
-                if batch:
-                    out = encoder.encode(batch, batch_size=batch_size, device=device, size=size, output_device="cpu")
-                    for path, tokens, mask in zip(names, out.tokens, out.mask, strict=True):
-                        writer.add(tokens[mask].to(writer.dtype), path)
-                    indexed += len(batch)
-                bar.tick(min(batch_size, len(todo) - start))
-        documents = len(writer)
-    return {
-        "store": store, "indexed": indexed, "already": len(images) - len(todo), "unreadable": unreadable,
-        "documents": documents,
-    }  # fmt: skip
+# patches shown per result
+PATCHES = 5
 
 
 def search(
     store: str, *, image: str | None = None, tokens: str | None = None, k: int = 10, size: int | None = None,
-    normalize: bool = False, memory_mib: int = 1024, device: str | None = None, verify: bool = False,
+    where: str | None = None, patches: bool = False, normalize: bool = False, memory_mib: int = 1024,
+    device: str | None = None, verify: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Finds the k best documents of a store (all of them if it has fewer) for an image or for query tokens.
 
@@ -98,6 +33,8 @@ def search(
             [n_q, l_q, dim].
         k: number of results.
         size: size of the query image in pixels; None takes that of the store's images.
+        where: rank only documents for which this condition is true, as in ``PatchStore.where``.
+        patches: also tell which patches of each result the score comes from.
         normalize: L2-normalize all tokens before scoring.
         memory_mib: MiB of read buffers.
         device: device that scores; None is the CPU.
@@ -105,11 +42,19 @@ def search(
 
     Returns:
         ``{"store", "query", "documents", "results"}``. ``results`` holds a list for every query:
-        ``[{"rank", "id", "index", "score"}, …]``; a score that is not finite is None.
+        ``[{"rank", "id", "index", "score"}, …]``; a score that is not finite is None. With ``patches``, a result has
+        ``"patches": [{"row", "column", "part", "query_tokens"}, …]``: the largest parts of the score first; of a
+        document without a grid, all are in row 0.
+
+    Raises:
+        StoreError: the store is damaged, or does not say which model made it.
+        ValueError: a wrong file, condition or device.
     """
+    check_device(device)
     pages = PatchStore(store)
     if verify:
         pages.verify()
+    within = None if where is None else pages.where(where)
     if image is not None:
         q = _encoded(pages, image, size)
     elif tokens is not None:
@@ -117,8 +62,12 @@ def search(
     else:
         raise ValueError("search needs an image or query tokens")
     q = q.unsqueeze(0) if q.dim() == 2 else q
+    k = min(k, len(pages) if within is None else len(within))
+    result: dict[str, Any] = {"store": store, "query": image or tokens, "documents": len(pages)}
+    if not k:
+        return {**result, "results": [[] for _ in q]}
     found = topk(
-        q, pages, min(k, len(pages)), normalize=normalize, memory=memory_mib << 20, device=device, progress=True
+        q, pages, k, within=within, normalize=normalize, memory=memory_mib << 20, device=device, progress=True
     )  # fmt: skip
     results = [
         [
@@ -127,15 +76,34 @@ def search(
         ]
         for scores, indices in zip(found.scores.tolist(), found.indices.tolist(), strict=True)
     ]
-    return {"store": store, "query": image or tokens, "documents": len(pages), "results": results}
+    if patches:
+        for query, rows in zip(q, results, strict=True):
+            for row in rows:
+                row["patches"] = best_patches(query, pages, row["index"], normalize)
+    return {**result, "results": results}
+
+
+def best_patches(q: Tensor, pages: PatchStore, i: int, normalize: bool) -> list[dict[str, Any]]:
+    """Returns the patches of document i that the score of query q [l_q, dim] comes from, largest part first."""
+    from latemax.analysis import grounding_map
+
+    tokens = pages[i]
+    if not len(tokens):
+        return []
+    grounding = grounding_map(q.cpu(), tokens, pages.grid(i) or (1, len(tokens)), normalize=normalize)
+    part, wins = grounding.total().flatten(), grounding.wins().flatten()
+    order = part.masked_fill(wins == 0, -math.inf).argsort(descending=True, stable=True)
+    columns = grounding.grid[1]
+    return [
+        {"row": at // columns, "column": at % columns, "part": float(part[at]), "query_tokens": int(wins[at])}
+        for at in order[: int((wins > 0).sum())].tolist()
+    ]
 
 
 def _encoded(pages: PatchStore, image: str, size: int | None) -> Tensor:
-    from latemax.encoders import PatchEncoder
-
     if "model" not in pages.meta:
         raise StoreError(f"{pages.path} does not say which model made it: pass --tokens instead of --image")
-    encoder = PatchEncoder.from_pretrained(pages.meta["model"])
+    encoder = load_encoder(pages.meta["model"], pages.meta.get("adapter"))
     out = encoder.encode([image], size=pages.meta.get("size") if size is None else size)
     return out.tokens[0][out.mask[0]]
 
@@ -181,7 +149,12 @@ def render(result: dict[str, Any]) -> str:
     for number, rows in enumerate(result["results"], 1):
         if len(result["results"]) > 1:
             lines.append(f"query {number}")
+        if not rows:
+            lines.append("no document")
         for row in rows:
             score = "      none" if row["score"] is None else f"{row['score']:10.4f}"
-            lines.append(f"{row['rank']:4}  {score}  {row['id']}")
+            lines.append(f"{row['rank']:4}  {score}  {printable(str(row['id']))}")
+            if row.get("patches"):
+                best = (f"({p['row']}, {p['column']}) {p['part']:.2f}" for p in row["patches"][:PATCHES])
+                lines.append(f"{'':18}from {len(row['patches'])} patches (row, column): {', '.join(best)}")
     return "\n".join(lines)

@@ -1,0 +1,254 @@
+"""``latemax index``: images into a store, and the store kept in step with their files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from latemax._progress import Bar
+from latemax.cli.files import SUFFIXES, ImageFile, find_images, is_gone, real_path, reason_of
+from latemax.cli.terminal import printable, to_text
+from latemax.store import PatchStore, StoreError, StoreWriter
+
+if TYPE_CHECKING:
+    from latemax.encoders import PatchEncoder
+
+# A kill loses at most this much work: 170 images at 256 patches of 384 float16 features.
+SHARD_BYTES = 1 << 25
+
+
+class Known(NamedTuple):
+    """A document of the store: its id, and its metadata."""
+
+    id: str
+    meta: dict[str, Any]
+
+
+def index(
+    paths: Sequence[str], *, model: str, store: str, dtype: str = "float16", size: int | None = None,
+    batch_size: int = 16, device: str | None = None, adapter: str | None = None, prune: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Encodes images into a store with their paths as ids, and encodes those again that changed since.
+
+    An image is known by its real path, whatever its spelling, and by its size and time of change. No image ends the
+    run: one that is gone, unreadable or cannot be encoded is named on stderr and left out (of one that the store holds,
+    the earlier tokens stay). However the run ends, everything committed stays and the same call continues from there.
+
+    Args:
+        paths: image files, and folders of them.
+        model: a folder or hub name; a folder is recorded by its real path.
+        store: the store's folder; created if missing.
+        dtype: dtype of the stored tokens.
+        size: image size in pixels; None takes the model's own.
+        batch_size: images per batch.
+        device: device of the encoder; None is the CPU.
+        adapter: a LoRA file for the model.
+        prune: remove the documents of those images in ``paths`` whose file was deleted.
+
+    Returns:
+        ``{"store", "indexed", "replaced", "already", "removed", "left_out": [{"path", "reason"}, …], "documents"}``.
+
+    Raises:
+        StoreError: the store is damaged, in use, or was made with other settings.
+        ValueError: no image, a device that does not work, or settings that do not fit the model.
+    """
+    check_device(device)
+    found = find_images(paths)
+    left_out = dict(found.left_out)
+    counts = {"indexed": 0, "replaced": 0, "already": 0, "removed": 0}
+    meta = settings(model, size, adapter)
+    if not found.images and not prune:
+        for path, reason in left_out.items():
+            say_left_out(path, reason)
+        raise ValueError(f"no image ({', '.join(SUFFIXES)}) in {', '.join(map(printable, paths))}")
+    with open_store(store, dtype, meta) as writer:
+        known = documents_of(store)
+        if prune:
+            folders = [os.path.realpath(path) for path in paths]
+            for real in [
+                real for real, document in known.items() if "file" in document.meta and is_gone(real, folders)
+            ]:
+                writer.remove(known.pop(real).id)
+                counts["removed"] += 1
+                left_out = {path: reason for path, reason in left_out.items() if os.path.realpath(path) != real}
+        for path, reason in left_out.items():
+            say_left_out(path, reason)
+        todo = []
+        for image in found.images:
+            document = known.get(image.real)
+            if document is None or {**document.meta, **image.meta()} != document.meta:
+                todo.append(image)
+            else:
+                counts["already"] += 1
+        if todo:
+            encoder = load_encoder(model, adapter)
+            check_encoder(encoder, size, device, writer)
+            bar = Bar(len(todo), "indexing ")
+            for start in range(0, len(todo), batch_size):
+                batch = todo[start : start + batch_size]
+                for image, result in encode_each(encoder, batch, size, device):
+                    reason = result if isinstance(result, str) else put(writer, image, known.get(image.real), *result)
+                    if reason:
+                        left_out[image.path] = reason
+                        say_left_out(image.path, reason)
+                    else:
+                        counts["replaced" if image.real in known else "indexed"] += 1
+                bar.tick(len(batch))
+        documents = len(writer)
+    reasons = [{"path": path, "reason": reason} for path, reason in left_out.items()]
+    return {"store": store, **counts, "left_out": reasons, "documents": documents}
+
+
+def render(done: dict[str, Any]) -> str:
+    """Formats what `index` returned as the text of ``latemax index``."""
+    parts = [f"{done['indexed']} images indexed"]
+    parts += [
+        f"{number} {what}"
+        for number, what in (
+            (done["replaced"], "encoded again"),
+            (done["already"], "already there"),
+            (done["removed"], "removed"),
+            (len(done["left_out"]), "left out"),
+        )
+        if number
+    ]
+    return f"{', '.join(parts)}; {printable(done['store'])} holds {done['documents']}"
+
+
+def say_left_out(path: str, reason: str) -> None:
+    """Names an image that is left out, on stderr."""
+    print(f"latemax index: left out: {printable(path)}: {printable(reason)}", file=sys.stderr)
+
+
+def settings(model: str, size: int | None, adapter: str | None) -> dict[str, Any]:
+    """Returns the metadata of a store: how its images are encoded.
+
+    Raises:
+        ValueError: no such adapter file.
+    """
+    meta: dict[str, Any] = {"model": os.path.realpath(model) if os.path.isdir(model) else model, "size": size}
+    if adapter is not None:
+        if not os.path.isfile(adapter):
+            raise ValueError(f"--adapter {adapter}: no such file")
+        digest = hashlib.sha256(Path(adapter).read_bytes()).hexdigest()
+        meta |= {"adapter": os.path.realpath(adapter), "adapter_sha256": digest}
+    return meta
+
+
+def open_store(store: str, dtype: str, meta: dict[str, Any]) -> StoreWriter:
+    """Opens the writer.
+
+    Raises:
+        StoreError: as `StoreWriter`, or other settings than those of the store.
+        ValueError: a store with integer ids, which paths cannot join.
+    """
+    writer = StoreWriter(store, dtype=getattr(torch, dtype), shard_bytes=SHARD_BYTES, meta=meta)
+    if writer.id_type == "int":
+        writer.close()
+        raise ValueError(f"{store} has integer ids, to which paths of images cannot be added")
+    return writer
+
+
+def documents_of(store: str) -> dict[str, Known]:
+    """Returns real path -> document, of all documents of a store."""
+    pages = PatchStore(store)
+    known: dict[str, Known] = {}
+    for id, meta in zip(pages.ids, pages.metas(), strict=True):
+        known.setdefault(real_path(str(id), meta), Known(str(id), meta))
+    return known
+
+
+def check_device(device: str | None) -> None:
+    """Checks that torch can use a device.
+
+    Raises:
+        ValueError: naming it and the reason.
+    """
+    try:
+        torch.empty(0, device=device)
+    # AssertionError without CUDA, RuntimeError for unknown names and for a missing device
+    except Exception as error:
+        raise ValueError(f"--device {device} does not work here: {str(error).splitlines()[0]}") from error
+
+
+def load_encoder(model: str, adapter: str | None) -> PatchEncoder:
+    """Loads a model and the LoRA file for it."""
+    from latemax.encoders import LoRA, PatchEncoder
+
+    encoder = PatchEncoder.from_pretrained(model)
+    if adapter is not None:
+        LoRA.from_file(adapter, encoder)
+    return encoder.eval()
+
+
+def check_encoder(encoder: PatchEncoder, size: int | None, device: str | None, writer: StoreWriter) -> None:
+    """Encodes a grey image, so that wrong settings end the run before the first image and no image is blamed for them.
+
+    Raises:
+        ValueError: tokens of another width than the store's, or what the encoder raises.
+    """
+    from PIL import Image
+
+    out = encoder.encode([Image.new("RGB", (224, 224), "gray")], size=size, device=device)
+    if writer.dim not in (None, out.tokens.shape[-1]):
+        raise ValueError(f"{writer.path} holds tokens of {writer.dim} features, the model gives {out.tokens.shape[-1]}")
+
+
+Encoded = tuple[Tensor, tuple[int, int] | None]
+
+
+def encode_each(
+    encoder: PatchEncoder, files: list[ImageFile], size: int | None, device: str | None
+) -> Iterator[tuple[ImageFile, Encoded | str]]:
+    """Encodes images in one batch, or one by one if an image spoils the batch.
+
+    Yields:
+        (file, (tokens [l, dim], grid or None)), or (file, why it cannot be encoded).
+    """
+    from latemax.encoders.images import load_image
+
+    loaded: list[tuple[ImageFile, Any]] = []
+    for file in files:
+        try:
+            loaded.append((file, load_image(file.path)))
+        # a damaged file can raise anything: struct.error, KeyError, OverflowError, MemoryError, …
+        except Exception as error:
+            yield file, reason_of(error).removeprefix(f"image ({file.path}): ")
+    groups = [loaded] if loaded else []
+    while groups:
+        group = groups.pop(0)
+        images = [image for _, image in group]
+        try:
+            out = encoder.encode(images, batch_size=len(images), device=device, size=size, output_device="cpu")
+        except (TypeError, ValueError) as error:
+            if len(group) == 1:
+                yield group[0][0], reason_of(error)
+            else:
+                groups = [[one] for one in group]
+            continue
+        grids = out.grid if isinstance(out.grid, list) else [out.grid] * len(group)
+        for (file, _), tokens, mask, (rows, cols) in zip(group, out.tokens, out.mask, grids, strict=True):
+            kept = tokens[mask]
+            yield file, (kept, (rows, cols) if rows * cols == len(kept) else None)
+
+
+def put(writer: StoreWriter, image: ImageFile, document: Known | None, tokens: Tensor, grid: Any) -> str:
+    """Adds a document, or replaces the image's earlier one; returns why it cannot be added, or ""."""
+    tokens = tokens.to(writer.dtype)
+    try:
+        if document is None:
+            writer.add(tokens, to_text(image.path), grid, image.meta())
+        else:
+            writer.replace(tokens, document.id, grid, {**document.meta, **image.meta()})
+    except StoreError:
+        raise
+    except ValueError as error:
+        return reason_of(error)
+    return ""

@@ -1,0 +1,211 @@
+/* The CUDA kernels without torch or Python: every case in a process of its own with a time limit, checked against plain
+ * loops on the host. For the first minute on a GPU, and under compute-sanitizer:
+ *
+ *     nvcc -std=c++17 -O3 -Icsrc/cuda/device -Icsrc -gencode arch=compute_90a,code=sm_90a [-DLATEMAX_WATCHDOG] \
+ *         -x cu csrc/cuda/forward.cu csrc/cuda/shared.cu csrc/cuda/sm80.cu csrc/cuda/sm90.cu tests/native/cuda_driver.cpp -o cuda_driver
+ *     ./cuda_driver [capability] [seconds a case]        all cases; capability 0 (the device's), 80 or 90
+ *     compute-sanitizer ./cuda_driver 90 case 17         one case, in this process
+ *
+ * With g++ and tests/cuda_emulator instead of csrc/cuda/device it runs without a GPU, which a test does.
+ */
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/maxsim_cuda.h"
+#include "runtime.h"
+
+namespace {
+
+struct Case {
+    int n_q, n_c, l_q, l_d, dim;
+    bool own, ragged, argmax, masked, normalize;
+};
+
+std::vector<Case> cases() {
+    std::vector<Case> all;
+    // rows of a query block: 64, 128, 256 and chunks of a long query
+    const int queries[][2] = {{1, 20}, {3, 40}, {1, 100}, {9, 32}, {2, 200}};
+    for (int dim : {64, 96, 128, 192, 320, 512, 704})
+        for (const auto &[n_q, l_q] : queries)
+            for (int form = 0; form < 6; ++form)
+                all.push_back({n_q, 3, l_q, form % 2 ? 300 : 130, dim, form == 1 || form == 4, form == 2 || form == 5, form != 0,
+                               form == 3 || form == 5, form > 3});
+    return all;
+}
+
+#ifdef __CUDACC__
+template <class T>
+T *to_device(const std::vector<T> &x) {
+    T *out = nullptr;
+    latemax::check(cudaMalloc(&out, x.size() * sizeof(T) + 16), "cudaMalloc");
+    latemax::check(cudaMemcpy(out, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+    return out;
+}
+template <class T>
+void to_host(std::vector<T> &x, const T *from) {
+    latemax::check(cudaMemcpy(x.data(), from, x.size() * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
+}
+#else
+template <class T>
+T *to_device(const std::vector<T> &x) {
+    T *out = static_cast<T *>(aligned_alloc(16, (x.size() * sizeof(T) + 31) / 16 * 16));
+    memcpy(out, x.data(), x.size() * sizeof(T));
+    return out;
+}
+template <class T>
+void to_host(std::vector<T> &x, const T *from) {
+    memcpy(x.data(), from, x.size() * sizeof(T));
+}
+#endif
+
+float widen(uint16_t x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* bfloat16 tokens; the same seed gives the same values everywhere. */
+std::vector<uint16_t> tokens(size_t count, std::mt19937 &random) {
+    std::vector<uint16_t> out(count);
+    for (uint16_t &x : out) {
+        const float value = static_cast<float>(static_cast<int>(random() % 2001) - 1000) / 500;
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        x = static_cast<uint16_t>(bits >> 16);
+    }
+    return out;
+}
+
+double inverse_norm(const uint16_t *token, int dim) {
+    double sum = 0;
+    for (int k = 0; k < dim; ++k) sum += static_cast<double>(widen(token[k])) * widen(token[k]);
+    return 1 / std::fmax(std::sqrt(sum), 1e-12);
+}
+
+/* The largest relative error of a score; a wrong argmax or a score that was not written is an error of 1. */
+double run(const Case &c, int capability) {
+    std::mt19937 random(1);
+    const int documents = c.own ? c.n_q * c.n_c : c.n_c;
+    std::vector<int64_t> offsets{0};
+    for (int i = 0; i < documents; ++i) offsets.push_back(offsets.back() + (c.ragged ? (i % 3 ? c.l_d - 37 * (i % 3) : c.l_d) : c.l_d));
+    const int64_t rows = offsets.back();
+    const auto q = tokens(static_cast<size_t>(c.n_q) * c.l_q * c.dim, random), d = tokens(rows * c.dim, random);
+    std::vector<uint8_t> keep(rows, 1);
+    for (int64_t i = 0; c.masked && i < rows; ++i) keep[i] = random() % 10 != 0;
+
+    maxsim_args a{};
+    a.n_q = c.n_q, a.n_c = c.n_c, a.dim = c.dim, a.own = c.own, a.normalize = c.normalize, a.empty_score = -1;
+    a.q.tokens = to_device(q), a.q.dtype = a.d.dtype = MAXSIM_BF16;
+    a.q.n = c.n_q, a.q.l = c.l_q, a.q.total = c.n_q * c.l_q;
+    a.q.stride_n = c.l_q * c.dim, a.q.stride_l = c.dim, a.q.stride_k = 1;
+    a.d.tokens = to_device(d), a.d.n = c.n_c, a.d.l = c.l_d, a.d.total = rows;
+    a.d.stride_q = c.own ? static_cast<int64_t>(c.n_c) * c.l_d * c.dim : 0;
+    a.d.stride_n = c.l_d * c.dim, a.d.stride_l = c.dim, a.d.stride_k = 1;
+    if (c.ragged) a.d.offsets = to_device(offsets);
+    if (c.masked) {
+        a.d.mask = to_device(keep);
+        a.d.mask_stride_q = c.own ? static_cast<int64_t>(c.n_c) * c.l_d : 0, a.d.mask_stride_n = c.l_d, a.d.mask_stride_l = 1;
+    }
+    std::vector<float> scores(c.n_q * c.n_c, NAN);
+    std::vector<int32_t> argmax(static_cast<size_t>(c.n_q) * c.n_c * c.l_q, -9);
+    a.scores = to_device(scores);
+    if (c.argmax) a.argmax = to_device(argmax);
+    latemax::Workspace work{};
+    work.q_inverse_norms = to_device(std::vector<float>(c.n_q * c.l_q));
+    work.d_inverse_norms = to_device(std::vector<float>(rows));
+    work.d_lengths = c.masked ? to_device(std::vector<int32_t>(documents)) : nullptr;
+    work.partial = to_device(std::vector<float>(static_cast<size_t>(latemax::parts(c.l_q, 0, capability)) * scores.size()));
+    latemax::forward(a, work, 0, nullptr, capability);
+    to_host(scores, a.scores);
+    if (c.argmax) to_host(argmax, a.argmax);
+
+    double worst = 0;
+    for (int i = 0; i < c.n_q; ++i)
+        for (int n = 0; n < c.n_c; ++n) {
+            const int document = c.own ? i * c.n_c + n : n;
+            double sum = 0;
+            for (int t = 0; t < c.l_q; ++t) {
+                const uint16_t *x = &q[(static_cast<size_t>(i) * c.l_q + t) * c.dim];
+                double best = -INFINITY;
+                std::vector<double> similarities;
+                for (int64_t row = offsets[document]; row < offsets[document + 1]; ++row) {
+                    double dot = 0;
+                    for (int k = 0; k < c.dim; ++k) dot += static_cast<double>(widen(x[k])) * widen(d[row * c.dim + k]);
+                    if (c.normalize) dot *= inverse_norm(x, c.dim) * inverse_norm(&d[row * c.dim], c.dim);
+                    similarities.push_back(keep[row] ? dot : -INFINITY);
+                    best = std::fmax(best, similarities.back());
+                }
+                sum += best;
+                if (!c.argmax) continue;
+                // by value: two similarities may differ by less than a float tells
+                const int32_t at = argmax[(static_cast<size_t>(i) * c.n_c + n) * c.l_q + t];
+                if (at < 0 || at >= static_cast<int32_t>(similarities.size()) ||
+                    !(similarities[at] >= best - 1e-4 * std::fabs(best) - 1e-5))
+                    return 1;
+            }
+            const double error = std::fabs(scores[i * c.n_c + n] - sum) / std::fmax(std::fabs(sum), 1);
+            if (!(error <= worst)) worst = std::isnan(error) ? 1 : error;
+        }
+    return worst;
+}
+
+std::string name(const Case &c) {
+    char text[200];
+    snprintf(text, sizeof text, "dim %d, %d x %d query tokens, %d documents of %d%s%s%s%s%s", c.dim, c.n_q, c.l_q, c.n_c, c.l_d,
+             c.own ? ", own" : "", c.ragged ? ", ragged" : "", c.argmax ? ", argmax" : "", c.masked ? ", masked" : "",
+             c.normalize ? ", normalize" : "");
+    return text;
+}
+
+int one(int index, int capability) {
+    try {
+        const double error = run(cases()[index], capability);
+        std::printf("error %.1e ", error);
+        std::fflush(stdout);
+        return error < 1e-5 ? 0 : 1;
+    } catch (const std::exception &failed) {
+        std::printf("%s ", failed.what());
+        std::fflush(stdout);
+        return 1;
+    }
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    const int capability = argc > 1 ? atoi(argv[1]) : 0;
+    if (argc > 3 && !strcmp(argv[2], "case")) return one(atoi(argv[3]), capability);
+    const int limit = argc > 2 ? atoi(argv[2]) : 10, count = static_cast<int>(cases().size());
+    int failed = 0;
+    for (int i = 0; i < count; ++i) {
+        // this process never opens the device, so that a fault in one case leaves the others alone
+        std::printf("%d %s: ", i, name(cases()[i]).c_str());
+        std::fflush(stdout);
+        const pid_t child = fork();
+        if (child == 0) {
+            alarm(limit);
+            const std::string number = std::to_string(i);
+            execl("/proc/self/exe", argv[0], argc > 1 ? argv[1] : "0", "case", number.c_str(), nullptr);
+            _exit(127);
+        }
+        int status = 0;
+        waitpid(child, &status, 0);
+        const bool ok = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+        failed += !ok;
+        std::printf("%s\n", ok ? "ok" : WIFSIGNALED(status) && WTERMSIG(status) == SIGALRM ? "TOO LONG" : "FAILED");
+        std::fflush(stdout);
+    }
+    std::printf("%d of %d cases failed\n", failed, count);
+    return failed != 0;
+}
