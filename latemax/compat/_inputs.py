@@ -113,9 +113,7 @@ def to_device(x: Any, device: torch.device) -> Any:
 def with_zero_rows(items: Sequence[Tensor], longest: int | None = None) -> list[Tensor]:
     """A zero row after every item shorter than the longest: one row scores what a host's whole padding would."""
     longest = max((len(item) for item in items), default=0) if longest is None else longest
-    return [
-        item if len(item) >= longest else torch.cat([item, item.new_zeros(1, item.shape[1])]) for item in items
-    ]
+    return [item if len(item) >= longest else torch.cat([item, item.new_zeros(1, item.shape[1])]) for item in items]
 
 
 def score_blocks(
@@ -134,9 +132,7 @@ def score_blocks(
     for i in range(0, len(q), batch_size):
         a = to_device(q[i : i + batch_size], device)
         rows.append(
-            torch.cat(
-                [score(a, to_device(d[j : j + batch_size], device)) for j in range(0, len(d), batch_size)], dim=1
-            )
+            torch.cat([score(a, to_device(d[j : j + batch_size], device)) for j in range(0, len(d), batch_size)], dim=1)
         )
     return torch.cat(rows)
 

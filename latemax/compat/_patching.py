@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FunctionType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 from latemax.compat._inputs import check_padding
 from latemax.compat._targets import HOSTS, Target
@@ -63,8 +63,7 @@ def patch(host: str, *, padding: str = "exact") -> Patch:
     patch first.
 
     Args:
-        host: the import name: "colpali_engine", "transformers", "sentence_transformers", "pylate", "mteb",
-            "qdrant_client" or "vllm".
+        host: the import name: "colpali_engine", "transformers", "sentence_transformers" or "pylate".
         padding: "exact": zero padding never has the maximum, float32 scores. "host": the host's rule and dtype.
 
     Returns:
@@ -147,7 +146,7 @@ def _replacement(old: FunctionType, ours: Callable[..., Any], method: bool, padd
         def replacement(*args: Any, **kwargs: Any) -> Any:
             return ours(*args, padding=padding, **kwargs)
 
-    return replacement
+    return cast(FunctionType, replacement)
 
 
 def _rebind(host: str, swap: dict[int, FunctionType]) -> None:
@@ -178,5 +177,5 @@ def _rebind_names(host: str, holder: Any, swap: dict[int, FunctionType], seen: s
 def _rebind_defaults(function: FunctionType, swap: dict[int, FunctionType]) -> None:
     if any(id(value) in swap for value in function.__defaults__ or ()):
         function.__defaults__ = tuple(swap.get(id(value), value) for value in function.__defaults__ or ())
-    for key, value in (function.__kwdefaults__ or {}).items():
-        function.__kwdefaults__[key] = swap.get(id(value), value)
+    keywords = function.__kwdefaults__ or {}
+    keywords.update({key: swap[id(value)] for key, value in keywords.items() if id(value) in swap})

@@ -28,7 +28,7 @@ _PROCESSORS = (
     ("colqwen2", "ColQwen2Processor"),
     ("colmodernvbert", "ColModernVBertProcessor"),
 )
-# The import name of a host is the name of its module here. LanceDB's engine is Rust: it has no function to replace.
+# The import name of a host is the name of its module here.
 HOSTS: dict[str, Host] = {
     "colpali_engine": Host(
         "colpali-engine",
@@ -82,9 +82,4 @@ HOSTS: dict[str, Host] = {
             *_same("pylate.rank.rank", "rerank"),
         ),
     ),
-    "mteb": Host("mteb", _same("mteb.similarity_functions", "max_sim", "pairwise_max_sim")),
-    "qdrant_client": Host(
-        "qdrant-client", _same("qdrant_client.local.multi_distances", "calculate_multi_distance_core")
-    ),
-    "vllm": Host("vllm", _same("vllm.v1.pool.late_interaction", "compute_maxsim_score_batched")),
 }

@@ -152,7 +152,7 @@ def rerank(
         for every query a list of ``{"id": …, "score": float}``, descending; equal scores keep their order.
     """
     check_padding(padding)
-    results = []
+    results: list[list[dict[str, Any]]] = []
     for query, ids, documents in zip(
         _with_query_axis(queries_embeddings), documents_ids, _with_query_axis(documents_embeddings), strict=False
     ):

@@ -16,21 +16,22 @@ from torch import Tensor
 from latemax import maxsim as _maxsim
 from latemax import maxsim_pairs as _maxsim_pairs
 from latemax.compat._inputs import (
-    Items, as_items, as_tensor, check_padding, device_of, nonzero_rows, readable, to_device, weighted,
-)  # fmt: skip
+    Items,
+    as_items,
+    as_tensor,
+    check_padding,
+    device_of,
+    nonzero_rows,
+    readable,
+    to_device,
+    weighted,
+)
 
 __all__ = [
-    "colbert_kd_scores",
-    "colbert_scores",
-    "colbert_scores_pairwise",
-    "maxsim",
-    "maxsim_pairwise",
-    "mean_colbert_kd_scores",
-    "mean_colbert_scores",
-    "mean_colbert_scores_pairwise",
-    "mean_maxsim",
+    "colbert_kd_scores", "colbert_scores", "colbert_scores_pairwise", "maxsim", "maxsim_pairwise",
+    "mean_colbert_kd_scores", "mean_colbert_scores", "mean_colbert_scores_pairwise", "mean_maxsim",
     "mean_maxsim_pairwise",
-]
+]  # fmt: skip
 
 # below any real score, and finite after a loss scales and squares it
 EMPTY_DOCUMENT_SCORE = -1e9
@@ -116,7 +117,7 @@ def mean_maxsim_pairwise(
     *,
     padding: str = "exact",
 ) -> Tensor:
-    """``sentence_transformers.util.mean_maxsim_pairwise``: ``maxsim_pairwise`` divided by the number of query tokens."""
+    """``sentence_transformers.util.mean_maxsim_pairwise``: ``maxsim_pairwise`` per query token."""
     return maxsim_pairwise(a, b, a_mask, b_mask, chunk_elements, length_normalize, device, padding=padding)
 
 
@@ -141,9 +142,10 @@ def colbert_scores(
         float32 [n_q, g · n]; document j of group i is in column ``i · n + j``.
     """
     documents, mask = _groups(documents_embeddings, documents_mask)
+    mask = None if mask is None else mask.flatten(0, 1)
     return maxsim(
-        as_tensor(queries_embeddings), documents.flatten(0, 1), queries_mask, None if mask is None else mask.flatten(0, 1),
-        chunk_elements, length_normalize, padding=padding,
+        as_tensor(queries_embeddings), documents.flatten(0, 1), queries_mask, mask, chunk_elements, length_normalize,
+        padding=padding,
     )  # fmt: skip
 
 
@@ -354,9 +356,9 @@ def _side(x: Any, mask: Any, name: str, padding: str) -> tuple[Items, Tensor | N
     if mask is None:
         return tokens, None
     if isinstance(mask, (list, tuple)):
-        mask = torch.nn.utils.rnn.pad_sequence([_mask_tensor(m) for m in mask], batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(m) for m in mask], batch_first=True)
     elif isinstance(mask, np.ndarray):
-        mask = _mask_tensor(mask)
+        mask = torch.as_tensor(mask)
     elif not isinstance(mask, Tensor):
         raise TypeError(
             f"`{name}` must be a tensor, an ndarray, or a list of per-item masks, not {type(mask).__name__}."
@@ -370,10 +372,6 @@ def _side(x: Any, mask: Any, name: str, padding: str) -> tuple[Items, Tensor | N
     if padding == "host" and isinstance(tokens, list):
         tokens = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
     return tokens, mask
-
-
-def _mask_tensor(mask: Any) -> Tensor:
-    return mask if isinstance(mask, Tensor) else torch.as_tensor(mask)
 
 
 def _is_single(x: Any) -> bool:
@@ -391,7 +389,7 @@ def _groups(documents: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"documents must be [n_q, n, l_d, dim], got shape {list(documents.shape)}")
     if mask is None:
         return documents, None
-    mask = _mask_tensor(mask)
+    mask = torch.as_tensor(mask)
     if mask.shape[-1] != documents.shape[2]:
         raise ValueError(
             f"`b_mask` covers {mask.shape[-1]} tokens, but the padded embeddings have {documents.shape[2]}."

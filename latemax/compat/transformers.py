@@ -49,7 +49,5 @@ def score_retrieval(
     dtype = query_embeddings[0].dtype
     if dtype != passage_embeddings[0].dtype:
         raise ValueError("Queries and passages must have the same dtype")
-    scores = retrieval_scores(
-        query_embeddings, passage_embeddings, batch_size, query_embeddings[0].device, padding
-    )
+    scores = retrieval_scores(query_embeddings, passage_embeddings, batch_size, query_embeddings[0].device, padding)
     return scores.to(output_dtype or dtype).to(output_device)
