@@ -43,11 +43,11 @@ def test_poisoned_masked_tokens(where, shape, own, normalize):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("where", BACKENDS)
 def test_mask_dtypes_compare_with_zero(where, dtype):
-    """0.5 keeps, -1 keeps: the rule is != 0."""
+    """0.5 keeps, 3 keeps: the rule is != 0 (negative values are refused, see test_transforms)."""
     backend, device = where
     q, d = problem((2, 3, 5, 20, 16), device=device)
     q_mask, d_mask = masks(q, d)
-    values = {torch.float32: 0.5, torch.bfloat16: -0.25, torch.int64: -1}.get(dtype, 1)
+    values = {torch.float32: 0.5, torch.bfloat16: 0.25, torch.int64: 3}.get(dtype, 1)
     as_dtype = [(m.to(torch.float32) * values).to(dtype) for m in (q_mask, d_mask)]
     ours = latemax.maxsim(q, d, *as_dtype, backend=backend)
     assert torch.equal(ours, latemax.maxsim(q, d, q_mask, d_mask, backend=backend))

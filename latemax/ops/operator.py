@@ -203,6 +203,6 @@ def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | 
             if train:
                 return _MaxSim.apply(q, d, b, backend)
             return dispatch.forward(b, want_argmax, backend)[0]
-    # below a vmap, a tensor may require a gradient although none here does
-    train = train or (torch.is_grad_enabled() and not _no_mode())
+        # below a vmap, a tensor may require a gradient although none here does
+        train = train or (torch.is_grad_enabled() and not _no_mode())
     return torch.ops.latemax.maxsim(*_flat(b, want_argmax or train, backend))
