@@ -58,14 +58,6 @@ PyObject *parts(PyObject *, PyObject *const *args, Py_ssize_t n) {
     return PyLong_FromLong(count);
 }
 
-/* (device, capability) */
-PyObject *load(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    Arguments in(args, n);
-    const int device = static_cast<int>(in.integer()), capability = static_cast<int>(in.integer());
-    if (!in.ok() || !unlocked([&] { latemax::load(device, capability); })) return nullptr;
-    Py_RETURN_NONE;
-}
-
 /* (driver, runtime), see maxsim_cuda.h */
 PyObject *versions(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
@@ -76,7 +68,6 @@ PyObject *versions(PyObject *, PyObject *const *args, Py_ssize_t n) {
 
 PyMethodDef methods[] = {
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(forward)), METH_FASTCALL, nullptr},
-    {"load", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(load)), METH_FASTCALL, nullptr},
     {"versions", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(versions)), METH_FASTCALL, nullptr},
     {"parts", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(parts)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -25,7 +25,7 @@ NAFLEX_GRIDS = ((3, 4), (2, 5))
 
 @dataclass(frozen=True)
 class Row:
-    """``reference(model, inputs)`` is what the library itself gives for the patches, before any projection or L2 norm."""
+    """``reference(model, inputs)``: what the library itself gives for the patches, before any projection or L2 norm."""
 
     name: str
     library: str

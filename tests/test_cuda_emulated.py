@@ -141,6 +141,8 @@ def test_a_score_depends_neither_on_padding_nor_on_batch_mates(device):
 RINGS = [
     (5, 3, 40, 200, 576), (1, 2, 100, 200, 640), (1, 2, 100, 200, 704), (4, 2, 128, 200, 640), (1, 2, 100, 500, 320),
     (1, 1, 100, 1500, 128), (3, 1, 20, 300, 192), (2, 1, 200, 300, 256), (1, 2, 20, 300, 512), (2, 1, 40, 200, 384),
+    # a second warpgroup without query tokens
+    (5, 2, 64, 130, 192), (3, 2, 64, 130, 576),
 ]  # fmt: skip
 
 
@@ -157,10 +159,11 @@ def test_every_ring_of_own_candidates(device, shape):
     assert_right(*problem(shape, own=True, dtype=torch.bfloat16))
 
 
-def test_kernels_are_loaded_once_and_before_the_first_call(device):
-    cuda.load(torch.device("cpu"), device.capability)
-    for _ in range(2):
-        assert_right(*problem((2, 2, 100, 70, 64), dtype=torch.bfloat16))
+def test_kernels_are_loaded_once_and_before_the_first_launch(device):
+    """The emulator refuses to launch a kernel that was not loaded, and to set its attributes twice."""
+    for dim in (64, 96, 128, 136):
+        for n_q in (1, 3):
+            assert_right(*problem((n_q, 2, 100, 70, dim), dtype=torch.bfloat16))
 
 
 def test_a_driver_older_than_the_runtime_is_named(device, monkeypatch):
@@ -228,8 +231,8 @@ def test_ties_nan_and_infinities(device):
             assert (argmax[:, 1] == 77).all() and (argmax[:, 2] == 190).all()
         assert torch.equal(argmax[:, 1:], where[:, 1:])
     # nothing is greater than -inf: the argmax is the first valid token
-    low = torch.full((1, 70, 32), -math.inf, dtype=torch.float16)
-    keep = torch.ones(1, 70, dtype=torch.bool)
+    low = torch.full((1, 200, 32), -math.inf, dtype=torch.float16)
+    keep = torch.ones(1, 200, dtype=torch.bool)
     keep[0, :5] = False
     scores, argmax = run(q.abs(), low, None, keep, argmax=True)
     assert (scores == -math.inf).all() and (argmax == 5).all()
@@ -298,7 +301,9 @@ def test_nothing_to_score(device):
     # a mask without elements leaves the lengths of documents unwritten
     scores, none = torch.full((2, 2), math.nan), torch.empty(0, dtype=torch.int32)
     empty = torch.empty(0, dtype=torch.bool)
-    forward(q, d[0, :0].clone(), scores, none, d_mask=empty, d_offsets=torch.zeros(3, dtype=torch.int64), empty_score=-2.0)
+    forward(
+        q, d[0, :0].clone(), scores, none, d_mask=empty, d_offsets=torch.zeros(3, dtype=torch.int64), empty_score=-2.0
+    )
     assert (scores == -2).all()
     keep = torch.zeros(2, 20, dtype=torch.bool)
     assert (run(q, d[:, :0], keep, empty_score=-2.0) == 0).all()
@@ -350,6 +355,6 @@ def test_through_the_public_call_with_gradients(device, monkeypatch):
 def test_the_driver_without_torch(device):
     """tests/native/cuda_driver.cpp is the first program that runs on a GPU."""
     driver = emulator.program(HERE.parent / "native" / "cuda_driver.cpp")
-    for case in range(0, 210, 19):
+    for case in range(0, 240, 19):
         done = subprocess.run([driver, str(device.capability), "case", str(case)], capture_output=True, text=True)
         assert done.returncode == 0, f"case {case}: {done.stdout}"

@@ -271,3 +271,14 @@ def test_timm_s_crop_modes(mode):
     assert (own.rule is None) == (mode == "border")
     if own.rule is not None:
         torch.testing.assert_close(own.rule(photo(301, 211)), own(photo(301, 211)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_giant_is_refused_before_the_processor_resizes_it():
+    """Its resize before the crop would have 5,040,000 x 56 pixels."""
+    processor = processor_class("BitImageProcessor")(
+        size={"shortest_edge": 56}, crop_size={"height": 32, "width": 32}, do_center_crop=True, do_resize=True
+    )
+    encoder = PatchEncoder(vit(), preprocess=processor)
+    with pytest.raises(ValueError, match="a 90000x1 image would be resized to 5040000x56"):
+        encoder.preprocess([Image.new("RGB", (90_000, 1))])
+    assert encoder.preprocess([Image.new("RGB", (900, 1))]).shape == (1, 3, 32, 32)

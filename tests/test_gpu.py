@@ -42,7 +42,7 @@ def assert_close_to_exact(q, d, q_mask=None, d_mask=None, *, backend, normalize=
 @pytest.mark.skipif(not cuda.status()[0], reason=cuda.status()[1])
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("l_q", [20, 40, 100, 200])
-@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256, 320, 512, 640, 704])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256, 320, 512, 640, 704, 768])
 def test_every_dim_of_the_cuda_kernels(dim, l_q, own):
     if dim > cuda.most_dims(capability(torch.device("cuda"))):
         pytest.skip(f"dim {dim} does not fit this GPU's shared memory")

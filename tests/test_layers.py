@@ -42,8 +42,8 @@ LEAVES = (
     "latemax.store",
     "latemax.encoders",
 )
-# Imported by nobody but those named; each may import the stack and the leaves. One may name another's types under
-# TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
+# Imported by nobody but those named; each may import the stack and the leaves (compat: only `latemax`). One may name
+# another's types under TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
 TOPS = {
     "latemax.analysis": ("latemax.demo", "latemax.cli"),
     "latemax.viz": ("latemax.demo",),
@@ -57,14 +57,17 @@ PACKAGES = ("latemax", "latemax.ops", "latemax.ops.backends")
 
 OPTIONAL = {
     "PIL",
+    "colpali_engine",
     "faiss",
     "lancedb",
     "matplotlib",
     "onnx",
     "open_clip",
     "pyarrow",
+    "pylate",
     "qdrant_client",
     "safetensors",
+    "sentence_transformers",
     "skimage",
     "sklearn",
     "timm",
@@ -138,6 +141,8 @@ def may_import(source: str, target: str, when: str) -> bool:
         return False
     if target == "latemax.kernels":
         return source == "latemax.ops.backends.triton_launch"
+    if source == "latemax.compat":
+        return target == "latemax"
     if target == "latemax.encoders":
         return source in TOPS or (source == "latemax" and when != "file")
     return source in TOPS or target in LEAVES or LEVEL[target] < LEVEL[source]
@@ -209,6 +214,7 @@ GOOD = {
     "latemax/encoders/__init__.py": "from .hf import x",
     "latemax/encoders/hf.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import timm",
     "latemax/analysis/__init__.py": "from latemax import maxsim",
+    "latemax/compat/__init__.py": "from latemax import maxsim",
     "latemax/viz/__init__.py": "if TYPE_CHECKING:\n    import latemax.analysis\ndef plot():\n    import matplotlib",
     "latemax/demo/__init__.py": "import latemax.analysis\nfrom latemax import viz",
     "latemax/cli/__init__.py": "def demo():\n    from latemax.demo import run",
@@ -254,6 +260,7 @@ BAD = {
         "def f():\n    from latemax.ops import tiles",
         "encoders may not import latemax.ops.tiles",
     ),
+    "compat-to-ops": ("latemax/compat/__init__.py", "import latemax.api", "compat may not import latemax.api"),
     "encoders-at-import": ("latemax/__init__.py", "from .encoders import x", "latemax may not import latemax.encoders"),
     "top-imported": ("latemax/api.py", "def f():\n    import latemax.viz.x", "api may not import latemax.viz"),
     "top-to-top": ("latemax/viz/__init__.py", "from latemax import analysis", "viz may not import latemax.analysis"),

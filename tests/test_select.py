@@ -97,7 +97,7 @@ def test_the_cuda_kernels_say_what_they_cannot_take(monkeypatch, fresh_plan):
     for change, reason in (
         (dict(device=torch.device("cpu")), "the tensors are on cpu"),
         (dict(dim=100), "dim must be a multiple of 8, not 100"),
-        (dict(dim=768), "dim up to 704 here"),
+        (dict(dim=832), "dim up to 768 here"),
         (dict(d_dtype=torch.float16), "both float16 or both bfloat16"),
         (dict(q_dtype=torch.float32, d_dtype=torch.float32), "both float16 or both bfloat16"),
     ):

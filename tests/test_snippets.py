@@ -27,8 +27,8 @@ def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch, capsys):
     q, d = torch.randn(3, 5, 16, requires_grad=True), torch.randn(3, 7, 16, requires_grad=True)
     namespace = dict(
         query_tokens=torch.randn(5, 16), page_tokens=torch.randn(4, 7, 16), pages=[torch.randn(7, 16)] * 3,
-        q=q, d=d, q_mask=torch.ones(3, 5), d_mask=torch.ones(3, 7), q_flat=torch.randn(9, 16), d_flat=torch.randn(12, 16),
-        cu_seqlens_q=torch.tensor([0, 4, 9]), cu_seqlens_d=torch.tensor([0, 7, 12]), tokens=torch.randn(12, 16),
+        q=q, d=d, q_mask=torch.ones(3, 5), d_mask=torch.ones(3, 7),
+        q_flat=torch.randn(9, 16), d_flat=torch.randn(12, 16), cu_seqlens_q=torch.tensor([0, 4, 9]), cu_seqlens_d=torch.tensor([0, 7, 12]), tokens=torch.randn(12, 16),
         offsets=torch.tensor([0, 7, 12]), candidates=torch.tensor([[0, 1], [1, 0], [1, -1]]),
         images=[Image.new("RGB", (40, 50))],
     )  # fmt: skip

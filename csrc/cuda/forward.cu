@@ -8,6 +8,7 @@ namespace {
 /* Only Hopper has wgmma; later chips take the sm_80 kernel, from its PTX. */
 bool hopper(const Device &device, int capability) { return (capability ? capability : device.capability) == 90; }
 
+/* All kernels of the device at once, so that a warmup of any shape serves every later first launch in a capture. */
 void prepare_all(int index, int capability) {
     const Device &device = device_of(index);
     if (hopper(device, capability)) once_per_device(index, [&] { prepare_sm90(device), prepare_shared(device); });
@@ -18,11 +19,6 @@ void prepare_all(int index, int capability) {
 
 int parts(int64_t l_q, int device, int capability) {
     return chunks_of(l_q, hopper(device_of(device), capability) ? LONGEST_SM90 : LONGEST_SM80);
-}
-
-void load(int device, int capability) {
-    use(device);
-    prepare_all(device, capability);
 }
 
 Versions versions() { return {driver_version(), runtime_version()}; }

@@ -21,9 +21,6 @@ void forward(const maxsim_args &args, const Workspace &work, int device, void *s
 /* How many parts a query of l_q tokens is cut into: with more than one the caller gives Workspace::partial. */
 int parts(int64_t l_q, int device, int capability);
 
-/* Loads the kernels of a device, which the first forward would do. */
-void load(int device, int capability);
-
 /* CUDA versions as 1000 * major + 10 * minor: the driver's, 0 without one, and of the runtime linked in. A driver serves
  * runtimes up to its own major version. */
 struct Versions {

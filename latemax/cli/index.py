@@ -18,7 +18,9 @@ from latemax.cli.terminal import printable, to_text
 from latemax.store import PatchStore, StoreError, StoreWriter
 
 if TYPE_CHECKING:
-    from latemax.encoders import PatchEncoder
+    from PIL.Image import Image
+
+    from latemax.encoders import PatchEncoder, PatchTokens
 
 # A kill loses at most this much work: 170 images at 256 patches of 384 float16 features.
 SHARD_BYTES = 1 << 25
@@ -53,7 +55,8 @@ def index(
         prune: remove the documents of those images in ``paths`` whose file was deleted.
 
     Returns:
-        ``{"store", "indexed", "replaced", "already", "removed", "left_out": [{"path", "reason"}, …], "documents"}``.
+        ``{"store", "indexed", "replaced", "already", "deleted", "removed", "left_out": [{"path", "reason"}, …],
+        "documents"}``. ``deleted`` counts the images in ``paths`` that the store still holds without ``prune``.
 
     Raises:
         StoreError: the store is damaged, in use, or was made with other settings.
@@ -62,7 +65,7 @@ def index(
     check_device(device)
     found = find_images(paths)
     left_out = dict(found.left_out)
-    counts = {"indexed": 0, "replaced": 0, "already": 0, "removed": 0}
+    counts = {"indexed": 0, "replaced": 0, "already": 0, "deleted": 0, "removed": 0}
     meta = settings(model, size, adapter)
     if not found.images and not prune:
         for path, reason in left_out.items():
@@ -70,13 +73,12 @@ def index(
         raise ValueError(f"no image ({', '.join(SUFFIXES)}) in {', '.join(map(printable, paths))}")
     with open_store(store, dtype, meta) as writer:
         known = documents_of(store)
-        if prune:
-            folders = [os.path.realpath(path) for path in paths]
-            for real in [
-                real for real, document in known.items() if "file" in document.meta and is_gone(real, folders)
-            ]:
+        folders, here = [os.path.realpath(path) for path in paths], {image.real for image in found.images}
+        recorded = [real for real, document in known.items() if "file" in document.meta and real not in here]
+        for real in [real for real in recorded if is_gone(real, folders)]:
+            counts["removed" if prune else "deleted"] += 1
+            if prune:
                 writer.remove(known.pop(real).id)
-                counts["removed"] += 1
                 left_out = {path: reason for path, reason in left_out.items() if os.path.realpath(path) != real}
         for path, reason in left_out.items():
             say_left_out(path, reason)
@@ -94,7 +96,7 @@ def index(
             for start in range(0, len(todo), batch_size):
                 batch = todo[start : start + batch_size]
                 for image, result in encode_each(encoder, batch, size, device):
-                    reason = result if isinstance(result, str) else put(writer, image, known.get(image.real), *result)
+                    reason = result if isinstance(result, str) else put(writer, image, known.get(image.real), result)
                     if reason:
                         left_out[image.path] = reason
                         say_left_out(image.path, reason)
@@ -114,6 +116,7 @@ def render(done: dict[str, Any]) -> str:
         for number, what in (
             (done["replaced"], "encoded again"),
             (done["already"], "already there"),
+            (done["deleted"], "deleted but kept (--prune removes them)"),
             (done["removed"], "removed"),
             (len(done["left_out"]), "left out"),
         )
@@ -179,13 +182,14 @@ def check_device(device: str | None) -> None:
 
 
 def load_encoder(model: str, adapter: str | None) -> PatchEncoder:
-    """Loads a model and the LoRA file for it."""
+    """Loads a model, with the LoRA file for it and the projection that was trained with it."""
     from latemax.encoders import LoRA, PatchEncoder
 
-    encoder = PatchEncoder.from_pretrained(model)
-    if adapter is not None:
-        LoRA.from_file(adapter, encoder)
-    return encoder.eval()
+    if adapter is None:
+        return PatchEncoder.from_pretrained(model)
+    encoder = PatchEncoder.from_pretrained(model, **LoRA.encoder_options(adapter))
+    LoRA.from_file(adapter, encoder)
+    return encoder.requires_grad_(False).eval()
 
 
 def check_encoder(encoder: PatchEncoder, size: int | None, device: str | None, writer: StoreWriter) -> None:
@@ -194,59 +198,81 @@ def check_encoder(encoder: PatchEncoder, size: int | None, device: str | None, w
     Raises:
         ValueError: tokens of another width than the store's, or what the encoder raises.
     """
-    from PIL import Image
+    from PIL import Image as pillow
 
-    out = encoder.encode([Image.new("RGB", (224, 224), "gray")], size=size, device=device)
+    out = encoder.encode([pillow.new("RGB", (224, 224), "gray")], size=size, device=device)
     if writer.dim not in (None, out.tokens.shape[-1]):
         raise ValueError(f"{writer.path} holds tokens of {writer.dim} features, the model gives {out.tokens.shape[-1]}")
 
 
-Encoded = tuple[Tensor, tuple[int, int] | None]
+class Encoded(NamedTuple):
+    """The document of an image: tokens [l, dim], its grid, and the part of the image that the grid covers."""
+
+    tokens: Tensor
+    grid: tuple[int, int] | None
+    crop: list[float] | None
 
 
 def encode_each(
     encoder: PatchEncoder, files: list[ImageFile], size: int | None, device: str | None
 ) -> Iterator[tuple[ImageFile, Encoded | str]]:
-    """Encodes images in one batch, or one by one if an image spoils the batch.
+    """Encodes images in one batch, without those that the model's preprocessing refuses.
 
     Yields:
-        (file, (tokens [l, dim], grid or None)), or (file, why it cannot be encoded).
+        (file, its document), or (file, why it cannot be encoded).
     """
     from latemax.encoders.images import load_image
 
-    loaded: list[tuple[ImageFile, Any]] = []
+    loaded: list[tuple[ImageFile, Image]] = []
     for file in files:
         try:
             loaded.append((file, load_image(file.path)))
         # a damaged file can raise anything: struct.error, KeyError, OverflowError, MemoryError, …
         except Exception as error:
             yield file, reason_of(error).removeprefix(f"image ({file.path}): ")
-    groups = [loaded] if loaded else []
-    while groups:
-        group = groups.pop(0)
-        images = [image for _, image in group]
-        try:
-            out = encoder.encode(images, batch_size=len(images), device=device, size=size, output_device="cpu")
-        except (TypeError, ValueError) as error:
-            if len(group) == 1:
-                yield group[0][0], reason_of(error)
-            else:
-                groups = [[one] for one in group]
-            continue
-        grids = out.grid if isinstance(out.grid, list) else [out.grid] * len(group)
-        for (file, _), tokens, mask, (rows, cols) in zip(group, out.tokens, out.mask, grids, strict=True):
-            kept = tokens[mask]
-            yield file, (kept, (rows, cols) if rows * cols == len(kept) else None)
+
+    def encode() -> PatchTokens:
+        images = [image for _, image in loaded]
+        return encoder.encode(images, batch_size=len(images), device=device, size=size, output_device="cpu")
+
+    if not loaded:
+        return
+    try:
+        out = encode()
+    except Exception:
+        bad = [why_not_prepared(encoder, image, size) for _, image in loaded]
+        # not the fault of an image
+        if not any(bad):
+            raise
+        yield from ((file, reason) for (file, _), reason in zip(loaded, bad, strict=True) if reason)
+        loaded = [one for one, reason in zip(loaded, bad, strict=True) if not reason]
+        if not loaded:
+            return
+        out = encode()
+    grids = out.grid if isinstance(out.grid, list) else [out.grid] * len(loaded)
+    crops = [None] * len(loaded) if out.crop is None else [[round(x, 6) for x in box] for box in out.crop.tolist()]
+    for (file, _), tokens, mask, grid, crop in zip(loaded, out.tokens, out.mask, grids, crops, strict=True):
+        yield file, Encoded(tokens[mask], grid, crop)
 
 
-def put(writer: StoreWriter, image: ImageFile, document: Known | None, tokens: Tensor, grid: Any) -> str:
+def why_not_prepared(encoder: PatchEncoder, image: Image, size: int | None) -> str:
+    """Returns why an image cannot be made the model's pixel values, or ""."""
+    try:
+        encoder.preprocess([image], size=size)
+    except Exception as error:
+        return reason_of(error)
+    return ""
+
+
+def put(writer: StoreWriter, image: ImageFile, document: Known | None, encoded: Encoded) -> str:
     """Adds a document, or replaces the image's earlier one; returns why it cannot be added, or ""."""
-    tokens = tokens.to(writer.dtype)
+    tokens = encoded.tokens.to(writer.dtype)
+    meta = {**image.meta(), "crop": encoded.crop}
     try:
         if document is None:
-            writer.add(tokens, to_text(image.path), grid, image.meta())
+            writer.add(tokens, to_text(image.path), encoded.grid, meta)
         else:
-            writer.replace(tokens, document.id, grid, {**document.meta, **image.meta()})
+            writer.replace(tokens, document.id, encoded.grid, {**document.meta, **meta})
     except StoreError:
         raise
     except ValueError as error:

@@ -43,8 +43,9 @@ def search(
     Returns:
         ``{"store", "query", "documents", "results"}``. ``results`` holds a list for every query:
         ``[{"rank", "id", "index", "score"}, …]``; a score that is not finite is None. With ``patches``, a result has
-        ``"patches": [{"row", "column", "part", "query_tokens"}, …]``: the largest parts of the score first; of a
-        document without a grid, all are in row 0.
+        ``"patches": [{"row", "column", "box", "part", "query_tokens"}, …]``, the largest part of the score first.
+        ``box`` is the patch's place, (left, top, right, bottom) as fractions of the image, or None if the store does
+        not say which part of the image the patches cover. In a document without a grid, all patches are in row 0.
 
     Raises:
         StoreError: the store is damaged, or does not say which model made it.
@@ -90,14 +91,22 @@ def best_patches(q: Tensor, pages: PatchStore, i: int, normalize: bool) -> list[
     tokens = pages[i]
     if not len(tokens):
         return []
-    grounding = grounding_map(q.cpu(), tokens, pages.grid(i) or (1, len(tokens)), normalize=normalize)
+    rows, columns = pages.grid(i) or (1, len(tokens))
+    grounding = grounding_map(q.cpu(), tokens, (rows, columns), normalize=normalize)
     part, wins = grounding.total().flatten(), grounding.wins().flatten()
     order = part.masked_fill(wins == 0, -math.inf).argsort(descending=True, stable=True)
-    columns = grounding.grid[1]
-    return [
-        {"row": at // columns, "column": at % columns, "part": float(part[at]), "query_tokens": int(wins[at])}
-        for at in order[: int((wins > 0).sum())].tolist()
-    ]
+    crop = pages.document_meta(i).get("crop")
+    found = []
+    for at in order[: int((wins > 0).sum())].tolist():
+        row, column = divmod(at, columns)
+        box = None
+        if crop is not None:
+            left, top, right, bottom = crop
+            width, height = (right - left) / columns, (bottom - top) / rows
+            x, y = left + column * width, top + row * height
+            box = [x, y, x + width, y + height]
+        found.append({"row": row, "column": column, "box": box, "part": float(part[at]), "query_tokens": int(wins[at])})
+    return found
 
 
 def _encoded(pages: PatchStore, image: str, size: int | None) -> Tensor:

@@ -68,11 +68,11 @@ def remove(store: str, ids: Sequence[str]) -> str:
         except ValueError as error:
             raise ValueError(f"{store} has integer ids, got {printable(id)}; nothing was removed") from error
     with StoreWriter(store) as writer:
-        unknown = [str(id) for id in wanted if id not in writer]
+        unknown = [str(one) for one in wanted if one not in writer]
         if unknown:
             raise ValueError(f"{store} has no document {printable(unknown[0])}; nothing was removed")
-        for id in wanted:
-            writer.remove(id)
+        for one in wanted:
+            writer.remove(one)
         left = len(writer)
     return f"{len(wanted)} removed; {printable(store)} holds {left} (compact gives the disk space back)"
 

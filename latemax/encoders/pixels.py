@@ -184,14 +184,25 @@ class Preprocess(ImageTransform):
             return total // 2
         return round(total / 2) if total >= 0 else -(-total // 2)
 
-    def _fit(self, image: Image) -> Image:
-        """``image`` resized and cropped to ``size``."""
+    def check_resize(self, image: Image) -> Grid:
+        """``(height, width)`` of ``image`` after the resize, before the crop.
+
+        Raises:
+            ValueError: More pixels than ``MAX_PIXELS``, as of a very long image whose shorter side is enlarged.
+        """
+        if self.max_patches is not None:
+            return self.resize_to or (image.height, image.width)
         height, width = self._resized_size(image)
         if height * width > MAX_PIXELS:
             raise ValueError(
                 f"images: a {image.width}x{image.height} image would be resized to {width}x{height} before its center "
                 f"crop; pass size=(height, width) to squash it, or crop it first"
             )
+        return height, width
+
+    def _fit(self, image: Image) -> Image:
+        """``image`` resized and cropped to ``size``."""
+        height, width = self.check_resize(image)
         if (width, height) != image.size:
             image = image.resize((width, height), self.resample)
         crop = self._crop(height, width)

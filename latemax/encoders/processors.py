@@ -46,6 +46,10 @@ class OwnProcessor(ImageTransform):
 
     def pixels(self, images: list[Image], size: Size = None) -> Pixels:
         if size is None:
+            if self.rule is not None:
+                # the libraries would try: 5,040,000 x 56 pixels for 90,000 x 1
+                for image in images:
+                    self.rule.check_resize(image)
             return self.run(images)
         if self.rule is None:
             raise ValueError(

@@ -35,7 +35,7 @@ std::vector<Case> cases() {
     std::vector<Case> all;
     // rows of a query block: 64, 128, 256 and chunks of a long query
     const int queries[][2] = {{1, 20}, {3, 40}, {1, 100}, {9, 32}, {2, 200}};
-    for (int dim : {64, 96, 128, 192, 320, 512, 704})
+    for (int dim : {64, 96, 128, 192, 320, 512, 704, 768})
         for (const auto &[n_q, l_q] : queries)
             for (int form = 0; form < 6; ++form)
                 all.push_back({n_q, 3, l_q, form % 2 ? 300 : 130, dim, form == 1 || form == 4, form == 2 || form == 5, form != 0,

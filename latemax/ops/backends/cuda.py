@@ -48,12 +48,6 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def load(device: torch.device, capability: int = 0) -> None:
-    """Loads the kernels on ``device``, so that the first call may be inside a graph capture."""
-    with pointers.on(device):
-        _cuda.load(device.index or 0, capability)
-
-
 def most_dims(capability: int) -> int:
     """The largest dim at which a tile of queries fits in shared memory next to the ring of document tiles."""
     shared = SHARED_MEMORY.get(capability, SMALLEST_SHARED_MEMORY)
