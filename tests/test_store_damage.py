@@ -66,12 +66,13 @@ def check(folder, expected, files, hostile=False):
     except (StoreError, OSError):
         verified = False
     assert hostile or not (verified and wrong), f"verify() passed {wrong}"
+    refusals = (OSError, KeyError, ValueError if hostile else StoreError)
     try:
         with StoreWriter(folder) as writer:
             writer.add(document(20), "page-20")
             writer.remove("page-1")
             writer.compact()
-    except (ValueError if hostile else StoreError, OSError, KeyError):
+    except refusals:
         # the folder is as the writer found it, but for locks and journals
         assert files <= set(os.listdir(folder)), "a file was deleted"
     return not verified
