@@ -69,8 +69,8 @@ class Arguments {
     bool failed_ = false;
 };
 
-/* dtype, address, shape, strides, offsets, number of items they describe, mask, strides of the mask. A side of two axes
- * without offsets is one item. */
+/* dtype, address, shape, strides, offsets, number of items they describe, mask, strides of the mask, table of separate
+ * items. A side of two axes without offsets is one item. */
 inline void read_side(Arguments &in, maxsim_side &side, int64_t *dim) {
     int64_t x[4];
     side.dtype = static_cast<maxsim_dtype>(in.integer());
@@ -87,6 +87,7 @@ inline void read_side(Arguments &in, maxsim_side &side, int64_t *dim) {
     side.mask = in.address<const uint8_t>();
     in.tuple(x, 3);
     side.mask_stride_q = x[0], side.mask_stride_n = x[1], side.mask_stride_l = x[2];
+    side.separate = in.address<const maxsim_item>();
 }
 
 /* The sides q and d, candidates, own, the shape of the scores, scores, argmax, normalize, empty_score. */

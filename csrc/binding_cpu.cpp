@@ -4,6 +4,7 @@
  * Tensors are passed as addresses, shapes and strides: the caller has checked them and keeps them alive.
  */
 #include "binding.h"
+#include "binding_items.h"
 
 #include <new>
 
@@ -127,6 +128,7 @@ PyMethodDef methods[] = {
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(forward)), METH_FASTCALL, nullptr},
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(backward)), METH_FASTCALL, nullptr},
     {"levels", levels, METH_NOARGS, nullptr},
+    {"read_items", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(latemax::read_items)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -30,8 +30,7 @@ constexpr double THREAD_PRODUCTS = 3e5;
 constexpr double WAKE_PRODUCTS = 1e6;
 
 struct Document {
-    const char *base = nullptr;
-    const uint8_t *mask = nullptr;
+    Item item;
     int64_t length = 0;
 };
 
@@ -94,21 +93,9 @@ Forward::Forward(const maxsim_args &args, const Level &level, int threads)
       queries_(args, level, bf16_) {}
 
 Document Forward::document(int64_t query, int64_t c) const {
-    Document doc;
-    doc.length = length(query, c);
-    if (!doc.length) return doc;
-    int64_t token = 0, masked = 0;
-    if (args_.d.offsets) {
-        const int64_t first = args_.d.offsets[document_number(args_, query, c)];
-        token = first * args_.d.stride_l;
-        masked = first * args_.d.mask_stride_l;
-    } else {
-        token = query * args_.d.stride_q + c * args_.d.stride_n;
-        masked = query * args_.d.mask_stride_q + c * args_.d.mask_stride_n;
-    }
-    doc.base = at(args_.d.tokens, args_.d.dtype, token);
-    if (args_.d.mask) doc.mask = args_.d.mask + masked;
-    return doc;
+    const int64_t tokens = length(query, c);
+    /* candidate -1 is no item */
+    return {tokens ? item(args_.d, query, document_number(args_, query, c)) : Item{}, tokens};
 }
 
 int64_t Forward::length(int64_t query, int64_t c) const {
@@ -232,13 +219,13 @@ void Forward::unit(const Part &part, int64_t first, int64_t end, Scratch &s) {
 
 /* Takes the next valid tokens from j, at most `room`, and moves j after them. */
 Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const {
-    const int64_t stride = args_.d.stride_l * item_size(args_.d.dtype), first = j;
-    Rows rows{doc.base, stride, nullptr, nullptr, nullptr, stride, nullptr, nullptr, first, 0, false, false};
+    const int64_t stride = doc.item.stride, first = j;
+    Rows rows{doc.item.tokens, stride, nullptr, nullptr, nullptr, stride, nullptr, nullptr, first, 0, false, false};
     int32_t *number = s.number.get(batch_) + used;
-    if (doc.mask) {
+    if (doc.item.mask) {
         for (; j < doc.length && rows.count < room; ++j) {
             number[rows.count] = static_cast<int32_t>(j);
-            rows.count += doc.mask[j * args_.d.mask_stride_l] != 0;
+            rows.count += doc.item.mask[j * doc.item.mask_stride] != 0;
         }
         /* consecutive tokens need no gather: the case of a ragged list */
         if (rows.count && number[rows.count - 1] - number[0] + 1 == rows.count) {
@@ -251,7 +238,7 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
         j += rows.count;
     }
     if (!rows.gather) rows.base += rows.first * stride;
-    rows.dense = args_.d.stride_k == 1 && args_.d.stride_l == args_.dim;
+    rows.dense = args_.d.stride_k == 1 && stride == args_.dim * item_size(args_.d.dtype);
     if (bf16_) rows.scratch = reinterpret_cast<char *>(s.wide.get(0));
     if (args_.normalize) rows.scale = s.scale.get(batch_) + used;
     if (widen_) {

@@ -19,12 +19,10 @@ Queries::Queries(const maxsim_args &args, const Level &level, bool bf16)
     row_begin.resize(args.n_q + 1);
     token.reserve(args.q.total);
     for (int64_t a = 0; a < args.n_q; ++a) {
-        const int64_t first = args.q.offsets ? args.q.offsets[a] : 0;
         const int64_t length = query_length(args, a);
-        const uint8_t *mask = args.q.mask;
-        if (mask) mask += args.q.offsets ? first * args.q.mask_stride_l : a * args.q.mask_stride_n;
+        const Item query = item(args.q, 0, a);
         for (int64_t i = 0; i < length; ++i)
-            if (!mask || mask[i * args.q.mask_stride_l]) token.push_back(static_cast<int32_t>(i));
+            if (!query.mask || query.mask[i * query.mask_stride]) token.push_back(static_cast<int32_t>(i));
         row_begin[a + 1] = static_cast<int64_t>(token.size());
     }
 }
@@ -94,9 +92,8 @@ void Queries::pack(int threads) {
 
 void Queries::pack_row(int64_t query, int64_t row, char *out, int64_t stride, float *wide) {
     const int64_t dim = args_.dim, step = args_.q.stride_k;
-    const int64_t at_token = token[row] * args_.q.stride_l +
-                             (args_.q.offsets ? args_.q.offsets[query] * args_.q.stride_l : query * args_.q.stride_n);
-    const char *x = at(args_.q.tokens, args_.q.dtype, at_token);
+    const Item from = item(args_.q, 0, query);
+    const char *x = from.tokens + token[row] * from.stride;
     const bool plain = bf16_ && !args_.normalize;
     if (plain) {
         for (int64_t k = 0; k < dim; ++k) std::memcpy(out + 4 * (k / 2) * stride + k % 2 * 2, x + 2 * k * step, 2);

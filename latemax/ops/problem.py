@@ -14,12 +14,22 @@ def score_dtype(q: torch.dtype, d: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.promote_types(q, d) == torch.float64 else torch.float32
 
 
+class Separate(NamedTuple):
+    """Items that are separate in CPU memory, with contiguous dims."""
+
+    tokens: list[Tensor]  # [l_i, dim]
+    masks: list[Tensor | None] | None  # bool [l_i], contiguous
+    table: Tensor  # int64 [n, 3]: an address of tokens, of the mask or 0, and the row stride (maxsim_item)
+
+
 class Side(NamedTuple):
     """The queries, or the documents. What belongs to every token, or says where tokens are, is a field here."""
 
     tokens: Tensor  # [n, l, dim], own candidates [n_q, n, l, dim], or with offsets [t, dim]
     mask: Tensor | None = None  # bool, the leading shape of tokens
     offsets: Tensor | None = None  # int64 [n + 1] contiguous: ragged items, concatenated in tokens
+    # ragged items that are not concatenated: tokens is NaN, expanded, and says only shape [t, dim], dtype and device
+    separate: Separate | None = None
 
     @property
     def items(self) -> int:
@@ -30,6 +40,19 @@ class Side(NamedTuple):
     def length(self) -> int:
         """Tokens of an item; of all items where they are ragged."""
         return self.tokens.shape[-2]
+
+    def joined(self) -> Side:
+        """With separate items concatenated: only the forward pass of the native CPU kernel takes a table."""
+        if self.separate is None:
+            return self
+        items, masks, _ = self.separate
+        return Side(torch.cat(items), None if masks is None else join_masks(items, masks), self.offsets)
+
+
+def join_masks(items: list[Tensor], masks: list[Tensor | None]) -> Tensor:
+    """The masks of all items, concatenated; None keeps an item's every token."""
+    pairs = zip(items, masks, strict=True)
+    return torch.cat([x.new_ones(x.shape[0], dtype=torch.bool) if mask is None else mask for x, mask in pairs])
 
 
 class Batch(NamedTuple):
@@ -46,6 +69,11 @@ class Batch(NamedTuple):
     def own(self) -> bool:
         """Every query has its own documents."""
         return self.candidates is not None or self.d.tokens.dim() == 4
+
+    def joined(self) -> Batch:
+        if self.q.separate is None and self.d.separate is None:
+            return self
+        return self._replace(q=self.q.joined(), d=self.d.joined())
 
     @property
     def ragged(self) -> bool:
