@@ -44,9 +44,12 @@ _LATER = {
     "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
     "search": ("MeanPool", "TopK", "first_stage_recall", "topk", "two_stage"),
 }
+_MODULES = ("analysis", "compat", "viz")
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"latemax.{name}")
     for module, names in _LATER.items():
         if name in names:
             return getattr(importlib.import_module(f"latemax.{module}"), name)

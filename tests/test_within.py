@@ -214,3 +214,27 @@ def test_argmax_of_what_is_not_finite():
     scores, argmax = maxsim(queries(), items, return_argmax=True)
     at = found.indices.unsqueeze(-1).expand(-1, -1, 5)
     assert torch.equal(found.argmax[:, :39], argmax.gather(1, at)[:, :39]) and scores.shape == (3, 40)
+
+
+def test_the_map_of_what_was_found(tmp_path):
+    from latemax.analysis import grounding_map
+
+    with StoreWriter(tmp_path) as writer:
+        for i, item in enumerate(documents()):
+            writer.add(item, i, grid=(len(item), 1) if 0 < len(item) != 7 else None)
+    store, q = PatchStore(tmp_path), queries()
+    ids = [i for i in range(40) if store.grid(i)]
+    found = topk(q, store, 3, within=torch.tensor(ids), return_argmax=True)
+    for row in range(3):
+        maps = grounding_map(q[row], found.row(row), store)
+        assert [x.grid for x in maps] == [store.grid(i) for i in found.indices[row].tolist()]
+        torch.testing.assert_close(torch.stack([x.score for x in maps]), found.scores[row])
+        torch.testing.assert_close(torch.stack([x.map.sum() for x in maps]), found.scores[row])
+        assert torch.equal(torch.stack([x.argmax for x in maps]), found.argmax[row])
+    with pytest.raises(ValueError, match="must be the ranking of one query"):
+        grounding_map(q[0], found, store)
+    with pytest.raises(TypeError, match="must be the PatchStore that d was found in, got tuple"):
+        grounding_map(q[0], found.row(0), (1, 1))
+    bare = [i for i in range(40) if len(documents()[i]) == 7]
+    with pytest.raises(ValueError, match=f"document {bare[0]} must be stored with a grid"):
+        grounding_map(q[0], topk(q[0], store, 1, within=torch.tensor(bare[:1])), store)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latemax import maxsim
 from latemax.analysis._groups import argmax_similarity
+from latemax.search import TopK
+from latemax.store import PatchStore
 
 _AXES = ("yx", "xy")
 
@@ -48,22 +51,23 @@ class GroundingMap:
 
 def grounding_map(
     q: Tensor,
-    d: Tensor,
-    grid: tuple[int, int],
+    d: Tensor | TopK,
+    grid: tuple[int, int] | PatchStore,
     *,
     q_mask: Tensor | None = None,
     d_mask: Tensor | None = None,
     normalize: bool = False,
     axes: str = "yx",
-) -> GroundingMap:
+) -> GroundingMap | list[GroundingMap]:
     """Maps each query token to its best patch, [l_q, rows, cols]; the cells sum to the MaxSim score.
 
     An image without a valid patch scores -inf and has an all-zero map; a query without a valid token scores 0.
 
     Args:
         q: [l_q, dim], one query.
-        d: [rows * cols, dim] or [n_d, rows * cols, dim], patch tokens in row-major order without prefix tokens.
-        grid: (rows, cols).
+        d: [rows * cols, dim] or [n_d, rows * cols, dim], patch tokens in row-major order without prefix tokens; or what
+            ``topk`` found in a store for this query, a `TopK` of scores [k] (``found.row(i)`` of several queries).
+        grid: (rows, cols); with a `TopK`, the store, which has tokens and grid of each document.
         q_mask: [l_q], True = keep.
         d_mask: [rows * cols] or [n_d, rows * cols], True = keep.
         normalize: score by cosine.
@@ -71,16 +75,21 @@ def grounding_map(
             the [query, x, y] of colpali-engine.
 
     Returns:
-        The map with its score, argmax and contributions.
+        The map with its score, argmax and contributions; of a `TopK` a list of them, one a document, best first.
 
     Raises:
-        ValueError: a grid that does not multiply to the number of patch tokens, a batched q, or unknown axes.
+        TypeError: a `TopK` without its store.
+        ValueError: a document that was stored without a grid; a grid that does not multiply to the number of patch
+            tokens, a batched q, or unknown axes.
 
     Example:
         >>> out = encoder.encode(image)
         >>> grounding = grounding_map(query_tokens, out.tokens[0], out.grid)
         >>> latemax.viz.plot_grounding(image, grounding)
+        >>> maps = grounding_map(query_tokens, latemax.topk(query_tokens, store, 3), store)
     """
+    if isinstance(d, TopK):
+        return _of_ranking(q, d, grid, q_mask=q_mask, d_mask=d_mask, normalize=normalize, axes=axes)
     rows, cols = grid
     if q.dim() != 2:
         raise ValueError(f"q must be one query [l_q, dim], got shape {list(q.shape)}")
@@ -101,6 +110,29 @@ def grounding_map(
     if axes == "xy":
         cells = cells.transpose(-1, -2)
     return GroundingMap(cells, score, argmax, contribution, (rows, cols), axes)
+
+
+def _of_ranking(
+    q: Tensor, found: TopK, store: PatchStore, *, d_mask: Tensor | None, **options: Any
+) -> list[GroundingMap]:
+    if not isinstance(store, PatchStore):
+        raise TypeError(f"grid must be the PatchStore that d was found in, got {type(store).__name__}")
+    if found.indices.dim() != 1:
+        raise ValueError(
+            f"d must be the ranking of one query, indices [k] (found.row(i)); got {list(found.indices.shape)}"
+        )
+    if d_mask is not None:
+        raise ValueError("d_mask must be None with a TopK: a store holds only tokens that are kept")
+    maps = []
+    for i in found.indices.tolist():
+        # the empty slots of two_stage are the last ones
+        if i < 0:
+            break
+        grid = store.grid(i)
+        if grid is None:
+            raise ValueError(f"document {store.ids[i]!r} must be stored with a grid; it has none")
+        maps.append(grounding_map(q, store[i].to(q.device), grid, **options))
+    return maps
 
 
 def convert_axes(maps: Tensor, *, source: str, target: str) -> Tensor:

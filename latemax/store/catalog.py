@@ -26,6 +26,8 @@ FORMAT_VERSION = 1
 # Seconds to wait for another process's transaction.
 BUSY = 60.0
 INT64 = np.dtype("<i8")
+# What sqlite says of a damaged file may quote bytes of it that are no text.
+ERRORS = (sqlite3.Error, UnicodeDecodeError)
 
 
 class StoreRow(NamedTuple):
@@ -132,7 +134,7 @@ def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
     """
     try:
         db = _connect(path, "rw") if write else _reader(path)
-    except sqlite3.Error as error:
+    except ERRORS as error:
         raise _damaged(path, error) from error
     try:
         if write:
@@ -141,14 +143,14 @@ def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         yield db
         if write:
             db.execute("COMMIT")
-    except sqlite3.Error as error:
+    except ERRORS as error:
         raise _damaged(path, error) from error
     finally:
         # an open transaction is rolled back
         db.close()
 
 
-def _damaged(path: Path, error: sqlite3.Error) -> StoreError:
+def _damaged(path: Path, error: Exception) -> StoreError:
     return StoreError(f"{path} cannot be used: {type(error).__name__}: {error}")
 
 
@@ -275,7 +277,7 @@ def parse_meta(path: Path, text: str) -> dict[str, Any]:
     """The JSON object of a row of the catalogue at ``path``."""
     try:
         meta = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(f"{path} is damaged: metadata is not JSON: {error}") from error
     if not isinstance(meta, dict):
         raise StoreError(f"{path} is damaged: metadata is not a JSON object but {type(meta).__name__}")
@@ -286,6 +288,8 @@ def read_shards(db: sqlite3.Connection) -> dict[int, ShardRow]:
     """Every shard by its number, pending ones too."""
     shards = {row.shard: row for row in select(db, "shards")}
     for row in shards.values():
+        if row.state not in ("pending", "committed"):
+            raise StoreError(f"{file_of(db)} is damaged: shard {row.name!r} is {row.state!r}")
         if not is_plain(row.name):
             raise StoreError(f"{file_of(db)}: a shard must be a file of the store's folder, got {row.name!r}")
     return shards

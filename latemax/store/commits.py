@@ -103,9 +103,13 @@ def discarding(folder: Path) -> Iterator[None]:
 def clear_pending(folder: Path) -> None:
     """Deletes the files that were named but not committed, then their names."""
     with catalog.opened(folder / CATALOG) as db:
-        pending = [row for row in catalog.read_shards(db).values() if row.state != "committed"]
-    if not pending:
-        return
+        pending = [row for row in catalog.read_shards(db).values() if row.state == "pending"]
+        if not pending:
+            return
+        named = {shard for (shard,) in db.execute("SELECT DISTINCT shard FROM documents")}
+    for row in pending:
+        if row.shard in named:
+            raise StoreError(f"{folder / CATALOG} is damaged: documents are in {row.name}, which was never committed")
     for row in pending:
         (folder / row.name).unlink(missing_ok=True)
     # a file that came back after a power cut must still have its name here

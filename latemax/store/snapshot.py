@@ -146,31 +146,31 @@ class Snapshot:
 
     def metas(self) -> list[dict[str, Any]]:
         """The metadata of all documents, in order."""
-        with self._db() as db:
-            found = db.execute(
-                "SELECT seq, meta FROM documents WHERE added <= ?1 AND (removed IS NULL OR removed > ?1) ORDER BY seq",
-                (self.generation,),
-            ).fetchall()
-        metas: list[dict[str, Any]] = [{}] * len(self)
-        for at, (_, meta) in zip(self._documents(np.array([seq for seq, _ in found], np.int64)), found, strict=True):
-            metas[at] = {} if meta is None else catalog.parse_meta(self.catalog, meta)
-        return metas
+        return [{} if text is None else catalog.parse_meta(self.catalog, text) for text in self._column("meta")]
 
     @cached_property
     def ids(self) -> list[int] | list[str]:
+        ids = self._column("id")
+        kind = {"int": int, "str": str}.get(self.store.id_type or "")
+        if not all(type(id) is kind for id in ids):
+            raise StoreError(f"{self.catalog} is damaged: ids must be {self.store.id_type}")
+        return ids
+
+    def _column(self, name: str) -> list[Any]:
+        """One value of every document's row, in order."""
         with self._db() as db:
             found = db.execute(
-                "SELECT seq, id FROM documents WHERE added <= ?1 AND (removed IS NULL OR removed > ?1) ORDER BY seq",
+                f"SELECT seq, {name} FROM documents "
+                "WHERE added <= ?1 AND (removed IS NULL OR removed > ?1) ORDER BY seq",
                 (self.generation,),
             ).fetchall()
-        kind = {"int": int, "str": str}.get(self.store.id_type or "")
         order = self.seq.argsort()
-        if [seq for seq, _ in found] != self.seq[order].tolist() or not all(type(id) is kind for _, id in found):
+        if [seq for seq, _ in found] != self.seq[order].tolist():
             raise StoreError(f"{self.catalog} is damaged: its documents are not those of its commits")
-        ids: list[Any] = [None] * len(found)
-        for at, (_, id) in zip(order.tolist(), found, strict=True):
-            ids[at] = id
-        return ids
+        values: list[Any] = [None] * len(found)
+        for at, (_, value) in zip(order.tolist(), found, strict=True):
+            values[at] = value
+        return values
 
     @cached_property
     def _by_seq(self) -> tuple[np.ndarray, np.ndarray | None]:
