@@ -1,7 +1,7 @@
 """Lists of tensors and jagged nested tensors → a ``Side`` with offsets: ragged items, without padding.
 
-The items of a list are scored where they are in CPU memory. They are concatenated on another device, for a gradient, and
-where torch compiles, traces or transforms.
+In CPU memory the items of a list are scored where they are. They are concatenated on another device, for a gradient,
+and where torch compiles, traces or transforms.
 """
 
 from __future__ import annotations
