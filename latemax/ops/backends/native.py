@@ -87,8 +87,8 @@ def score(q: Tensor, d: Tensor, normalize: bool, empty_score: float) -> Tensor |
     shape = (n_q, n_d) if q_dim == d_dim == 3 else (n_q,) if q_dim == 3 else (n_d,) if d_dim == 3 else ()
     scores = q.new_empty(shape, dtype=torch.float32)
     _cpu.forward(
-        len(levels()) - 1, torch.get_num_threads(), q_dtype, q_at, q_shape, q.stride(), 0, 0, 0, None, 0, d_dtype, d_at,
-        d_shape, d.stride(), 0, 0, 0, None, 0, 0, False, (n_q, n_d), scores.data_ptr(), 0, normalize, empty_score,
+        len(levels()) - 1, torch.get_num_threads(), q_dtype, q_at, q_shape, q.stride(), None, 0, None, d_dtype, d_at,
+        d_shape, d.stride(), None, 0, None, 0, False, (n_q, n_d), scores.data_ptr(), 0, normalize, empty_score,
     )  # fmt: skip
     return scores
 

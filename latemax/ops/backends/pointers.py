@@ -36,10 +36,12 @@ def address(x: Tensor | None) -> int:
 
 def side(s: Side) -> tuple:
     tokens, mask, offsets = s.tokens, s.mask, s.offsets
+    items = None
+    if offsets is not None:
+        items = address(offsets), len(offsets) - 1, 0 if s.separate is None else s.separate.table.data_ptr()
     return (
-        DTYPES[tokens.dtype], address(tokens), tokens.shape, tokens.stride(), address(offsets),
-        0 if offsets is None else len(offsets) - 1, address(mask), None if mask is None else mask.stride(),
-        0 if s.separate is None else s.separate.table.data_ptr(),
+        DTYPES[tokens.dtype], address(tokens), tokens.shape, tokens.stride(), items, address(mask),
+        None if mask is None else mask.stride(),
     )  # fmt: skip
 
 
