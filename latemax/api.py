@@ -41,8 +41,8 @@ def maxsim(
 
     Args:
         q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor
-            [n_q, l_i, dim]. The items of a list are concatenated, those of a nested tensor are used in place; nothing
-            is padded.
+            [n_q, l_i, dim]. Nothing is padded. The items of a list are scored where they are in CPU memory; they are
+            concatenated on a GPU, in float64, for a gradient, and where torch compiles, traces or transforms.
         d: document (image patch) tokens [l_d, dim], [n_d, l_d, dim], or own candidates of every query
             [n_q, k, l_d, dim]; or a list of n_d tensors [l_j, dim]; or a jagged nested tensor. float16, bfloat16,
             float32 or float64, promoted together with q; both on one device.
@@ -161,8 +161,8 @@ def maxsim_varlen(
 
 def rerank(
     q: Tokens,
-    tokens: Tensor,
-    offsets: Tensor,
+    tokens: Tokens,
+    offsets: Tensor | None,
     candidates: Tensor,
     q_mask: Masks = None,
     *,
@@ -175,7 +175,8 @@ def rerank(
 
     Args:
         q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor.
-        tokens: the corpus [t_d, dim], documents concatenated; on the CPU it may be memory-mapped.
+        tokens: the corpus [t_d, dim], documents concatenated; on the CPU it may be memory-mapped. Or, with offsets
+            None, a list of n_d tensors [l_j, dim] or a jagged nested tensor.
         offsets: int32 or int64 [n_d + 1]: document b holds rows ``offsets[b]`` to ``offsets[b + 1]``.
         candidates: int32 or int64 [n_q, k] ([k] with a 2-D q): document numbers in any order, repeated or not; -1 is an
             empty slot and scores ``empty_score``.

@@ -86,6 +86,35 @@ def test_a_list_scores_as_its_concatenated_tokens(dtype, masked, normalize):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_rerank_of_a_list(dtype):
+    q, d, q_mask = items("q", dtype), items("d", dtype), keep("q")
+    candidates = torch.tensor([[2, -1, 0], [4, 4, 1], [5, 2, 3], [0, -1, -1]])
+    options = dict(return_argmax=True, normalize=True, empty_score=-9.0)
+    expected = latemax.rerank(q, torch.cat(d), offsets(d), candidates, q_mask, **options)
+    same(latemax.rerank(q, d, None, candidates, q_mask, **options), expected)
+    nested = torch.nested.nested_tensor(d, layout=torch.jagged)
+    same(latemax.rerank(q, nested, None, candidates, q_mask, **options), expected)
+    one = latemax.rerank(q[2], d, None, candidates[2], **options)
+    same(one, latemax.rerank(q[2], torch.cat(d), offsets(d), candidates[2], **options))
+    d[2].requires_grad_()
+    expected = torch.autograd.grad(latemax.rerank(q, torch.cat(d), offsets(d), candidates, empty_score=0.0).sum(), d[2])
+    ours = torch.autograd.grad(latemax.rerank(q, d, None, candidates, empty_score=0.0).sum(), d[2])
+    assert torch.equal(ours[0], expected[0])
+
+
+def test_rerank_says_what_is_wrong_with_a_list():
+    q, d, candidates = items("q"), items("d"), torch.zeros(4, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="offsets must be None where tokens are a list or a nested tensor"):
+        latemax.rerank(q, d, offsets(d), candidates)
+    with pytest.raises(TypeError, match=r"offsets must be a torch.Tensor, got NoneType"):
+        latemax.rerank(q, torch.cat(d), None, candidates)
+    with pytest.raises(ValueError, match="candidates must be numbers of documents, 0 to 5"):
+        latemax.rerank(q, d, None, candidates + 6)
+    with pytest.raises(ValueError, match=r"tokens\[1\] has torch.float16"):
+        latemax.rerank(q, [d[0], d[1].half()], None, candidates)
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_forward_concatenates_nothing(dtype, monkeypatch):
@@ -102,6 +131,7 @@ def test_forward_concatenates_nothing(dtype, monkeypatch):
     latemax.maxsim(q, d[2])
     latemax.maxsim_pairs(q, d[:4])
     latemax.rerank(q, corpus, corpus_offsets, candidates, q_mask)
+    latemax.rerank(q, d, None, candidates, q_mask)
     latemax.maxsim([torch.nn.Parameter(x, requires_grad=False) for x in q], d)
     with torch.no_grad():
         latemax.maxsim([x.clone().requires_grad_() for x in q], d)

@@ -118,14 +118,22 @@ def rerank_batch(
     q: Any, tokens: Any, offsets: Any, candidates: Any, q_mask: Any, *, normalize: bool = False,
     empty_score: float = -math.inf, return_argmax: bool = False,
 ) -> tuple[Batch, Finish]:  # fmt: skip
-    """``rerank``: the candidates of every query, in place in a ragged corpus."""
-    check_tokens("tokens", tokens, (2,), "[t_d, dim]")
+    """``rerank``: the candidates of every query, where they are in a ragged corpus or a list."""
+    documents = None
+    if ragged.is_ragged(tokens):
+        if offsets is not None:
+            raise ValueError("offsets must be None where tokens are a list or a nested tensor")
+        documents = ragged.as_side("tokens", tokens, None, q)
+        tokens = documents.tokens
+    else:
+        check_tokens("tokens", tokens, (2,), "[t_d, dim]")
     queries, longest = _queries(q, q_mask, tokens, "tokens", return_argmax)
-    d_offsets = as_offsets("offsets", offsets, "n_d", "tokens", tokens)
+    if documents is None:
+        documents = Side(tokens, None, as_offsets("offsets", offsets, "n_d", "tokens", tokens))
     one_query = not ragged.is_ragged(q) and q.dim() == 2
     shape = "[k]" if one_query else "[n_q, k]"
     candidates = as_candidates(
-        "candidates", candidates, (1,) if one_query else (2,), shape, len(d_offsets) - 1, tokens
+        "candidates", candidates, (1,) if one_query else (2,), shape, documents.items, tokens
     )  # fmt: skip
     if one_query:
         candidates = candidates.unsqueeze(0)
@@ -133,7 +141,7 @@ def rerank_batch(
         raise ValueError(
             f"candidates must be [n_q, k] with the n_q of q, {queries.items}; got shape {list(candidates.shape)}"
         )
-    batch = Batch(queries, Side(tokens, None, d_offsets), candidates, normalize, empty_score)
+    batch = Batch(queries, documents, candidates, normalize, empty_score)
     return batch, Finish(one_query, False, queries.offsets, longest)
 
 
