@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +17,11 @@ from latemax.ops.dispatch import Choice
 
 __all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "warmup"]
 
+# an array is a tensor on the CPU
+Array = Tensor | np.ndarray
 # a dense or jagged tensor, or a list of [l_i, dim]
-Tokens = Tensor | Sequence[Tensor]
-Masks = Tensor | Sequence[Tensor | None] | None
+Tokens = Array | Sequence[Array]
+Masks = Array | Sequence[Array | None] | None
 # a tensor; with return_argmax (scores, argmax). Not the union of both, which every caller would have to narrow
 Scores = Any
 
@@ -45,7 +48,9 @@ def maxsim(
             concatenated on a GPU, in float64, for a gradient, and where torch compiles, traces or transforms.
         d: document (image patch) tokens [l_d, dim], [n_d, l_d, dim], or own candidates of every query
             [n_q, k, l_d, dim]; or a list of n_d tensors [l_j, dim]; or a jagged nested tensor. float16, bfloat16,
-            float32 or float64, promoted together with q; both on one device.
+            float32 or float64, promoted together with q; both on one device. Every tensor on the CPU, also in a list,
+            may be a numpy array (bfloat16 by ``ml_dtypes``), whose memory is used as it is; only negative strides and
+            strides that are no multiple of an element's size are copied.
         q_mask: bool, int or float of shape ``q.shape[:-1]``; nonzero = keep. With a list or a nested tensor: a list of
             [l_i] or None.
         d_mask: likewise, of shape ``d.shape[:-1]``. Masked tokens influence nothing, whatever their values.
@@ -61,7 +66,8 @@ def maxsim(
         valid token scores 0.
 
     Raises:
-        TypeError: q, d or a mask is not a tensor, or has an unsupported dtype or layout; an option of another type.
+        TypeError: q, d or a mask is neither a tensor nor an array, or has an unsupported dtype, byte order or layout;
+            an option of another type.
         ValueError: shapes, devices or dims that do not match; an unknown backend.
         RuntimeError: the backend asked for cannot run here (the message says why).
 
@@ -113,12 +119,12 @@ def maxsim_pairs(
 
 
 def maxsim_varlen(
-    q: Tensor,
-    d: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_d: Tensor,
-    q_mask: Tensor | None = None,
-    d_mask: Tensor | None = None,
+    q: Array,
+    d: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_d: Array,
+    q_mask: Array | None = None,
+    d_mask: Array | None = None,
     *,
     normalize: bool = False,
     empty_score: float = -math.inf,
@@ -162,8 +168,8 @@ def maxsim_varlen(
 def rerank(
     q: Tokens,
     tokens: Tokens,
-    offsets: Tensor | None,
-    candidates: Tensor,
+    offsets: Array | None,
+    candidates: Array,
     q_mask: Masks = None,
     *,
     normalize: bool = False,

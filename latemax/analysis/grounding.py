@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latemax import maxsim
 from latemax.analysis._groups import argmax_similarity
+from latemax.arguments.arrays import as_tensor
 from latemax.search import TopK
 from latemax.store import PatchStore
 
@@ -102,10 +103,12 @@ def grounding_map(
         >>> latemax.viz.plot_grounding(image, grounding)
         >>> maps = grounding_map(query_tokens, latemax.topk(query_tokens, store, 3), store)
     """
+    q = as_tensor("q", q)
     if isinstance(d, TopK):
         return _of_ranking(q, d, grid, q_mask=q_mask, d_mask=d_mask, normalize=normalize, axes=axes)
     if isinstance(grid, PatchStore):
         raise TypeError("grid must be (rows, cols) with patch tokens; a store goes with a TopK")
+    d = as_tensor("d", d)
     rows, cols = grid
     if q.dim() != 2:
         raise ValueError(f"q must be one query [l_q, dim], got shape {list(q.shape)}")

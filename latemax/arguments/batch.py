@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latemax.arguments import ragged
+from latemax.arguments import arrays, ragged
 from latemax.arguments.check import as_candidates, as_mask, as_offsets, check_together, check_tokens
 from latemax.ops.problem import Batch, Side
 
@@ -53,6 +53,8 @@ def batch_of(
     return_argmax: bool = False,
 ) -> tuple[Batch, Finish]:
     """``maxsim`` and, with ``pairs``, ``maxsim_pairs``: row b of q meets only row b of d."""
+    if type(q) is not Tensor or type(d) is not Tensor:
+        q, d = arrays.as_tensor("q", q), arrays.as_tensor("d", d)
     queries = documents = candidates = None
     longest = 0
     if ragged.is_ragged(q):
@@ -93,6 +95,8 @@ def varlen_batch(
     empty_score: float = -math.inf,
 ) -> Batch:  # fmt: skip
     """``maxsim_varlen``: both sides concatenated by the caller."""
+    if type(q) is not Tensor or type(d) is not Tensor:
+        q, d = arrays.as_tensor("q", q), arrays.as_tensor("d", d)
     check_tokens("q", q, (2,), "[t_q, dim]")
     check_tokens("d", d, (2,), "[t_d, dim]")
     check_together(q, d)
@@ -107,6 +111,7 @@ def corpus_batch(
     q: Any, tokens: Tensor, offsets: Tensor, q_mask: Any, *, normalize: bool, empty_score: float
 ) -> tuple[Batch, Finish]:
     """q, in any of its forms, against every document of a corpus whose offsets are known to be right."""
+    q = arrays.as_tensor("q", q)
     queries, longest = _queries(q, q_mask, tokens, "d", False)
     return (
         Batch(queries, Side(tokens, None, offsets.to(tokens.device)), None, normalize, empty_score),
@@ -119,6 +124,7 @@ def rerank_batch(
     empty_score: float = -math.inf, return_argmax: bool = False,
 ) -> tuple[Batch, Finish]:  # fmt: skip
     """``rerank``: the candidates of every query, where they are in a ragged corpus or a list."""
+    q, tokens = arrays.as_tensor("q", q), arrays.as_tensor("tokens", tokens)
     documents = None
     if ragged.is_ragged(tokens):
         if offsets is not None:
