@@ -172,43 +172,50 @@ def rerank(
     candidates: Array,
     q_mask: Masks = None,
     *,
+    query_ids: Array | None = None,
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
     backend: str = "auto",
 ) -> Scores:
-    """Score every query against its own candidates, in place in a ragged corpus: nothing is gathered or copied.
+    """Score every query against its own candidates, in place in a ragged corpus: no document is gathered or copied.
 
     Args:
-        q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor.
+        q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor;
+            or a tuple (tokens [t_q, dim], int32 or int64 offsets [n_q + 1]).
         tokens: the corpus [t_d, dim], documents concatenated; on the CPU it may be memory-mapped. Or, with offsets
             None, a list of n_d tensors [l_j, dim] or a jagged nested tensor.
         offsets: int32 or int64 [n_d + 1]: document b holds rows ``offsets[b]`` to ``offsets[b + 1]``.
         candidates: int32 or int64 [n_q, k] ([k] with a 2-D q): document numbers in any order, repeated or not; -1 is an
             empty slot and scores ``empty_score``.
-        q_mask: as ``maxsim``.
+        q_mask: as ``maxsim``; [t_q] with concatenated queries.
+        query_ids: int32 or int64 [n]: row r of candidates, which is [n, k] then, is scored against query
+            ``query_ids[r]``. A list of pairs has k = 1. The native CPU kernel reads each query in place; elsewhere, and
+            for a gradient, the tokens of the queries are gathered, [n, l_q, dim]. Ragged queries on a GPU cost a device
+            sync, but for a list.
         normalize, empty_score, backend: as ``maxsim``.
         return_argmax: also return the index of the best token in each document for each query token.
 
     Returns:
-        scores [n_q, k], or [k] with a 2-D q; with return_argmax also int32 [n_q, k, l_q], counted from the
-        document's first token. Dtypes as ``maxsim``. Differentiable once in q and tokens.
+        scores [n_q, k], or [k] with a 2-D q, or [n, k] with query_ids; with return_argmax also int32 [..., l_q],
+        counted from the document's first token. Dtypes and -1 as ``maxsim``. Differentiable once in q and tokens.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``maxsim``; offsets or candidates of another dtype or shape; on the CPU
-            also unsorted offsets and candidates that are no document. On a GPU reading them would need a device sync:
-            there an invalid candidate scores NaN.
+            also unsorted offsets, candidates that are no document and query_ids that are no query. On a GPU reading
+            them would need a device sync: there an invalid candidate, and a row of an invalid query, score NaN.
 
     Example:
         >>> first = (corpus_means @ q.mean(0)).topk(1000).indices
         >>> scores = rerank(q, tokens, offsets, first)  # [1000]
+        >>> pairs = rerank(queries, tokens, offsets, pages.unsqueeze(1), query_ids=asked)  # [n, 1]
     """
     empty_score = check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
     batch, finish = rerank_batch(
         q, tokens, offsets, candidates, q_mask, normalize=normalize, empty_score=empty_score,
-        return_argmax=return_argmax,
+        return_argmax=return_argmax, query_ids=query_ids,
     )  # fmt: skip
     return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
 

@@ -132,6 +132,18 @@ def as_candidates(name: str, x: Any, dims: tuple[int, ...], shape: str, n: int, 
     return x
 
 
+def as_query_ids(x: Any, n_q: int, of: Tensor) -> Tensor:
+    """Numbers of queries below n_q → int64."""
+    x = as_int64("query_ids", x, (1,), "[n]", of)
+    if not n_q and len(x):
+        raise ValueError(f"query_ids must be empty where q holds no query; got shape {list(x.shape)}")
+    if readable(x) and len(x) and not (x.min() >= 0 and x.max() < n_q):
+        raise ValueError(
+            f"query_ids must be numbers of queries, 0 to {n_q - 1}; got {x[(x < 0) | (x >= n_q)][0].item()}"
+        )
+    return x
+
+
 def check_together(q: Tensor, d: Tensor, d_name: str = "d") -> None:
     """The rules for every form of q and d."""
     if q.device != d.device:
