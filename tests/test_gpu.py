@@ -227,3 +227,14 @@ def test_float32_precision_follows_torch():
     finally:
         torch.set_float32_matmul_precision(before)
     assert errors["highest"] < 2e-6 and errors["highest"] < errors["high"] < 2e-3
+
+
+def test_a_capture_refuses_lists():
+    q, d = torch.randn(2, 5, 64, device="cuda"), [torch.randn(7, 64, device="cuda")]
+    refused = None
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        try:
+            latemax.maxsim(q, d)
+        except RuntimeError as error:
+            refused = str(error)
+    assert refused is not None and refused.startswith("d is a list, which a CUDA graph cannot capture")

@@ -57,6 +57,7 @@ def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
     if contiguous:
         return Side(tokens, None if masks is None else join_masks(items, masks), offsets)
     if known is None and not (items[0].is_cpu and _in_place(items)):
+        _refuse_capture(name, items[0])
         keep = None if masks is None else join_masks(items, masks)
         ends = list(itertools.accumulate((item.shape[0] for item in items), initial=0))
         return Side(torch.cat(items), keep, torch.tensor(ends, dtype=torch.int64, device=items[0].device))
@@ -70,6 +71,14 @@ def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
     dim = items[0].shape[1]
     tokens = items[0].new_full((dim,), math.nan).expand(int(offsets[-1]), dim)
     return Side(tokens, None, offsets, Separate(items, masks, table))
+
+
+def _refuse_capture(name: str, x: Tensor) -> None:
+    if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name} is a list, which a CUDA graph cannot capture: its lengths are copied from host memory, and a "
+            "replay would copy what is there by then. Pass concatenated tokens and offsets (maxsim_varlen, rerank)"
+        )
 
 
 def _in_place(items: list[Any]) -> bool:
