@@ -242,6 +242,33 @@ def test_other_backends_take_the_same_lists(backend):
     assert torch.equal(argmax.cpu(), best)
 
 
+@pytest.mark.parametrize("dim", [24, 130])
+def test_triton_reads_documents_where_they_are(dim, monkeypatch):
+    """From the addresses of its table: rows with gaps, masks with holes, candidates, norms, dims of several tiles."""
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(8)
+    wide = torch.randn(60, dim + 5, generator=generator)
+    documents = [wide[:9, :dim], wide[:0, :dim], wide[::2, 3 : dim + 3], wide[5:6, :dim].expand(4, -1)]
+    masks = [torch.rand(len(x), generator=generator) < 0.7 for x in documents]
+    masks[2] = None
+    q = torch.randn(2, 5, dim, generator=generator)
+    candidates = torch.tensor([[2, -1, 0], [3, 1, 2]])
+    options = dict(normalize=dim > 100, empty_score=-9.0, return_argmax=True)
+    expected = latemax.maxsim(q, documents, None, masks, **options)
+    chosen = latemax.rerank(q, documents, None, candidates, **options)
+    q, candidates = q.to(TRITON_DEVICE), candidates.to(TRITON_DEVICE)
+    if q.is_cuda:
+        documents = [x.to(TRITON_DEVICE) for x in documents]
+        masks = [None if x is None else x.to(TRITON_DEVICE) for x in masks]
+    monkeypatch.setattr(torch, "cat", None if TRITON_DEVICE == "cpu" else torch.cat)
+    for ours, theirs in (
+        (latemax.maxsim(q, documents, None, masks, backend="triton", **options), expected),
+        (latemax.rerank(q, documents, None, candidates, backend="triton", **options), chosen),
+    ):
+        torch.testing.assert_close(ours[0].cpu(), theirs[0])
+        assert torch.equal(ours[1].cpu(), theirs[1])
+
+
 def test_transforms_and_compilation_see_tensors():
     q, d = items("q"), items("d")
     truth = latemax.maxsim(q, d)
