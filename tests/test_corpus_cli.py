@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from latemax import PatchStore, StoreWriter, cli
-from latemax.cli import index, terminal
+from latemax.cli import index
+from latemax.encoders import records
 
 pytest.importorskip("safetensors", reason="stores are written with safetensors")
 
@@ -373,10 +374,10 @@ def indexed_status(model, photos, out, *options):
 
 @pytest.mark.parametrize("path", ["a.png", "é \\ \\xff.png", "\\ \udcff\udce9\\xff \\\\.png", "\udc80", ""])
 def test_text_of_paths_is_reversible(path):
-    text = terminal.to_text(path)
+    text = records.to_text(path)
     text.encode()
-    assert (text if terminal.is_text(path) else terminal.to_path(text)) == path
-    assert terminal.is_text(path) == (text == path)
+    assert (text if records.is_text(path) else records.to_path(text)) == path
+    assert records.is_text(path) == (text == path)
 
 
 def test_patches_of_a_crop_are_placed_on_the_whole_image(model, tmp_path, capsys):

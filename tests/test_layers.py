@@ -65,6 +65,7 @@ OPTIONAL = {
     "open_clip",
     "pyarrow",
     "pylate",
+    "pypdfium2",
     "qdrant_client",
     "safetensors",
     "sentence_transformers",

@@ -66,12 +66,13 @@ def _parser() -> argparse.ArgumentParser:
 
     index = commands.add_parser(
         "index",
-        help="encode images into a store for `latemax search`",
-        description="Encode images into a store. A second run continues where the first stopped, skips the images that "
-        "the store holds and encodes those again that changed. Images that are gone or unreadable are named and left "
-        "out. Exit status: 0 all images are in the store, 3 some were left out, 1 none or another error.",
+        help="encode images and PDF pages into a store for `latemax search`",
+        description="Encode images and pages of PDF files into a store. A second run continues where the first "
+        "stopped, skips the images that the store holds and encodes those again that changed. Images that are gone or "
+        "unreadable are named and left out. Exit status: 0 all images are in the store, 3 some were left out, 1 none "
+        "or another error.",
     )
-    index.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of them")
+    index.add_argument("images", metavar="IMAGES", nargs="+", help="image and PDF files, or folders of them")
     index.add_argument("--model", metavar="NAME_OR_PATH", required=True, help="a model folder or hub name")
     index.add_argument("-o", "--out", metavar="STORE", required=True, help="the store's folder; created if missing")
     index.add_argument(

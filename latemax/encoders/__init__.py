@@ -2,7 +2,8 @@
 
 from .lora import LoRA, add_lora
 from .patch_encoder import PatchEncoder
+from .pdf import PdfPages
 from .pixels import Preprocess
 from .tokens import PatchTokens
 
-__all__ = ["LoRA", "PatchEncoder", "PatchTokens", "Preprocess", "add_lora"]
+__all__ = ["LoRA", "PatchEncoder", "PatchTokens", "PdfPages", "Preprocess", "add_lora"]
