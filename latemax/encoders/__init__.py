@@ -3,6 +3,7 @@
 from .lora import LoRA, add_lora
 from .patch_encoder import PatchEncoder
 from .pixels import Preprocess
-from .tokens import PatchTokens
+from .text_encoder import TextEncoder
+from .tokens import PatchTokens, TextTokens
 
-__all__ = ["LoRA", "PatchEncoder", "PatchTokens", "Preprocess", "add_lora"]
+__all__ = ["LoRA", "PatchEncoder", "PatchTokens", "Preprocess", "TextEncoder", "TextTokens", "add_lora"]
