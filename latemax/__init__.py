@@ -24,6 +24,8 @@ __all__ = [
     "PatchTokens",
     "StoreError",
     "StoreWriter",
+    "TextEncoder",
+    "TextTokens",
     "TopK",
     "add_lora",
     "explain",
@@ -40,7 +42,7 @@ __all__ = [
 ]
 # loaded when first asked for: scoring needs none of it
 _LATER = {
-    "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "add_lora"),
+    "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "TextEncoder", "TextTokens", "add_lora"),
     "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
     "search": ("MeanPool", "TopK", "first_stage_recall", "topk", "two_stage"),
 }

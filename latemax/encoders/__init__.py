@@ -1,9 +1,10 @@
-"""Vision transformers as patch-token encoders, their preprocessing, and LoRA on their W_Q and W_V."""
+"""Vision transformers as patch-token encoders, text towers, pages of PDF files, and LoRA on W_Q and W_V."""
 
 from .lora import LoRA, add_lora
 from .patch_encoder import PatchEncoder
 from .pdf import PdfPages
 from .pixels import Preprocess
-from .tokens import PatchTokens
+from .text_encoder import TextEncoder
+from .tokens import PatchTokens, TextTokens
 
-__all__ = ["LoRA", "PatchEncoder", "PatchTokens", "PdfPages", "Preprocess", "add_lora"]
+__all__ = ["LoRA", "PatchEncoder", "PatchTokens", "PdfPages", "Preprocess", "TextEncoder", "TextTokens", "add_lora"]

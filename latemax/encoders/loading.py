@@ -37,6 +37,21 @@ def load(name_or_path: str | os.PathLike[str], with_processor: bool = True) -> L
     return _transformers(name, with_processor)
 
 
+def load_text(name_or_path: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
+    """``(model, tokenizer)``; names as in ``TextEncoder.from_pretrained``."""
+    name = os.fspath(name_or_path)
+    library, _, rest = name.partition(":")
+    if library == "open_clip" and rest and not os.path.exists(name):
+        model, _ = _open_clip(rest)
+        import open_clip
+
+        return model, open_clip.get_tokenizer(rest.partition("/")[0])
+    model, _ = _transformers(name, False)
+    from transformers import AutoTokenizer
+
+    return model, AutoTokenizer.from_pretrained(os.path.expanduser(name))
+
+
 def _transformers(name: str, with_processor: bool) -> Loaded:
     try:
         from transformers import AutoModel
