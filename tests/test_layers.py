@@ -46,7 +46,7 @@ LEAVES = (
 # another's types under TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
 TOPS = {
     "latemax.analysis": ("latemax.demo", "latemax.cli"),
-    "latemax.viz": ("latemax.demo",),
+    "latemax.viz": ("latemax.demo", "latemax.cli"),
     "latemax.compat": (),
     "latemax.demo": ("latemax.cli",),
     "latemax.cli": (),

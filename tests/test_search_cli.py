@@ -130,6 +130,30 @@ class TestSearchOptions:
         assert {(p["row"], p["query_tokens"]) for p in rows[0]["patches"]} == {(0, 3)}
 
 
+class TestPage:
+    def test_one_query_becomes_a_page(self, store, tmp_path, capsys):
+        torch.save(torch.eye(4)[:2], tmp_path / "q.pt")
+        out = tmp_path / "out.html"
+        assert cli.main(["search", store, "--tokens", str(tmp_path / "q.pt"), "--html", str(out)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"{out} shows them"
+        text = out.read_text(encoding="utf-8")
+        assert text.count('<li class="result">') == 4 and ">token 2<" in text and "page 0" in text
+        found = run_json(capsys, "search", store, "--tokens", tmp_path / "q.pt", "--html", out, "--json", "-k", 1)
+        assert found["html"] == str(out) and out.read_text(encoding="utf-8").count('<li class="result">') == 1
+        assert cli.main(
+            ["search", store, "--tokens", str(tmp_path / "q.pt"), "--where", "id = 'x'", "--html", str(out)]
+        ) == 0  # fmt: skip
+        assert "No document." in out.read_text(encoding="utf-8")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "plain", "q.pt"]
+
+    def test_errors_come_before_the_search(self, store, tmp_path, capsys, monkeypatch):
+        torch.save(torch.eye(4).unsqueeze(1), tmp_path / "q.pt")
+        monkeypatch.setattr(search, "topk", None)
+        for html, message in (("out.html", "--html shows one query, "), ("no/out.html", "no such folder")):
+            argv = ["search", store, "--tokens", str(tmp_path / "q.pt"), "--html", str(tmp_path / html)]
+            assert cli.main(argv) == 1 and message in capsys.readouterr().err
+
+
 class TestStore:
     def test_info(self, store, capsys):
         found = run_json(capsys, "store", store, "info", "--json")

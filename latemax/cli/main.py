@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "--where", metavar="CONDITION", help="search only images for which it is true, such as \"id LIKE '%%cat%%'\""
     )
     search.add_argument("--patches", action="store_true", help="also print the patches that each score comes from")
+    search.add_argument("--html", metavar="FILE", help="write one page that shows each result and its patches")
     search.add_argument("--normalize", action="store_true", help="L2-normalize all tokens before scoring")
     search.add_argument(
         "--memory", type=_positive, default=1024, metavar="MIB", help="MiB of read buffers (default: %(default)s)"
@@ -166,7 +167,8 @@ def _search(args: argparse.Namespace) -> None:
 
     found = search(
         args.store, image=args.image, tokens=args.tokens, k=args.k, size=args.size, where=args.where,
-        patches=args.patches, normalize=args.normalize, memory_mib=args.memory, device=args.device, verify=args.verify,
+        patches=args.patches, html=args.html, normalize=args.normalize, memory_mib=args.memory, device=args.device,
+        verify=args.verify,
     )  # fmt: skip
     print(json.dumps(found, indent=2) if args.json else render(found))
 
