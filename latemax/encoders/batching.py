@@ -60,7 +60,7 @@ def encode_images(
             with torch.autocast(device.type, dtype, enabled=mixed):
                 out = encoder(pixels, return_prefix=return_prefix)
             tokens, prefix = (t if t is None or dtype is None else t.to(dtype) for t in (out.tokens, out.prefix))
-            gathered = _gather(gathered, (tokens, out.mask, prefix), start, len(images), output_device or device)
+            gathered = gather(gathered, (tokens, out.mask, prefix), start, len(images), output_device or device)
             padded = isinstance(out.grid, list)
             grids += out.grid if isinstance(out.grid, list) else [out.grid] * len(out.tokens)
     tokens, mask, prefix = gathered
@@ -134,7 +134,7 @@ def _to(pixels: Pixels, device: torch.device, dtype: torch.dtype) -> Pixels:
     return pixels.to(device, dtype)
 
 
-def _gather(
+def gather(
     gathered: list[Tensor | None], parts: Parts, start: int, total: int, device: torch.device | str
 ) -> list[Tensor | None]:
     """Writes a batch into tensors sized for all images, so that no second copy of the corpus exists at the end."""

@@ -95,6 +95,40 @@ def too_long(index: int, pieces: int, limit: int, text: str) -> ValueError:
     )
 
 
+def surface(tokenizer: Any, tokens: list[int]) -> list[str]:
+    """The text of each token of a transformers tokenizer by itself, without space around it.
+
+    A token of nothing but space, or of only a part of a character, is shown as the vocabulary writes it.
+    """
+    found = []
+    for token, name in zip(tokens, tokenizer.convert_ids_to_tokens(tokens), strict=True):
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False).strip()
+        found.append(text if text and "\ufffd" not in text else MARKS.sub("", name) or name)
+    return found
+
+
+def query_pieces(
+    tokenizer: Any, tokens: list[int], empty: list[int], text: str
+) -> tuple[list[str], list[int], list[str]]:
+    """The pieces of a retriever's query, the word of each (-1 for what the host puts around the text), and the words.
+
+    Args:
+        tokenizer: The host's.
+        tokens: The scored tokens of the query.
+        empty: Those of the empty query: what is in front of and after the text.
+        text: The query.
+    """
+    shorter = min(len(tokens), len(empty))
+    first = next((i for i in range(shorter) if tokens[i] != empty[i]), shorter)
+    most = shorter - first
+    after = next((i for i in range(most) if tokens[-1 - i] != empty[-1 - i]), most)
+    last = len(tokens) - after
+    pieces, spans = surface(tokenizer, tokens), word_spans(text)
+    inside = align(text, pieces[first:last])
+    places = [place(spans, text, a, b) for a, b in inside]
+    return pieces, [-1] * first + places + [-1] * after, [text[a:b] for a, b in spans]
+
+
 class HFTokenizer:
     """A tokenizer of transformers.
 
@@ -127,8 +161,7 @@ class HFTokenizer:
         for i, text in enumerate(texts):
             special, mask = encoded["special_tokens_mask"][i], encoded["attention_mask"][i]
             at = [j for j, real in enumerate(mask) if real and not special[j]]
-            tokens = self.tokenizer.convert_ids_to_tokens([encoded["input_ids"][i][j] for j in at])
-            bare = [MARKS.sub("", token) for token in tokens]
+            bare = surface(self.tokenizer, [encoded["input_ids"][i][j] for j in at])
             spans = [tuple(encoded["offset_mapping"][i][j]) for j in at] if fast else align(text, bare)
             chars = word_spans(text)
             kept.append(at)
@@ -150,7 +183,7 @@ class OpenClipTokenizer:
 
     def __init__(self, tokenizer: Any, limit: int):
         self.tokenizer, self.limit = tokenizer, limit
-        if getattr(tokenizer, "reduction_fn", None) is not None or getattr(tokenizer, "tokenizer_mode", ""):
+        if getattr(tokenizer, "reduction_fn", None) is not None or getattr(tokenizer, "tokenizer_mode", None):
             raise ValueError(
                 "tokenizer: it drops or rearranges tokens (reduction_mask or tokenizer_mode), so they have no place in "
                 "the text; build it without"
@@ -183,5 +216,5 @@ class OpenClipTokenizer:
         encoded = self.inner([cleaned], return_special_tokens_mask=True, verbose=False)
         special = encoded["special_tokens_mask"][0]
         at = [j for j, added in enumerate(special) if not added]
-        tokens = self.inner.convert_ids_to_tokens([encoded["input_ids"][0][j] for j in at])
-        return (at[0] if at else 0), [MARKS.sub("", token) for token in tokens], len(special)
+        bare = surface(self.inner, [encoded["input_ids"][0][j] for j in at])
+        return (at[0] if at else 0), bare, len(special)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from .adapters.base import Grid
 
 
 class _Fields(NamedTuple):
     tokens: Tensor
     mask: Tensor
-    grid: Grid | list[Grid]
+    grid: Any
     prefix: Tensor | None = None
 
 
@@ -23,13 +21,14 @@ class PatchTokens(_Fields):
     Attributes:
         tokens: ``[b, n, dim]``, row-major over the grid; padded patches are zero.
         mask: Bool ``[b, n]``, True = a real patch.
-        grid: ``(rows, cols)``; one per image where images differ.
+        grid: ``(rows, cols)``; a list of them, one per image, where images differ. None in the list where the patches
+            of an image are no single grid (a retriever's tiles), so that only ``regions`` places them.
         prefix: ``[b, p, dim]``: class, distillation and register tokens, when asked for.
         crop: Float32 ``[b, 4]``, the part of each upright image that its grid covers, as fractions
             ``(left, top, right, bottom)``: ``(0, 0, 1, 1)`` is the whole image. None where the encoder did not
             preprocess the images itself, or by a rule unknown to it.
         is_patch: Bool ``[b, n]``, True = a part of the image; False for text and special tokens of a retriever's image
-            side, for views of the whole image, and for padding. None where every token is a patch.
+            side and for padding. None where every token is a patch.
         regions: Float32 ``[b, n, 4]``, the part of the upright image that every token shows, as fractions
             ``(left, top, right, bottom)``; NaN where ``is_patch`` is False. None where ``grid`` and ``crop`` say it.
         model_id: The model that made the tokens; None where it has no name.
