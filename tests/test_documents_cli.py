@@ -42,7 +42,7 @@ def indexed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(PatchEncoder, "from_pretrained", classmethod(lambda cls, name, **options: encoder))
 
     def run(*paths, options=()):
-        argv = ["index", *map(str, paths), "--model", "colours", "-o", str(tmp_path / "store"), "--json", *options]
+        argv = ["index", *map(str, paths), "--model", "timm:colours", "-o", str(tmp_path / "store"), "--json", *options]
         status = cli.main(argv)
         said = capsys.readouterr()
         return status, json.loads(said.out) if said.out else None, said.err

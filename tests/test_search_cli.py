@@ -65,7 +65,7 @@ def test_errors_are_one_line(store, tmp_path, capsys):
     assert "must hold tokens [l_q, dim]" in error("search", store, "--tokens", str(tmp_path / "q.pt"))
     with pytest.raises(SystemExit):
         cli.main(["search", store])
-    assert "one of the arguments --image --tokens is required" in capsys.readouterr().err
+    assert "one of the arguments --text --image --tokens is required" in capsys.readouterr().err
 
 
 def test_a_device_that_does_not_work_is_one_line_in_search(store, tmp_path, capsys):

@@ -89,9 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--json", action="store_true", help="print the summary as JSON")
     index.set_defaults(run=_index)
 
-    search = commands.add_parser("search", help="the best images of a store for a crop or for query tokens")
+    search = commands.add_parser("search", help="the best images of a store for a text, a crop or query tokens")
     search.add_argument("store", metavar="STORE", help="the store's folder")
     query = search.add_mutually_exclusive_group(required=True)
+    query.add_argument("--text", metavar="WORDS", help="a text, encoded with the store's own model")
     query.add_argument("--image", metavar="CROP", help="an image, encoded with the store's own model")
     query.add_argument("--tokens", metavar="FILE", help=".npy, .safetensors or .pt with [l_q, dim] or [n_q, l_q, dim]")
     search.add_argument("-k", type=_positive, default=10, metavar="N", help="number of results (default: %(default)s)")
@@ -166,7 +167,7 @@ def _search(args: argparse.Namespace) -> None:
     from latemax.cli.search import render, search
 
     found = search(
-        args.store, image=args.image, tokens=args.tokens, k=args.k, size=args.size, where=args.where,
+        args.store, text=args.text, image=args.image, tokens=args.tokens, k=args.k, size=args.size, where=args.where,
         patches=args.patches, html=args.html, normalize=args.normalize, memory_mib=args.memory, device=args.device,
         verify=args.verify,
     )  # fmt: skip

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latemax.cli.index import check_device, load_encoder
+from latemax.cli.index import check_device
+from latemax.cli.models import WITH_TEXT, load_model
 from latemax.cli.terminal import printable
 from latemax.search import TopK, topk
 from latemax.store import PatchStore, StoreError
@@ -20,15 +21,16 @@ PATCHES = 5
 
 
 def search(
-    store: str, *, image: str | None = None, tokens: str | None = None, k: int = 10, size: int | None = None,
-    where: str | None = None, patches: bool = False, html: str | None = None, normalize: bool = False,
-    memory_mib: int = 1024, device: str | None = None, verify: bool = False,
+    store: str, *, text: str | None = None, image: str | None = None, tokens: str | None = None, k: int = 10,
+    size: int | None = None, where: str | None = None, patches: bool = False, html: str | None = None,
+    normalize: bool = False, memory_mib: int = 1024, device: str | None = None, verify: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Finds the k best documents of a store (all of them if it has fewer) for an image or for query tokens.
+    """Finds the k best documents of a store (all of them if it has fewer) for a text, an image or query tokens.
 
     Args:
         store: the store's folder.
-        image: a file, encoded with the model that the store was indexed with. Exclusive with ``tokens``.
+        text: words, encoded with the model that the store was indexed with, which must have a text side.
+        image: a file, encoded with that model. One of ``text``, ``image`` and ``tokens`` is given.
         tokens: a .npy, .safetensors (its only tensor, or the one called "tokens") or .pt file, [l_q, dim] or
             [n_q, l_q, dim].
         k: number of results.
@@ -51,8 +53,9 @@ def search(
 
     Raises:
         OSError: ``html`` cannot be written.
-        StoreError: the store is damaged, or does not say which model made it.
-        ValueError: a wrong file, condition or device; several queries with ``html``.
+        StoreError: the store is damaged, does not say which model made it, or holds tokens that no text shares a space
+            with.
+        ValueError: a text without a word; a wrong file, condition or device; several queries with ``html``.
     """
     check_device(device)
     if html is not None and not os.path.isdir(os.path.dirname(os.path.abspath(html))):
@@ -61,7 +64,7 @@ def search(
     if verify:
         pages.verify()
     within = None if where is None else pages.where(where)
-    query = _query(pages, image, tokens, size)
+    query = _query(pages, text, image, tokens, size, device)
     q = query.tokens.unsqueeze(0) if query.tokens.dim() == 2 else query.tokens
     if html is not None and len(q) != 1:
         raise ValueError(f"--html shows one query, {query.name} holds {len(q)}")
@@ -101,6 +104,7 @@ def best_patches(q: Tensor, pages: PatchStore, i: int, normalize: bool) -> list[
         return []
     rows, columns = pages.grid(i) or (1, len(tokens))
     grounding = grounding_map(q.cpu(), tokens, (rows, columns), normalize=normalize)
+    regions = pages.regions(i)
     part, wins = grounding.total().flatten(), grounding.wins().flatten()
     order = part.masked_fill(wins == 0, -math.inf).argsort(descending=True, stable=True)
     crop = pages.document_meta(i).get("crop")
@@ -108,7 +112,9 @@ def best_patches(q: Tensor, pages: PatchStore, i: int, normalize: bool) -> list[
     for at in order[: int((wins > 0).sum())].tolist():
         row, column = divmod(at, columns)
         box = None
-        if crop is not None:
+        if regions is not None:
+            box = None if regions[at].isnan().any() else [round(x, 6) for x in regions[at].tolist()]
+        elif crop is not None and pages.grid(i) is not None:
             left, top, right, bottom = crop
             width, height = (right - left) / columns, (bottom - top) / rows
             x, y = left + column * width, top + row * height
@@ -124,29 +130,52 @@ class Query(NamedTuple):
         name: as it was given.
         tokens: [l_q, dim] or [n_q, l_q, dim].
         image: an image file that the tokens were made of, or None.
+        words: of a text, else None. word_of: the word of each token, -1 for none.
     """
 
     name: str
     tokens: Tensor
     image: str | None = None
+    words: list[str] | None = None
+    word_of: Tensor | None = None
 
 
-def _query(pages: PatchStore, image: str | None, tokens: str | None, size: int | None) -> Query:
+def _query(
+    pages: PatchStore, text: str | None, image: str | None, tokens: str | None, size: int | None, device: str | None
+) -> Query:
     if tokens is not None:
         return Query(tokens, load_tokens(tokens))
-    if image is None:
-        raise ValueError("search needs an image or query tokens")
+    option = "--text" if text is not None else "--image"
+    if text is not None and not text.strip():
+        raise ValueError(f"--text must have a word, got {text!r}")
+    if text is None and image is None:
+        raise ValueError("search needs a text, an image or query tokens")
     if "model" not in pages.meta:
-        raise StoreError(f"{pages.path} does not say which model made it: pass --tokens instead of --image")
-    encoder = load_encoder(pages.meta["model"], pages.meta.get("adapter"))
-    out = encoder.encode([image], size=pages.meta.get("size") if size is None else size)
-    return Query(image, out.tokens[0][out.mask[0]], image)
+        raise StoreError(f"{pages.path} does not say which model made it: pass --tokens instead of {option}")
+    # before spaces were recorded, tokens were patches
+    name, adapter = pages.meta["model"], pages.meta.get("adapter")
+    space = pages.meta.get("space", "patches" if adapter is None else None)
+    if text is not None and space not in WITH_TEXT:
+        raise StoreError(
+            f"{pages.path} holds tokens of the space {space or 'patches'!r} of {name}, and --text makes tokens of the "
+            f"space 'text' or 'retrieval': index it with a model that has a text side (CLIP, SigLIP, ColPali, …)"
+        )
+    model = load_model(name, adapter, space, device)
+    if text is None:
+        (found,) = model.images([image], pages.meta.get("size") if size is None else size)
+        return Query(str(image), found.tokens, image)
+    words = model.text(text)
+    mask = words.mask[0]
+    return Query(text, words.tokens[0][mask], None, words.words[0], words.word_of[0][mask])
 
 
 def _write_page(path: str, pages: PatchStore, query: Query, q: Tensor, found: TopK, normalize: bool) -> None:
     from latemax.viz import search_page
 
-    text = search_page(q, found, pages, query=query.name, normalize=normalize, query_image=query.image)
+    text = search_page(
+        q, found, pages, query=query.name, words=query.words, word_of=query.word_of, normalize=normalize,
+        query_image=query.image,
+    )  # fmt: skip
     # as a whole or not at all
     scratch = f"{path}.{os.getpid()}"
     try:
