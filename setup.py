@@ -194,6 +194,7 @@ def extensions() -> list[Extension]:
                 sources=["csrc/binding_cpu.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
                 depends=[
                     *shared,
+                    "csrc/binding_items.h",
                     *sorted(str(path) for path in Path("csrc/cpu").glob("*.h")),
                 ],
                 define_macros=macros,
