@@ -51,7 +51,19 @@ def shaken(model: nn.Module) -> Any:
     return model.eval()
 
 
-@functools.cache
+def seeded(build: Callable[[], tuple[Any, Any]]) -> Callable[[], tuple[Any, Any]]:
+    """Built once, with the same weights in every run."""
+
+    @functools.cache
+    def once() -> tuple[Any, Any]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return build()
+
+    return once
+
+
+@seeded
 def colpali() -> tuple[Any, Any]:
     from transformers import ColPaliConfig, ColPaliForRetrieval, ColPaliProcessor, SiglipImageProcessorPil
 
@@ -70,7 +82,7 @@ def colpali() -> tuple[Any, Any]:
     return shaken(ColPaliForRetrieval(ColPaliConfig(vlm_config=vlm, embedding_dim=24))), processor
 
 
-@functools.cache
+@seeded
 def colqwen2() -> tuple[Any, Any]:
     from transformers import ColQwen2Config, ColQwen2ForRetrieval, ColQwen2Processor, Qwen2VLImageProcessorPil
 
@@ -94,7 +106,7 @@ def colqwen2() -> tuple[Any, Any]:
     return shaken(ColQwen2ForRetrieval(ColQwen2Config(vlm_config=vlm, embedding_dim=24))), processor
 
 
-@functools.cache
+@seeded
 def colmodernvbert() -> tuple[Any, Any]:
     from transformers import (
         ColModernVBertConfig,
@@ -131,7 +143,7 @@ TEMPLATE = (
 )
 
 
-@functools.cache
+@seeded
 def neomme() -> tuple[Any, Any]:
     from transformers import NeoMMEConfig, NeoMMEForRetrieval, NeoMMEImageProcessor, NeoMMEProcessor
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .adapters import find_adapter
 from .adapters.base import Adapter, RawTokens, parameter_like
 from .batching import encode_images, warn_of_training
+from .hub import model_name
 from .loading import load
 from .pixels import ImageTransform, Pixels, Size
 from .processors import as_transform, of_model
@@ -137,7 +138,7 @@ class PatchEncoder(nn.Module):
         model, preprocess = load(name_or_path, options.get("preprocess") is None)
         if options.get("preprocess") is None:
             options["preprocess"] = preprocess
-        return cls(model, **{"model_id": os.fspath(name_or_path), **options}).eval()
+        return cls(model, **{"model_id": model_name(name_or_path), **options}).eval()
 
     @property
     def space(self) -> str:

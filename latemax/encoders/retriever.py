@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .batching import check_batch, gather, steps
 from .hosts import HOSTS, Encoded, Host, Pair, vision_tower
+from .hub import model_name
 from .images import load_image
 from .layouts import WHOLE, Layout, cells
 from .loading import load_retriever
@@ -81,7 +82,7 @@ class Retriever(nn.Module):
         """
         with quiet():
             model, processor = load_retriever(name_or_path)
-        return cls(model, processor, **{"model_id": os.fspath(name_or_path), **options}).eval()
+        return cls(model, processor, **{"model_id": model_name(name_or_path), **options}).eval()
 
     @property
     def family(self) -> str:
@@ -243,7 +244,7 @@ def _text_tokens(host: Host, encoded: Encoded, texts: list[str], empty: list[int
         for ids, kept, text in zip(encoded.ids, encoded.mask, texts, strict=True)
     ]
     n = order.shape[1]
-    word_of = torch.tensor([[*places, *[-1] * (n - len(places))] for _, places, _ in found])
+    word_of = torch.tensor([[*places, *[-1] * (n - len(places))] for _, places, _ in found], device=mask.device)
     out = TextTokens(tokens.masked_fill(~mask[..., None], 0), mask, [pieces for pieces, _, _ in found], word_of)
     out.words = [words for _, _, words in found]
     return out
@@ -255,7 +256,7 @@ def _with_regions(out: PatchTokens) -> PatchTokens:
     if out.crop is None:
         return out
     grids = out.grid if isinstance(out.grid, list) else [out.grid] * len(out.tokens)
-    out.regions = torch.full((*out.mask.shape, 4), math.nan)
+    out.regions = torch.full((*out.mask.shape, 4), math.nan, device=out.mask.device)
     for i, (grid, box) in enumerate(zip(grids, out.crop.tolist(), strict=True)):
-        out.regions[i, out.mask[i].cpu()] = cells(grid, tuple(box))
+        out.regions[i, out.mask[i]] = cells(grid, tuple(box)).to(out.mask.device)
     return out

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapters.base import parameter_like
 from .batching import check_batch, steps
+from .hub import model_name
 from .loading import load_text
 from .modes import eval_mode
 from .pieces import Tokenized, check_texts
@@ -84,7 +85,7 @@ class TextEncoder(nn.Module):
         """
         with quiet():
             model, tokenizer = load_text(name_or_path)
-        return cls(model, tokenizer, **{"model_id": os.fspath(name_or_path), **options}).eval()
+        return cls(model, tokenizer, **{"model_id": model_name(name_or_path), **options}).eval()
 
     @property
     def family(self) -> str:
@@ -123,7 +124,7 @@ class TextEncoder(nn.Module):
         index = torch.tensor([row + [0] * (longest - len(row)) for row in found.kept], device=device)
         mask = torch.tensor([[j < len(row) for j in range(longest)] for row in found.kept], device=device)
         tokens = self._finish(hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])))
-        word_of = torch.tensor([row + [-1] * (longest - len(row)) for row in found.word_of])
+        word_of = torch.tensor([row + [-1] * (longest - len(row)) for row in found.word_of], device=device)
         out = TextTokens(tokens.masked_fill(~mask[..., None], 0), mask, found.pieces, word_of)
         out.words, out.model_id, out.space = found.words, self.model_id, self.space
         return out
