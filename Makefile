@@ -36,8 +36,7 @@ DEV_STAMP := $(VENV)/.dev-$(KEY)
 RELEASE_STAMP := $(VENV)/.release-$(KEY)
 VISION_STAMP := $(VISION_LIBS)/.stamp-$(VISION_KEY)
 HOSTS_STAMP := $(HOSTS)/.stamp-$(HOSTS_KEY)
-# A whole file goes to one worker, so that its fixtures are built once; files start in alphabetical order, which puts the
-# long test_aot.py first and not last.
+# A whole file goes to one worker, so that its fixtures are built once; files start in the order of tests/conftest.py.
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 help:

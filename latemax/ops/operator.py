@@ -202,7 +202,8 @@ def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | 
         plain = _plain(q, d, b.q.mask, b.d.mask)
         if plain and not train:
             return dispatch.forward(b, want_argmax, backend)[0]
-        b = b.joined()
+    b = b.joined()
+    if not torch.compiler.is_compiling():
         if plain:
             return _MaxSim.apply(b.q.tokens, b.d.tokens, b, backend)
         # below a vmap, a tensor may require a gradient although none here does
