@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from latemax import maxsim
 from latemax.analysis._groups import argmax_similarity
+from latemax.arguments.arrays import as_tensor
 from latemax.search import TopK
 from latemax.store import PatchStore
 
@@ -47,6 +48,20 @@ class GroundingMap:
         flat = torch.zeros(*self.argmax.shape[:-1], rows * cols, dtype=torch.int64, device=self.argmax.device)
         flat.scatter_add_(-1, self.argmax.long().clamp(min=0), (self.argmax >= 0).long())
         return flat.unflatten(-1, (rows, cols))
+
+
+@overload
+def grounding_map(
+    q: Tensor, d: Tensor, grid: tuple[int, int],
+    *, q_mask: Tensor | None = ..., d_mask: Tensor | None = ..., normalize: bool = ..., axes: str = ...,
+) -> GroundingMap: ...  # fmt: skip
+
+
+@overload
+def grounding_map(
+    q: Tensor, d: TopK, grid: PatchStore,
+    *, q_mask: Tensor | None = ..., d_mask: Tensor | None = ..., normalize: bool = ..., axes: str = ...,
+) -> list[GroundingMap]: ...  # fmt: skip
 
 
 def grounding_map(
@@ -88,22 +103,26 @@ def grounding_map(
         >>> latemax.viz.plot_grounding(image, grounding)
         >>> maps = grounding_map(query_tokens, latemax.topk(query_tokens, store, 3), store)
     """
+    q = as_tensor("q", q)
     if isinstance(d, TopK):
         return _of_ranking(q, d, grid, q_mask=q_mask, d_mask=d_mask, normalize=normalize, axes=axes)
+    if isinstance(grid, PatchStore):
+        raise TypeError("grid must be (rows, cols) with patch tokens; a store goes with a TopK")
+    tokens: Tensor = as_tensor("d", d)
     rows, cols = grid
     if q.dim() != 2:
         raise ValueError(f"q must be one query [l_q, dim], got shape {list(q.shape)}")
-    if d.dim() not in (2, 3):
-        raise ValueError(f"d must be [rows * cols, dim] or [n_d, rows * cols, dim], got shape {list(d.shape)}")
-    if rows < 1 or cols < 1 or rows * cols != d.shape[-2]:
+    if tokens.dim() not in (2, 3):
+        raise ValueError(f"d must be [rows * cols, dim] or [n_d, rows * cols, dim], got shape {list(tokens.shape)}")
+    if rows < 1 or cols < 1 or rows * cols != tokens.shape[-2]:
         raise ValueError(
             f"grid must multiply to the number of patch tokens, got {rows} x {cols} = {rows * cols} "
-            f"for {d.shape[-2]} tokens; drop prefix and padding tokens first"
+            f"for {tokens.shape[-2]} tokens; drop prefix and padding tokens first"
         )
     if axes not in _AXES:
         raise ValueError(f'axes must be "yx" or "xy", got {axes!r}')
-    score, argmax = maxsim(q, d, q_mask, d_mask, normalize=normalize, return_argmax=True)
-    contribution = argmax_similarity(q, d, argmax, normalize=normalize)
+    score, argmax = maxsim(q, tokens, q_mask, d_mask, normalize=normalize, return_argmax=True)
+    contribution = argmax_similarity(q, tokens, argmax, normalize=normalize)
     flat = contribution.new_zeros(*argmax.shape, rows * cols)
     flat.scatter_(-1, argmax.long().clamp(min=0)[..., None], contribution[..., None])
     cells = flat.unflatten(-1, (rows, cols))
@@ -112,9 +131,7 @@ def grounding_map(
     return GroundingMap(cells, score, argmax, contribution, (rows, cols), axes)
 
 
-def _of_ranking(
-    q: Tensor, found: TopK, store: PatchStore, *, d_mask: Tensor | None, **options: Any
-) -> list[GroundingMap]:
+def _of_ranking(q: Tensor, found: TopK, store: object, *, d_mask: Tensor | None, **options: Any) -> list[GroundingMap]:
     if not isinstance(store, PatchStore):
         raise TypeError(f"grid must be the PatchStore that d was found in, got {type(store).__name__}")
     if found.indices.dim() != 1:
