@@ -36,8 +36,7 @@ DEV_STAMP := $(VENV)/.dev-$(KEY)
 RELEASE_STAMP := $(VENV)/.release-$(KEY)
 VISION_STAMP := $(VISION_LIBS)/.stamp-$(VISION_KEY)
 HOSTS_STAMP := $(HOSTS)/.stamp-$(HOSTS_KEY)
-# A whole file goes to one worker, so that its fixtures are built once; files start in alphabetical order, which puts the
-# long test_aot.py first and not last.
+# A whole file goes to one worker, so that its fixtures are built once; files start in the order of tests/conftest.py.
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 help:
@@ -83,7 +82,7 @@ $(HOSTS_STAMP): requirements/hosts.txt | $(DEV_STAMP)
 
 # latemax.compat next to the functions of the hosts, and their losses with and without it.
 test-hosts: $(HOSTS_STAMP) $(VISION_STAMP)
-	LATEMAX_HOSTS=$(HOSTS) PYTHONPATH=$(VISION_LIBS) $(PY) -m pytest -n $(JOBS) tests/test_hosts.py
+	LATEMAX_HOSTS=$(HOSTS) LATEMAX_HOST_CASES=200 PYTHONPATH=$(VISION_LIBS) $(PY) -m pytest -n $(JOBS) tests/test_hosts.py
 
 # Any machine: CPU rows on a CPU, CUDA rows and peers (if installed) on a GPU.
 bench: $(DEV_STAMP)

@@ -1,6 +1,6 @@
 """A damaged store is refused with a StoreError that names the file, or is right: never anything else, and no file goes.
 
-``LATEMAX_STORE_FUZZ=N`` tries N damages of each kind (default 60).
+``LATEMAX_STORE_FUZZ=N`` tries N damages of each kind (default 30).
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 
 from latemax.store import PatchStore, StoreError, StoreWriter
 
-ROUNDS = int(os.environ.get("LATEMAX_STORE_FUZZ", "60"))
+ROUNDS = int(os.environ.get("LATEMAX_STORE_FUZZ", "30"))
 
 
 def document(i):
