@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import sys
 import threading
@@ -19,16 +21,19 @@ _undo = ExitStack()
 
 
 @contextmanager
-def quiet(progress: bool = False) -> Iterator[None]:
+def quiet(progress: bool = False, *, loads: str | None = None) -> Iterator[None]:
     """Hides warnings, log lines and progress bars of the host libraries; errors still raise.
 
     Args:
         progress: True changes nothing: the libraries show what they like.
+        loads: A library that the call will import. It is imported first, because it sets up its logging then.
     """
     global _running
     if progress:
         yield
         return
+    if loads is not None and importlib.util.find_spec(loads) is not None:
+        importlib.import_module(loads)
     with _lock:
         if not _running:
             _silence()
@@ -49,7 +54,7 @@ def _silence() -> None:
         logger = logging.getLogger(name)
         _undo.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.CRITICAL)
-    # Only what is imported already: a call that imports a library later has no bar of its own to hide.
+    # Only what is imported already, of which `loads` makes sure.
     transformers = sys.modules.get("transformers")
     if transformers is not None and transformers.utils.logging.is_progress_bar_enabled():
         transformers.utils.logging.disable_progress_bar()
