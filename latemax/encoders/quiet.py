@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 LIBRARIES = ("transformers", "huggingface_hub", "sentence_transformers", "open_clip", "timm")
 
@@ -32,11 +31,15 @@ def quiet(progress: bool = False, *, loads: str | None = None) -> Iterator[None]
     if progress:
         yield
         return
-    if loads is not None and importlib.util.find_spec(loads) is not None:
-        importlib.import_module(loads)
+    if loads is not None:
+        # Without it the call itself says what to install.
+        with suppress(ImportError):
+            importlib.import_module(loads)
     with _lock:
         if not _running:
-            _silence()
+            _undo.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        _silence()
         _running += 1
     try:
         yield
@@ -48,13 +51,12 @@ def quiet(progress: bool = False, *, loads: str | None = None) -> Iterator[None]
 
 
 def _silence() -> None:
-    _undo.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore")
+    """Silences what is imported by now and is not silent yet; `loads` makes sure of what a call will import."""
     for name in LIBRARIES:
         logger = logging.getLogger(name)
-        _undo.callback(logger.setLevel, logger.level)
-        logger.setLevel(logging.CRITICAL)
-    # Only what is imported already, of which `loads` makes sure.
+        if name in sys.modules and logger.level != logging.CRITICAL:
+            _undo.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
     transformers = sys.modules.get("transformers")
     if transformers is not None and transformers.utils.logging.is_progress_bar_enabled():
         transformers.utils.logging.disable_progress_bar()
