@@ -61,7 +61,7 @@ def test_one_wheel_for_every_python_and_every_torch(wheel):
 @needs_nvcc
 def test_the_library_loads_without_a_driver_and_names_what_is_missing(library):
     answer, gpu = json.loads(run(sys.executable, PROGRAMS / "load_cuda.py", library))
-    assert answer in ("9 parts", "17 parts") if gpu else "CUDA driver" in answer or "device" in answer
+    assert re.fullmatch(r"[1-9]\d* bytes", answer) if gpu else "CUDA driver" in answer or "device" in answer
 
 
 @needs_nvcc

@@ -52,8 +52,9 @@ def device(request):
     replaced.setattr(cuda, "_stream", lambda device: 0)
     request.addfinalizer(replaced.undo)
 
-    def seed(number, multiprocessors=3, shared=tiles.SHARED_MEMORY[request.param]):
-        configure(number, request.param, multiprocessors, shared)
+    def seed(number, multiprocessors=3, shared=tiles.SHARED_MEMORY[request.param], launch_clocks=0):
+        """launch_clocks: what a document cut between thread blocks must save; 0: every document that can be is cut."""
+        configure(number, request.param, multiprocessors, shared, launch_clocks)
 
     seed.capability = request.param
     return seed
@@ -64,8 +65,8 @@ def first_order(device):
     device(1)
 
 
-def forward(q, d, scores, argmax, *, longest=0, **options):
-    run_forward(cuda, q, d, scores, argmax, launch=cuda.Launch(longest_query=longest), **options)
+def forward(q, d, scores, argmax, **options):
+    run_forward(cuda, q, d, scores, argmax, launch=cuda.Launch(), **options)
 
 
 def run(q, d, q_mask=None, d_mask=None, *, argmax=False, normalize=False, empty_score=-math.inf):
@@ -263,7 +264,7 @@ def test_ragged_documents_and_queries(device, normalize):
             argmax = torch.full((n_c, len(flat)), -99, dtype=torch.int32)
             forward(
                 flat, tokens, scores, argmax, q_mask=torch.cat(q_keep), d_mask=torch.cat(keep), q_offsets=q_offsets,
-                d_offsets=offsets, candidates=picked, normalize=normalize, empty_score=-7.0, longest=150,
+                d_offsets=offsets, candidates=picked, normalize=normalize, empty_score=-7.0,
             )  # fmt: skip
             for i, query in enumerate(queries):
                 best = argmax[:, q_offsets[i] : q_offsets[i + 1]]

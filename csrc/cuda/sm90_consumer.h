@@ -125,7 +125,8 @@ struct Consumer {
 #pragma unroll
         for (int b = 0; b < COUNT; ++b) maxima[b].store(lane, table.values + row + 64 * b, table.wheres + row + 64 * b);
         if (warpgroup == 0 && warp == 0 && lane == 0)
-            table.block = tile.block, table.document = tile.document, table.first = tile.first, table.stop = tile.kind == STOP;
+            table.block = tile.block, table.document = tile.document, table.first = tile.first, table.piece = tile.piece,
+            table.stop = tile.kind == STOP;
         Shared::arrive(s.meta->done[results.index], lane);
         results.advance();
     }

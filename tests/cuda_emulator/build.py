@@ -55,7 +55,7 @@ def built():
     )
     loader.exec_module(module)
     configure = ctypes.CDLL(str(library)).latemax_emulator
-    configure.argtypes = [ctypes.c_uint, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    configure.argtypes = [ctypes.c_uint] + 4 * [ctypes.c_int]
     return module, configure
 
 

@@ -21,7 +21,7 @@ constexpr int STACK = 128 << 10, CANARY = 4096, MOST_THREADS = 1024;
 
 struct {
     unsigned seed = 0;
-    Device device{90, 3, 232448, 233472};
+    Device device{90, 3, 232448, 233472, 0};
     int changes = 1;
     std::map<void *, int> prepared;
 } config;
@@ -449,9 +449,9 @@ void run(const std::function<void()> &kernel, int blocks, int threads, int share
 
 /* seed 0: always the same order, and copies land at once; other seeds: random orders and moments. */
 extern "C" __attribute__((visibility("default"))) void latemax_emulator(unsigned seed, int capability, int multiprocessors,
-                                                                        int shared) {
+                                                                        int shared, int launch_clocks) {
     latemax::config.seed = seed;
-    latemax::config.device = {capability, multiprocessors, shared, shared + 1024};
+    latemax::config.device = {capability, multiprocessors, shared, shared + 1024, launch_clocks};
     ++latemax::config.changes;
     latemax::config.prepared.clear();
 }

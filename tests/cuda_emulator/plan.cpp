@@ -7,7 +7,7 @@ extern "C" __attribute__((visibility("default"))) void latemax_plan(int64_t n_q,
     maxsim_args a{};
     a.n_q = n_q, a.n_c = 1000, a.q.l = l_q, a.dim = dim, a.own = own;
     try {
-        const latemax::Plan p = latemax::sm90::plan(a, shared, multiprocessors);
+        const latemax::Plan p = latemax::sm90::plan(a, {90, multiprocessors, shared, shared + 1024, 4000});
         out[0] = p.rows, out[1] = p.stages, out[2] = latemax::sm90::parts_of(p), out[3] = p.query_buffers;
         out[4] = latemax::sm90::warpgroups_of(p);
     } catch (const std::exception &) {
