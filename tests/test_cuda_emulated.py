@@ -127,6 +127,27 @@ def test_every_pair_is_scored_once_on_any_number_of_multiprocessors(device, shap
         assert torch.equal(run(q, d), scores)
 
 
+@pytest.mark.parametrize(
+    ("shape", "own", "multiprocessors"),
+    [((1, 1, 300, 700, 16), False, 16), ((1, 5, 20, 330, 16), False, 13), ((3, 3, 70, 200, 136), True, 7)],
+    ids=str,
+)
+def test_documents_cut_between_thread_blocks(device, shape, own, multiprocessors):
+    """Maxima of the pieces are merged to the same bits, the first of equals still is the argmax, and NaN stays."""
+    q, d = problem(shape, own=own, dtype=torch.bfloat16)
+    d[..., -70:, :] = d[..., :70, :]
+    d[..., -1, 65, 3] = math.nan
+    for normalize in (False, True):
+        device(2, multiprocessors, launch_clocks=2**30)
+        scores, argmax = run(q, d, argmax=True, normalize=normalize)
+        for seed in (0, 1, 2):
+            device(seed, multiprocessors)
+            cut, where = run(q, d, argmax=True, normalize=normalize)
+            torch.testing.assert_close(cut, scores, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(where, argmax)
+            assert run(q, d, normalize=normalize)[:, :-1].equal(scores[:, :-1])
+
+
 def test_a_score_depends_neither_on_padding_nor_on_batch_mates(device):
     for l_q in (12, 150):
         q, d = problem((3, 5, l_q, 70, 64), dtype=torch.bfloat16)
@@ -321,36 +342,63 @@ def test_the_widest_dim_that_python_lets_through_fits(device, shared, monkeypatc
         run(*problem((4, 1, 128, 9, 2 * dim), dtype=torch.bfloat16))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="backward is Triton's")
-def test_through_the_public_call_with_gradients(device, monkeypatch):
+@pytest.fixture
+def chosen(device, monkeypatch):
+    """The public calls take the emulated GPU for one."""
     monkeypatch.setattr(cuda, "status", lambda: Status(True, "emulated"))
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
     monkeypatch.setattr(cuda, "capability", lambda d: device.capability)
     monkeypatch.setattr(triton, "capability", lambda d: device.capability)
     dispatch.plan_for.cache_clear()
-    try:
-        for shape, normalize in (((2, 3, 7, 40, 16), False), ((3, 3, 20, 33, 24), True)):
-            q, d = problem(shape, dtype=torch.bfloat16)
-            q_mask, d_mask = masks(q, d)
-            ran, grads = {}, {}
-            for backend in ("cuda", "reference"):
-                a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
-                assert latemax.explain(a, b, backend=backend).backend == backend
-                scores, argmax = latemax.maxsim(
-                    a, b, q_mask, d_mask, normalize=normalize, return_argmax=True, backend=backend
-                )
-                scores.square().sum().backward()
-                ran[backend], grads[backend] = (scores.detach(), argmax), (a.grad, b.grad)
-            torch.testing.assert_close(ran["cuda"][0], ran["reference"][0], rtol=1e-5, atol=1e-4)
-            assert torch.equal(ran["cuda"][1], ran["reference"][1])
-            for ours, theirs in zip(grads["cuda"], grads["reference"], strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
-            pairs = latemax.maxsim_pairs(q[:2], d[:2], normalize=normalize, backend="cuda")
-            torch.testing.assert_close(pairs, latemax.maxsim(q[:2], d[:2], normalize=normalize).diagonal())
-        with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* dim must be a multiple of 8"):
-            latemax.maxsim(q[..., :9], d[..., :9], backend="cuda")
-    finally:
-        dispatch.plan_for.cache_clear()
+    yield
+    dispatch.plan_for.cache_clear()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="backward is Triton's")
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
+def test_ragged_queries_and_candidates_through_the_public_calls(chosen, normalize):
+    generator = torch.Generator().manual_seed(0)
+    q, d = (torch.randn(n, 24, generator=generator).bfloat16() for n in (131, 240))
+    q_offsets, d_offsets = torch.tensor([0, 7, 7, 127, 130]), torch.tensor([0, 40, 41, 41, 170, 235])
+    candidates = torch.tensor([3, 0, -1, 4, 2])
+    ran = {}
+    for backend in ("cuda", "reference"):
+        a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
+        options = dict(normalize=normalize, return_argmax=True, backend=backend, empty_score=-1.0)
+        scores, argmax = latemax.maxsim_varlen(a, b, q_offsets, d_offsets, **options)
+        some, where = latemax.rerank(a[7:127], b, d_offsets, candidates, **options)
+        (scores.square().sum() + some.square().sum()).backward()
+        ran[backend] = scores, some, argmax, where, a.grad, b.grad
+    for ours, theirs in zip(ran["cuda"][:2], ran["reference"][:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(ran["cuda"][2:4], ran["reference"][2:4], strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(ran["cuda"][4:], ran["reference"][4:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="backward is Triton's")
+def test_through_the_public_call_with_gradients(chosen):
+    for shape, normalize in (((2, 3, 7, 40, 16), False), ((3, 3, 20, 33, 24), True)):
+        q, d = problem(shape, dtype=torch.bfloat16)
+        q_mask, d_mask = masks(q, d)
+        ran, grads = {}, {}
+        for backend in ("cuda", "reference"):
+            a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
+            assert latemax.explain(a, b, backend=backend).backend == backend
+            scores, argmax = latemax.maxsim(
+                a, b, q_mask, d_mask, normalize=normalize, return_argmax=True, backend=backend
+            )
+            scores.square().sum().backward()
+            ran[backend], grads[backend] = (scores.detach(), argmax), (a.grad, b.grad)
+        torch.testing.assert_close(ran["cuda"][0], ran["reference"][0], rtol=1e-5, atol=1e-4)
+        assert torch.equal(ran["cuda"][1], ran["reference"][1])
+        for ours, theirs in zip(grads["cuda"], grads["reference"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+        pairs = latemax.maxsim_pairs(q[:2], d[:2], normalize=normalize, backend="cuda")
+        torch.testing.assert_close(pairs, latemax.maxsim(q[:2], d[:2], normalize=normalize).diagonal())
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* dim must be a multiple of 8"):
+        latemax.maxsim(q[..., :9], d[..., :9], backend="cuda")
 
 
 def test_the_driver_without_torch(device):

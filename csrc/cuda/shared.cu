@@ -2,6 +2,7 @@
  * maxima of shared documents and the sums over segments. */
 #include "finish.h"
 #include "launch.h"
+#include "walk.h"
 
 namespace latemax {
 
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(THREADS) pieces(const __grid_constant__ Forwar
     const int thread = ptx::thread_index();
     const int64_t index = ptx::block_index();
     const Shares shares(f, ptx::grid_size());
-    if (index >= shares.active) return;
+    if (index >= shares.sharing.active) return;
     int64_t turn = 0, other = 0;
     const Cut from = shares.begin(index, turn), to = shares.begin(index + shares.step(), other);
     if (!to.inside() || (from.inside() && from.document == to.document && turn == other)) return;

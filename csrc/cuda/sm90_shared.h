@@ -69,12 +69,13 @@ inline int64_t tile_clocks(const Plan &p) {
 /* Whether documents are cut between thread blocks: where the time of the longest share shrinks by more than the launch that
  * merges the pieces takes. Masked documents and candidates have lengths that only the device knows. */
 inline bool worth_a_split(const Plan &p, const maxsim_args &a, const Device &device) {
-    if (a.d.mask || a.candidates || !a.d.l || !a.n_c) return false;
-    const int64_t rest = p.blocks % device.multiprocessors, tokens = a.d.offsets ? a.d.total / a.n_c : a.d.l;
-    const int64_t tiles = ceil_div(tokens, p.tile), shared = rest * a.n_c;
-    // ragged documents: a share ends within half a document of its even part
-    const int64_t longest = (ceil_div(shared, device.multiprocessors) + (a.d.offsets ? 1 : 0)) * tiles;
-    return (longest - ceil_div(shared * tiles, device.multiprocessors)) * tile_clocks(p) > device.launch_clocks;
+    if (a.d.mask || a.candidates || !a.n_c) return false;
+    const int64_t grid = device.multiprocessors, rest = p.blocks % grid, tokens = a.d.offsets ? a.d.total / a.n_c : a.d.l;
+    if (!tokens) return false;
+    const int64_t tiles = ceil_div(tokens, p.tile), all = a.n_c * tiles;
+    // ragged documents: a share of whole ones ends within half a document of its even part
+    const int64_t whole = Sharing(rest, a.n_c, 1, grid).longest(rest, a.n_c) * tiles + (a.d.offsets ? tiles / 2 : 0);
+    return (whole - Sharing(rest, all, 1, grid).longest(rest, all)) * tile_clocks(p) > device.launch_clocks;
 }
 
 /* Rows of a query block, query buffers, stages and grid, so that a block fits in shared memory. */

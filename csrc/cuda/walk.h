@@ -60,36 +60,47 @@ struct Costs {
     }
 };
 
+/* How `rest` query blocks of `total` cost each are shared by a grid. A share costs `least` or more. */
+struct Sharing {
+    int64_t sharers, active;  // thread blocks of one query block; all that have a share
+    bool aligned;             // every share is of one query block
+
+    __host__ __device__ Sharing(int64_t rest, int64_t total, int64_t least, int64_t grid)
+        : sharers(0), active(0), aligned(true) {
+        if (!rest || !total) return;
+        const int64_t most = total < least ? 1 : total / least;
+        sharers = grid / rest < most ? grid / rest : most;
+        // neighbours on one document share it in L2; worth up to a twentieth of the thread blocks
+        aligned = sharers == most || 20 * (grid - rest * sharers) <= grid;
+        const int64_t all = rest * total < least ? 1 : rest * total / least;
+        active = aligned ? rest * sharers : all < grid ? all : grid;
+    }
+    __host__ __device__ int64_t longest(int64_t rest, int64_t total) const {
+        return active ? aligned ? ceil_div(total, sharers) : ceil_div(rest * total, active) : 0;
+    }
+};
+
 /* The shares of the query blocks that no full round takes. */
 struct Shares {
     Costs costs;
-    int64_t full, rest;  // rounds, and query blocks after them
-    int64_t total, sharers, active;
-    bool aligned;
     int grid;
+    int64_t full, rest, total;  // rounds, query blocks after them, and the cost of one
+    Sharing sharing;
 
-    __device__ Shares(const Forward &f, int grid) : costs(f.a, f.plan), grid(grid) {
-        const int64_t blocks = blocks_of(f);
-        full = blocks / grid, rest = blocks % grid, total = costs.before(f.a.n_c), aligned = true, active = sharers = 0;
-        if (!rest || !total) return;
-        const int64_t most = total / costs.least();
-        sharers = grid / rest < most ? grid / rest : most > 0 ? most : 1;
-        // neighbours on one document share it in L2; worth up to a twentieth of the thread blocks
-        aligned = sharers == most || 20 * (grid - rest * sharers) <= grid;
-        const int64_t all = rest * total / costs.least();
-        active = aligned ? rest * sharers : all < grid ? (all > 0 ? all : 1) : grid;
-    }
+    __device__ Shares(const Forward &f, int grid)
+        : costs(f.a, f.plan), grid(grid), full(blocks_of(f) / grid), rest(blocks_of(f) % grid), total(costs.before(f.a.n_c)),
+          sharing(rest, total, costs.least(), grid) {}
     /* The next thread block along a document. */
-    __device__ int64_t step() const { return aligned ? rest : 1; }
+    __device__ int64_t step() const { return sharing.aligned ? rest : 1; }
     /* Where the share of a thread block begins; its end is where that of `step` blocks further begins. `turn` is the query
      * block, of the rest. */
     __device__ Cut begin(int64_t index, int64_t &turn) const {
-        if (aligned) {
+        if (sharing.aligned) {
             turn = index % rest;
             const int64_t share = index / rest;
-            return share < sharers ? costs.at(total * share / sharers) : Cut{static_cast<int>(costs.a.n_c), 0};
+            return share < sharing.sharers ? costs.at(total * share / sharing.sharers) : Cut{static_cast<int>(costs.a.n_c), 0};
         }
-        const int64_t cost = rest * total * index / active;
+        const int64_t cost = rest * total * index / sharing.active;
         turn = cost / total;
         return costs.at(cost % total);
     }
@@ -107,12 +118,12 @@ struct Walk {
         : n_c_(static_cast<int>(f.a.n_c)), index_(index), grid_(grid), next_(index) {
         const Shares shares(f, grid);
         first_rest_ = static_cast<int>(shares.full) * grid;
-        if (index >= shares.active) return;
+        if (index >= shares.sharing.active) return;
         int64_t turn = 0, end = 0;
         cut_ = shares.begin(index, turn);
         end_ = shares.begin(index + shares.step(), end);
         // an end at the beginning of a query block is the end of the one before
-        const bool before = !shares.aligned && end_.document == 0 && !end_.inside();
+        const bool before = !shares.sharing.aligned && end_.document == 0 && !end_.inside();
         rest_ = first_rest_ + static_cast<int>(turn), rest_end_ = first_rest_ + static_cast<int>(end) + !before;
         if (before) end_ = {n_c_, 0};
     }
