@@ -1,8 +1,9 @@
-"""How the sm_90 kernel shares out its work (csrc/cuda/walk.h), over random calls: every tile of every pair is scored once,
-pieces of a document have places of their own, and the shares are even."""
+"""How the sm_90 kernel shares out its work (csrc/cuda/walk.h), over random calls: every tile of every pair is scored
+once, pieces of a document have places of their own, and the shares are even."""
 
 import random
 from collections import defaultdict
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -32,11 +33,11 @@ def calls(draw):
 @given(calls(), st.integers(1, 140), st.sampled_from([0, 4000, 2**30]))
 def test_every_tile_once_and_even_shares(call, multiprocessors, launch_clocks):
     planner = emulator.planner(tiles.SHARED_MEMORY[90], multiprocessors, launch_clocks)
-    n_q, n_d, l_q, l_d, _, own, offsets = call
+    n_q, n_d, _, l_d, _, own, offsets = call
     plan = planner.plan(*call)
     per_query = -(-plan["chunks"] // plan["segments"])
     assert plan["blocks"] == (n_q * per_query if own else -(-n_q * plan["chunks"] // plan["segments"]))
-    lengths = [l_d] * n_d if offsets is None else [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+    lengths = [l_d] * n_d if offsets is None else [b - a for a, b in pairwise(offsets)]
     of_document = [max(1, -(-length // plan["tile"])) for length in lengths]
 
     seen, places, work = defaultdict(list), set(), []
@@ -56,7 +57,7 @@ def test_every_tile_once_and_even_shares(call, multiprocessors, launch_clocks):
     for (_, document), parts in seen.items():
         parts.sort()
         assert parts[0][0] == 0 and parts[-1][1] == of_document[document]
-        assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in pairwise(parts))
     if plan["split"] and plan["blocks"] >= plan["grid"]:
         # in tiles, or in tokens and then up to a tile and a document's cost at either end
         assert max(work) <= sum(work) / len(work) * 20 / 19 + (1 if offsets is None else 2 * (plan["tile"] + COST))

@@ -53,9 +53,10 @@ def describe(mangled: str) -> dict[str, Any]:
         instance = f"{rows} tokens" if steps is None else f"{64 * int(rows)} tokens"
         instance += f", {16 * int(steps)} dims" if int(steps or 0) else ""
         return dict(kernel=f"forward_{arch}", dtype=dtype.lower(), instance=instance, argmax=argmax == "1")
-    name = re.search(r"\d+(inverse_norms|lengths|sum_parts)", mangled)[1]
+    name = re.search(r"\d+(inverse_norms|lengths|units|pieces|sum_parts)", mangled)[1]
     dtype = re.search(r"INS_\d(B?F16)E", mangled)
-    return dict(kernel=name, dtype=dtype[1].lower() if dtype else "", instance="", argmax=False)
+    argmax = "piecesILb1E" in mangled
+    return dict(kernel=name, dtype=dtype[1].lower() if dtype else "", instance="", argmax=argmax)
 
 
 def count(code: str) -> dict[str, int]:
@@ -68,30 +69,32 @@ def count(code: str) -> dict[str, int]:
     )  # fmt: skip
 
 
-def maxima(code: str) -> int:
-    """ALU instructions of a warp that takes the maxima of its 16 rows of 64 query tokens x 64 unmasked document tokens:
-    between the wait for the tensor cores and the next branch. 0 without wgmma."""
-    lines = [line for line in code.splitlines() if re.search(r"/\*[0-9a-f]{4,5}\*/", line)]
-    found = [0]
-    for at, line in enumerate(lines):
-        if "WARPGROUP.DEPBAR" not in line:
-            continue
-        taken = 0
-        for name in sass.opcodes(lines[at + 1 : at + 400]):
-            if name in ("BRA", "BSYNC", "WARPGROUP") and taken >= 16:
-                break
-            taken = taken + 1 if ALU.match(name) else taken
-            # a branch before any maximum leads to the masked half
-            if name == "BRA" and taken < 16:
-                taken = 0
-        found.append(taken)
-    # the unmasked branch is the shortest that holds all 32 maxima
-    return min((count for count in found if count >= 32), default=0)
+def maxima(code: str) -> dict[str, int]:
+    """ALU instructions of a warp that takes the maxima of its 16 rows of 64 query tokens x 64 document tokens, by the
+    blocks without a branch that hold the maxima. Of a full tile, of one with a scale for every token, of 16 tokens at
+    the end of a document, and of the last of those, some of which are left out. Empty without wgmma."""
+    blocks: list[list[str]] = [[]]
+    for line in code.splitlines():
+        if re.match(r"\s*\.L_x_\d+:", line):
+            blocks.append([])
+        elif re.search(r"/\*[0-9a-f]{4,5}\*/", line):
+            blocks[-1].append(line)
+            if re.search(r"\bBRA\b|BSYNC|EXIT", line):
+                blocks.append([])
+    found: dict[int, list[int]] = {}
+    for block in blocks:
+        names = sass.opcodes(block)
+        # a tree over 16 or 4 values of two rows; without argmax the running maximum is one more each
+        found.setdefault(names.count("FMNMX"), []).append(sum(bool(ALU.match(name)) for name in names))
+    if "HGMMA" not in code:
+        return {}
+    full, group = (found[30], found[6]) if 30 in found else (found[32], found[8])
+    return dict(full=min(full), scaled=max(full), group=min(group), last=max(group))
 
 
 def plans(folder: pathlib.Path) -> dict[str, dict[str, int]]:
-    """How the sm_90 kernel cuts each bfloat16 shape without a mask, and the work of the thread block that has most: tiles,
-    documents and query blocks."""
+    """How the sm_90 kernel cuts each bfloat16 shape without a mask, and the work of the thread block that has most:
+    tiles, documents and query blocks."""
     path = harness.ROOT / "tests" / "cuda_emulator" / "build.py"
     spec = importlib.util.spec_from_file_location("cuda_emulator_build", path)
     assert spec is not None and spec.loader is not None

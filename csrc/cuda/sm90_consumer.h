@@ -112,13 +112,15 @@ struct Consumer {
         ring.advance();
         const Tile &tile = s.meta->tiles[at.index];
         const bool scaled = ptx::uniform(tile.scaled), last = ptx::uniform(tile.last);
+        const int tokens = ptx::uniform(tile.tokens);
         if (scaled) wait_scaled(at);
 #pragma unroll
         for (int b = 0; b < COUNT; ++b) {
             if (b < COUNT - 1) ptx::wgmma_wait<1>(acc[b]);
             else ptx::wgmma_wait<0>(acc[b]);
-            if (scaled) maxima[b].template take<true>(acc[b], tile.start, s.meta->scales[at.index], lane);
-            else maxima[b].template take<false>(acc[b], tile.start, nullptr, lane);
+            if (scaled) maxima[b].take_scaled(acc[b], tile.start, s.meta->scales[at.index], lane);
+            else if (tokens == TOKENS) maxima[b].take(acc[b], tile.start, lane);
+            else maxima[b].take_tail(acc[b], tile.start, tokens, lane);
         }
         if (last) store<COUNT>(tile);
         release(at);

@@ -79,7 +79,7 @@ __device__ inline void produce(const Forward &f, const Shared &s, const Maps &ma
         int first = a.d.mask ? NONE : 0;
         for (int start = walk.from * TOKENS; start < end; start += TOKENS) {
             const int tokens = end - start < TOKENS ? end - start : TOKENS;
-            const int scaled = a.normalize || a.d.mask || tokens < TOKENS;
+            const int scaled = a.normalize || a.d.mask;
             float kept[TOKENS / 32];
             if (scaled) {
 #pragma unroll
