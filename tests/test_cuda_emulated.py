@@ -140,9 +140,11 @@ def test_documents_cut_between_thread_blocks(device, shape, own, multiprocessors
     for normalize in (False, True):
         device(2, multiprocessors, launch_clocks=2**30)
         scores, argmax = run(q, d, argmax=True, normalize=normalize)
+        products = emulator.products()
         for seed in (0, 1, 2):
             device(seed, multiprocessors)
             cut, where = run(q, d, argmax=True, normalize=normalize)
+            assert emulator.products() == products
             torch.testing.assert_close(cut, scores, rtol=0, atol=0, equal_nan=True)
             assert torch.equal(where, argmax)
             assert run(q, d, normalize=normalize)[:, :-1].equal(scores[:, :-1])
@@ -300,6 +302,23 @@ def test_ragged_documents_and_queries(device, normalize):
                     score, where = truth(query, documents[n], q_keep[i], keep[n])
                     torch.testing.assert_close(scores[i, c].double(), score[0, 0], rtol=1e-5, atol=1e-4)
                     assert torch.equal(best[c], where[0, 0])
+
+
+@pytest.mark.parametrize("picked", [False, True], ids=["all", "candidates"])
+def test_more_ragged_documents_than_a_warp_has_lanes(device, picked):
+    lengths = torch.randint(0, 9, (75,), generator=torch.Generator().manual_seed(0))
+    q, d = problem((2, 1, 5, int(lengths.sum()), 16), dtype=torch.bfloat16)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    candidates = torch.stack([torch.arange(75).flip(0), torch.arange(75).roll(9)]) if picked else None
+    scores, none = torch.full((2, 75), math.nan), torch.empty(0, dtype=torch.int32)
+    device(1, 1)
+    forward(q, d[0], scores, none, d_offsets=offsets, candidates=candidates, empty_score=-1.0)
+    for c in range(75):
+        for i in range(2):
+            n = c if candidates is None else int(candidates[i, c])
+            one = d[:, offsets[n] : offsets[n + 1]]
+            truth = exact(q[i : i + 1], one)[0, 0] if one.shape[1] else torch.tensor(-1.0).double()
+            torch.testing.assert_close(scores[i, c].double(), truth, rtol=1e-5, atol=1e-4)
 
 
 def test_invalid_offsets_stay_inside_the_tokens(device):

@@ -6,7 +6,7 @@ from collections import defaultdict
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_cuda_emulated import emulator
 
@@ -31,6 +31,7 @@ def calls(draw):
 
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(calls(), st.integers(1, 140), st.sampled_from([0, 4000, 2**30]))
+@example((1, 1, 32, 5000, 128, False, [0, 5000]), 132, 0)  # shares of less than a tile
 def test_every_tile_once_and_even_shares(call, multiprocessors, launch_clocks):
     planner = emulator.planner(tiles.SHARED_MEMORY[90], multiprocessors, launch_clocks)
     n_q, n_d, _, l_d, _, own, offsets = call
@@ -45,7 +46,7 @@ def test_every_tile_once_and_even_shares(call, multiprocessors, launch_clocks):
         mine = 0
         for block, document, first, end, piece in planner.walk(index, *call):
             end = min(end, of_document[document])
-            seen[block, document].append((first, end))
+            seen[block, document].append((first, end, index, piece))
             whole = first == 0 and end == of_document[document]
             assert (piece < 0) == whole and piece not in places and piece < 2 * plan["grid"]
             assert whole or (plan["split"] and first < end)
@@ -58,6 +59,13 @@ def test_every_tile_once_and_even_shares(call, multiprocessors, launch_clocks):
         parts.sort()
         assert parts[0][0] == 0 and parts[-1][1] == of_document[document]
         assert all(a[1] == b[0] for a, b in pairwise(parts))
+        if len(parts) > 1:
+            # the places that launch_pieces reads: of the first part the end of its thread block, then beginnings, every
+            # `step` thread blocks
+            (_, _, first, piece), *others = parts
+            step = others[0][2] - first
+            assert piece == 2 * first + 1 and step in (1, plan["blocks"] % plan["grid"])
+            assert [part[2:] for part in others] == [(i, 2 * i) for i in range(first + step, parts[-1][2] + 1, step)]
     if plan["split"] and plan["blocks"] >= plan["grid"]:
         # in tiles, or in tokens and then up to a tile and a document's cost at either end
         assert max(work) <= sum(work) / len(work) * 20 / 19 + (1 if offsets is None else 2 * (plan["tile"] + COST))

@@ -70,6 +70,13 @@ def program(source: Path) -> Path:
     return out
 
 
+def products() -> int:
+    """wgmma that were issued since the device was set."""
+    count = ctypes.CDLL(built()[0].__spec__.origin).latemax_products
+    count.restype = ctypes.c_int64
+    return count()
+
+
 PLAN = (
     "rows", "stages", "parts", "query_buffers", "warpgroups", "segments", "chunks", "blocks", "grid", "tile", "split",
 )  # fmt: skip

@@ -82,6 +82,7 @@ std::map<int, Products> products;  // by the warpgroup's first thread
 std::vector<Load> loads;
 std::mt19937 random_;
 int current, block_, grid_, threads_;
+int64_t products_ = 0;  // wgmma since the device was set
 jmp_buf scheduler;
 std::string failure;
 const std::function<void()> *kernel_;
@@ -345,6 +346,7 @@ void wgmma(float *d, const uint32_t *registers, uint64_t a, uint64_t b, int accu
             if (!x.accumulate) std::fill(x.d, x.d + x.n / 2, NAN);
         }
         products[current / 128 * 128].open.push_back(p);
+        ++products_;
     });
 }
 void wgmma_fence() { meet("wgmma.fence", current / 128 * 128, 128, nullptr, [](void **) {}); }
@@ -453,5 +455,7 @@ extern "C" __attribute__((visibility("default"))) void latemax_emulator(unsigned
     latemax::config.seed = seed;
     latemax::config.device = {capability, multiprocessors, shared, shared + 1024, launch_clocks};
     ++latemax::config.changes;
+    latemax::products_ = 0;
     latemax::config.prepared.clear();
 }
+extern "C" __attribute__((visibility("default"))) int64_t latemax_products() { return latemax::products_; }
