@@ -1,18 +1,23 @@
 """How the sm_90 kernel shares out its work (csrc/cuda/walk.h), over random calls: every tile of every pair is scored
 once, pieces of a document have places of their own, and the shares are even."""
 
+import json
 import random
 from collections import defaultdict
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_cuda_emulated import emulator
 
+from benchmarks import shapes
+from benchmarks.static import hopper
 from latemax.ops import tiles
 
 pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=emulator.why_not())
+ROOT = Path(__file__).parents[1]
 COST = 32  # of a ragged document, in tokens, besides its tokens
 
 
@@ -88,3 +93,18 @@ def test_shares_of_documents_of_32_to_1024_tokens(n_q, n_d, before):
             mine += min(end, -(-(offsets[document + 1] - offsets[document]) // plan["tile"])) - first
         work.append(mine)
     assert max(work) * 132 / sum(work) < 1.05 < before
+
+
+def test_the_predictions_in_the_docs_are_of_this_planner():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "cuda-aot.json").read_text())["plans"]
+    planner = emulator.planner(tiles.SHARED_MEMORY[90], 132)
+    for shape in (shapes.Shape(1, 1000, 1024, 1024), shapes.Shape(128, 128, 32, 300, 768), *shapes.CORE[-2:]):
+        plan = planner.plan(shape.n_q, shape.n_d, shape.l_q, shape.l_d, shape.dim, shape.own)
+        assert plan.items() <= stored[shape.name].items(), shape.name
+
+
+def test_the_model_meets_published_timings():
+    published = json.loads((ROOT / "benchmarks" / "results" / "hopper-published.json").read_text())
+    errors = {name: abs(model / tflops - 1) for name, tflops, model in hopper.calibration(published)}
+    assert len(errors) == 28
+    assert [name for name, error in errors.items() if error > 0.1] == ["FlashAttention-3, head dim 256, 512 tokens"]
