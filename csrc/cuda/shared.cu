@@ -115,7 +115,7 @@ struct Pieces {
 /* The document that begins in the share of a thread block of the forward and ends in another's. Only whole documents without
  * a mask are cut: the first valid token is 0. */
 template <bool ARGMAX>
-__global__ void __launch_bounds__(THREADS) pieces(const __grid_constant__ Forward f) {
+__global__ void __launch_bounds__(THREADS, 2) pieces(const __grid_constant__ Forward f) {
     const int thread = ptx::thread_index();
     const int64_t index = ptx::block_index();
     const Shares shares(f, ptx::grid_size());

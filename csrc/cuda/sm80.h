@@ -37,7 +37,7 @@ struct Loader {
     int row = 0, slab = 0, thread;
     bool more;
 
-    __device__ Loader(const Forward &f, int index, int grid, int thread) : f(f), walk(f, index, grid), thread(thread) {
+    __device__ Loader(const Forward &f, const Walk &walk, int thread) : f(f), walk(walk), thread(thread) {
         seek();
     }
     /* To the next document that has tokens. */
@@ -141,19 +141,19 @@ struct Maxima {
 };
 
 template <class T, int N, bool ARGMAX>
-__global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Forward f) {
+__global__ void __launch_bounds__(THREADS, 2) forward(const __grid_constant__ Forward f) {
     const maxsim_args &a = f.a;
     const int thread = ptx::thread_index(), warp = thread / 32, lane = thread % 32;
     char *shared = ptx::dynamic_shared();
     const uint32_t ring = ptx::shared_address(shared), queries = ring + STAGES * STAGE_BYTES;
     auto &tables = *reinterpret_cast<Tables<N, ARGMAX, WARPS> *>(shared + STAGES * STAGE_BYTES + f.plan.slabs * N * 128);
 
-    Loader loader(f, ptx::block_index(), ptx::grid_size(), thread);
+    Walk walk(f, ptx::block_index(), ptx::grid_size());
+    Loader loader(f, walk, thread);
     int stage = 0, buffer = 0;
     for (int s = 0; s < STAGES - 1; ++s) loader.load(ring + s * STAGE_BYTES);
 
     Running<N, ARGMAX> running;
-    Walk walk(f, ptx::block_index(), ptx::grid_size());
     while (walk.next()) {
         if (walk.moved) {
             // the last queries are read no more: the barrier after the tiles came later

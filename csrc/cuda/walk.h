@@ -43,7 +43,8 @@ struct Costs {
     }
     /* Ranges of at least so much never begin and end at the same place. */
     __host__ __device__ int64_t least() const { return ragged ? p.tile + COST : 1; }
-    __device__ Cut at(int64_t cost) const {
+    // inlined, or what is returned by reference would be on the stack
+    __device__ __forceinline__ Cut at(int64_t cost) const {
         if (!ragged) return {static_cast<int>(cost / uniform), static_cast<int>(cost % uniform)};
         int64_t low = 0, high = a.n_c;  // before(low) <= cost < before(high + 1)
         while (low < high) {
@@ -94,7 +95,7 @@ struct Shares {
     __device__ int64_t step() const { return sharing.aligned ? rest : 1; }
     /* Where the share of a thread block begins; its end is where that of `step` blocks further begins. `turn` is the query
      * block, of the rest. */
-    __device__ Cut begin(int64_t index, int64_t &turn) const {
+    __device__ __forceinline__ Cut begin(int64_t index, int64_t &turn) const {
         if (sharing.aligned) {
             turn = index % rest;
             const int64_t share = index / rest;
