@@ -185,24 +185,24 @@ __device__ inline void sort(const Batch &batch, const Tables &t) {
 template <class T, int C, class Finish>
 __device__ inline void add_up(const Batch &batch, const Tables &t, const Finish &finish) {
     const maxsim_args &a = batch.b.a;
-    const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32, dim = static_cast<int>(a.dim);
+    const int lane = ptx::thread_index() % 32, warp = ptx::uniform(ptx::thread_index() / 32), dim = static_cast<int>(a.dim);
     const int kept = t.starts[batch.owned.count];
     const auto share = [&](int w) { return kept * w / OWNER_WARPS; };
     const int from = share(warp), to = share(warp + 1);
     Sums<C> sums;
     int token = -1;
     for (int at = from; at < to; at += 32) {
-        const int count = to - at < 32 ? to - at : 32;
-        uint32_t offset = NO_ROW;
+        const bool counts = at + lane < to;
+        uint32_t offset = 0;
         float weight = 0;
         int argmax = -1;
-        if (lane < count) {
+        if (counts) {
             const Entry e = batch.entry(t.sorted[at + lane]);
             argmax = batch.argmax(e);
             offset = static_cast<uint32_t>((e.query * a.q.stride_n + e.token * a.q.stride_l) / 8);
             weight = batch.b.g.scores[e.query * batch.b.g.stride_q + e.candidate * batch.b.g.stride_c];
         }
-        gather<T>(sums, static_cast<const uint16_t *>(a.q.tokens), offset, weight, count, dim, a.normalize, [&](int i) {
+        gather<T>(sums, static_cast<const uint16_t *>(a.q.tokens), counts, offset, weight, dim, a.normalize, [&](int i) {
             const int next = ptx::shuffle(argmax, i);
             if (next == token) return;
             if (token >= 0) {
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(OWNER_THREADS, C <= 8 ? 2 : 1) grad_d(const __
     const auto write = [&](int token, Sums<C> &sums) {
         if (a.normalize) {
             Row<C> x;
-            x.load(token_of(a, owned, token), dim, true);
+            x.load({token_of(a, owned, token), dim}, 0);
             sums.template through_norm<T>(x, dim);
         }
         sums.template store<T>(static_cast<uint16_t *>(b.g.d) + (owned.row + token) * dim, dim);

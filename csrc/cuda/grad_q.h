@@ -12,14 +12,17 @@
 
 namespace latemax {
 
-/* The row of a document token, in units of 8 elements. */
-__device__ inline uint32_t row_of(const maxsim_args &a, int64_t query, int64_t c, int token) {
-    if (!a.d.offsets)
-        return static_cast<uint32_t>(((a.own ? query : 0) * a.d.stride_q + c * a.d.stride_n + token * a.d.stride_l) / 8);
+/* The row of a document token, in units of 8 elements; false if there is none. */
+__device__ inline bool row_of(const maxsim_args &a, int64_t query, int64_t c, int token, uint32_t &row) {
+    if (!a.d.offsets) {
+        row = static_cast<uint32_t>(((a.own ? query : 0) * a.d.stride_q + c * a.d.stride_n + token * a.d.stride_l) / 8);
+        return true;
+    }
     const int64_t id = a.candidates ? a.candidates[query * a.n_c + c] : c;
-    if (id < 0 || id >= a.d.n) return NO_ROW;
+    if (id < 0 || id >= a.d.n) return false;
     const Query rows = span(a.d.offsets, id, a.d.total);
-    return token < rows.length ? static_cast<uint32_t>((rows.start + token) * a.d.stride_l / 8) : NO_ROW;
+    row = token < rows.length ? static_cast<uint32_t>((rows.start + token) * a.d.stride_l / 8) : 0;
+    return token < rows.length;
 }
 
 /* Rounds the gradient of query token `row` of n_q · l_q. */
@@ -29,7 +32,8 @@ __device__ inline void write_query(const Backward &b, int64_t row, Sums<C> &sums
     const int dim = static_cast<int>(a.dim);
     if (a.normalize) {
         Row<C> x;
-        x.load(static_cast<const uint16_t *>(a.q.tokens) + row / a.q.l * a.q.stride_n + row % a.q.l * a.q.stride_l, dim, true);
+        const auto *tokens = static_cast<const uint16_t *>(a.q.tokens);
+        x.load({tokens + row / a.q.l * a.q.stride_n + row % a.q.l * a.q.stride_l, dim}, 0);
         sums.template through_norm<T>(x, dim);
     }
     sums.template store<T>(static_cast<uint16_t *>(b.g.q) + row * dim, dim);
@@ -48,10 +52,10 @@ __global__ void __launch_bounds__(GATHER_THREADS, C <= 8 ? 4 : 2) grad_q(const _
     for (int64_t first = static_cast<int64_t>(split) * 32; first < a.n_c; first += static_cast<int64_t>(b.splits) * 32) {
         const int64_t c = first + lane;
         const int best = c < a.n_c ? a.argmax[(query * a.n_c + c) * a.q.l + token] : -1;
-        const uint32_t offset = best >= 0 ? row_of(a, query, c, best) : NO_ROW;
-        const float weight = offset != NO_ROW ? b.g.scores[query * b.g.stride_q + c * b.g.stride_c] : 0.0f;
-        const int count = a.n_c - first < 32 ? static_cast<int>(a.n_c - first) : 32;
-        gather<T>(sums, static_cast<const uint16_t *>(a.d.tokens), offset, weight, count, dim, a.normalize, [](int) {});
+        uint32_t offset = 0;
+        const bool counts = best >= 0 && row_of(a, query, c, best, offset);
+        const float weight = counts ? b.g.scores[query * b.g.stride_q + c * b.g.stride_c] : 0.0f;
+        gather<T>(sums, static_cast<const uint16_t *>(a.d.tokens), counts, offset, weight, dim, a.normalize, [](int) {});
     }
     if (b.splits == 1) write_query<T>(b, row, sums);
     else sums.put(b.g.parts + (split * a.n_q * a.q.l + row) * dim, dim);

@@ -119,6 +119,15 @@ inline T shuffle(T x, int lane) {
     });
     return mine.result;
 }
+inline uint32_t ballot(bool x) {
+    uint32_t mine = x;
+    emulator::meet("ballot", emulator::thread() / 32 * 32, 32, &mine, [](void **all) {
+        uint32_t yes = 0;
+        for (int i = 0; i < 32; ++i) yes |= *static_cast<uint32_t *>(all[i]) << i;
+        for (int i = 0; i < 32; ++i) *static_cast<uint32_t *>(all[i]) = yes;
+    });
+    return mine;
+}
 inline uint32_t match(int x) {
     struct {
         int value;

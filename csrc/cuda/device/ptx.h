@@ -52,7 +52,8 @@ template <class T>
 __device__ inline T shuffle(T x, int lane) {
     return __shfl_sync(0xffffffffu, x, lane);
 }
-/* The lanes that hold the same value, one bit each. */
+/* The lanes that say yes, and those that hold the same value, one bit each. */
+__device__ inline uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 __device__ inline uint32_t match(int x) { return __match_any_sync(0xffffffffu, x); }
 __device__ inline int count_bits(uint32_t x) { return __popc(x); }
 
@@ -69,7 +70,7 @@ __device__ inline float to_float(BF16, uint16_t x) { return __uint_as_float(stat
 __device__ inline uint16_t from_float(F16, float x) { return __half_as_ushort(__float2half_rn(x)); }
 __device__ inline uint16_t from_float(BF16, float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
-/* Words of global memory by one access: 2 or 4, aligned to their size. */
+/* 2 or 4 words of global memory that no kernel writes, by one access aligned to their size. */
 __device__ inline void load_words(uint32_t (&to)[2], const void *from) {
     const uint2 x = __ldg(static_cast<const uint2 *>(from));
     to[0] = x.x, to[1] = x.y;
