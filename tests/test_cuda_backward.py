@@ -6,6 +6,7 @@ LATEMAX_EMULATED_EXAMPLES sets the number of random problems; more than the defa
 
 import math
 import os
+import subprocess
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def test_whose_kernels_compute_the_gradient(monkeypatch):
 @settings(max_examples=EXAMPLES or 25, deadline=None, derandomize=not EXAMPLES, database=None)
 @given(data=st.data())
 def test_random(device, data):
-    """Dense, ragged and named documents: empty ones, ones that nobody or several queries name, duplicates, wrong names."""
+    """Dense, ragged and named documents: empty, ones that nobody or several queries name, duplicates, wrong names."""
     draw = data.draw
     seed, form = draw(st.integers(0, 999)), draw(st.sampled_from(["shared", "own", "ragged", "named"]))
     n_q, n_d, l_q = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.sampled_from([1, 7, 32, 33, 70]))
@@ -227,3 +228,10 @@ def test_random(device, data):
     device(seed + 1, multiprocessors)
     for a, b in zip(run(g, q, d, argmax, **options), ours, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_driver_without_torch(device):
+    driver = emulator.program(emulator.HERE.parent / "native" / "cuda_driver.cpp")
+    for case in (240, 246, 251, 255, 259, 262, 270, 279, 284, 290):
+        done = subprocess.run([driver, "90", "case", str(case)], capture_output=True, text=True)
+        assert done.returncode == 0, f"case {case}: {done.stdout}"

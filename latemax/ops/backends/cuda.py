@@ -28,7 +28,7 @@ MOST_GRADIENT_DIMS = 1024
 # Where auto leaves the gradient to Triton. Its one-hot products take l_d / 64 / 32 blocks of 235 issue slots (128 dims,
 # sm_90) for a query token and a document; the CUDA kernel reads the query token from L2, 256 bytes at 24 a clock and
 # multiprocessor: 0.115 l_d clocks and 10.7, both in proportion to dim. Equal at 93 tokens. The gradient of rerank is
-# always the CUDA kernel's: torch's index_put would sort every query token's argmax. Predicted: neither has run on a GPU.
+# always the CUDA kernel's: torch's index_put would sort every query token's argmax. Predicted: neither ran on a GPU.
 SHORT_DOCUMENT = 96
 
 
