@@ -11,6 +11,11 @@
 
 namespace latemax {
 
+template <class T>
+T *pointer(int64_t address) {
+    return reinterpret_cast<T *>(static_cast<uintptr_t>(address));
+}
+
 class Arguments {
   public:
     Arguments(PyObject *const *args, Py_ssize_t n) : next_(args), end_(args + n) {}
@@ -29,7 +34,7 @@ class Arguments {
     }
     template <class T>
     T *address() {
-        return reinterpret_cast<T *>(static_cast<uintptr_t>(integer()));
+        return pointer<T>(integer());
     }
     /* A shape or strides of at most n axes, right-aligned in `out` after zeros; returns the number of axes, 0 for None. */
     Py_ssize_t tuple(int64_t *out, Py_ssize_t n) {
@@ -69,8 +74,8 @@ class Arguments {
     bool failed_ = false;
 };
 
-/* dtype, address, shape, strides, offsets, number of items they describe, mask, strides of the mask. A side of two axes
- * without offsets is one item. */
+/* dtype, address, shape, strides, ragged items, mask, strides of the mask. Ragged items: None, or their offsets, their
+ * number, and the table of separate items or 0. A side of two axes without them is one item. */
 inline void read_side(Arguments &in, maxsim_side &side, int64_t *dim) {
     int64_t x[4];
     side.dtype = static_cast<maxsim_dtype>(in.integer());
@@ -81,20 +86,24 @@ inline void read_side(Arguments &in, maxsim_side &side, int64_t *dim) {
     side.total = queries * items * x[2];
     in.tuple(x, 4);
     side.stride_q = x[0], side.stride_n = x[1], side.stride_l = x[2], side.stride_k = x[3];
-    side.offsets = in.address<const int64_t>();
-    const int64_t ragged_items = in.integer();
-    side.n = side.offsets ? ragged_items : items;
+    const bool ragged = in.tuple(x, 3);
+    side.offsets = pointer<const int64_t>(x[0]);
+    side.n = ragged ? x[1] : items;
+    side.separate = pointer<const maxsim_item>(x[2]);
     side.mask = in.address<const uint8_t>();
     in.tuple(x, 3);
     side.mask_stride_q = x[0], side.mask_stride_n = x[1], side.mask_stride_l = x[2];
 }
 
-/* The sides q and d, candidates, own, the shape of the scores, scores, argmax, normalize, empty_score. */
+/* The sides q and d, candidates, query numbers, own, the shape of the scores, scores, argmax, normalize, empty_score. */
 inline maxsim_args read_call(Arguments &in) {
     maxsim_args a{};
     read_side(in, a.q, &a.dim);
     read_side(in, a.d, &a.dim);
     a.candidates = in.address<const int64_t>();
+    int64_t x[2];
+    /* None, or their address and the longest query */
+    if (in.tuple(x, 2)) a.query_ids = pointer<const int64_t>(x[0]), a.q.l = x[1];
     a.own = static_cast<int32_t>(in.integer());
     int64_t shape[2];
     in.tuple(shape, 2), a.n_q = shape[0], a.n_c = shape[1];

@@ -12,8 +12,10 @@
  *     pairs               own = 1, n_c = 1
  *     ragged documents    d.offsets                   document c holds rows d.offsets[c] .. d.offsets[c + 1]
  *     rerank in place     d.offsets, candidates, own = 1   document candidates[a, c]; -1: none
+ *     separate documents  d.offsets, d.separate   each is at an address of its own
+ *     query numbers       candidates, query_ids   row a belongs to query query_ids[a]; n_q counts rows, q.n queries
  *
- * Ragged queries (q.offsets) combine with each of these.
+ * Ragged queries (q.offsets), separate or not, combine with each of these.
  */
 #ifndef LATEMAX_MAXSIM_H
 #define LATEMAX_MAXSIM_H
@@ -26,6 +28,13 @@ extern "C" {
 
 typedef enum { MAXSIM_F16 = 0, MAXSIM_BF16 = 1, MAXSIM_F32 = 2 } maxsim_dtype;
 
+/* One item of a side whose items are separate in memory. Its dims are contiguous, and so is its mask. */
+typedef struct {
+    const void *tokens;  /* [l_i, dim] */
+    const uint8_t *mask; /* as maxsim_side.mask */
+    int64_t stride_l;
+} maxsim_item;
+
 /* One side: the queries, or the documents. Strides count elements and may be 0 (an expanded view). */
 typedef struct {
     const void *tokens; /* [n, l, dim], own candidates [n_q, n, l, dim], or with offsets [total, dim] */
@@ -34,6 +43,9 @@ typedef struct {
     int64_t stride_n, stride_l, stride_k;
     /* Ragged items: int64 [n + 1], starting at 0, never falling, ending within the `total` rows. NULL: dense. */
     const int64_t *offsets;
+    /* [n], only with offsets, which then give lengths only; `tokens` and `mask` are not read. NULL: items are
+     * concatenated. The CPU forward pass takes it; the other kernels need NULL. */
+    const maxsim_item *separate;
     int64_t n;     /* items: queries; documents that a query can name */
     int64_t l;     /* tokens of an item; with offsets an upper bound */
     int64_t total; /* token rows of all items */
@@ -46,14 +58,18 @@ typedef struct {
     maxsim_side q, d; /* the CUDA kernels need one dtype for both */
     /* [n_q, n_c] contiguous document numbers, -1 for an empty slot, or NULL. Needs d.offsets. */
     const int64_t *candidates;
+    /* [n_q], from 0 to q.n - 1, or NULL: row a of candidates and outputs is of query a. Needs candidates; q.l is then the
+     * longest query also with q.offsets. The CPU forward pass takes it; the other kernels need NULL. */
+    const int64_t *query_ids;
     /* Nonzero: every query has its own documents, so that queries cannot share a tile. */
     int32_t own;
     int64_t n_q, n_c, dim;
 
     /* Outputs, contiguous. */
     float *scores;   /* [n_q, n_c] */
-    int32_t *argmax; /* [n_q, n_c, q.l], or with q.offsets [n_c, q.total]; NULL unless wanted. The index of the best token
-                      * in its document, the lowest on ties; -1 for a masked i or no valid j. */
+    int32_t *argmax; /* [n_q, n_c, q.l], or with q.offsets and no query_ids [n_c, q.total]; NULL unless wanted. The index of
+                      * the best token in its document, the lowest on ties; -1 for a masked i or no valid j, and after the
+                      * end of a query. */
 
     /* The score of a document without a valid token against a query with one. */
     double empty_score;

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +17,11 @@ from latemax.ops.dispatch import Choice
 
 __all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "warmup"]
 
+# an array is a tensor on the CPU
+Array = Tensor | np.ndarray
 # a dense or jagged tensor, or a list of [l_i, dim]
-Tokens = Tensor | Sequence[Tensor]
-Masks = Tensor | Sequence[Tensor | None] | None
+Tokens = Array | Sequence[Array]
+Masks = Array | Sequence[Array | None] | None
 # a tensor; with return_argmax (scores, argmax). Not the union of both, which every caller would have to narrow
 Scores = Any
 
@@ -41,11 +44,13 @@ def maxsim(
 
     Args:
         q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor
-            [n_q, l_i, dim]. The items of a list are concatenated, those of a nested tensor are used in place; nothing
-            is padded.
+            [n_q, l_i, dim]. Nothing is padded. The items of a list are scored where they are in CPU memory; they are
+            concatenated on a GPU, in float64, for a gradient, and where torch compiles, traces or transforms.
         d: document (image patch) tokens [l_d, dim], [n_d, l_d, dim], or own candidates of every query
             [n_q, k, l_d, dim]; or a list of n_d tensors [l_j, dim]; or a jagged nested tensor. float16, bfloat16,
-            float32 or float64, promoted together with q; both on one device.
+            float32 or float64, promoted together with q; both on one device. Every tensor on the CPU, also in a list,
+            may be a numpy array (bfloat16 by ``ml_dtypes``), whose memory is used as it is; only negative strides and
+            strides that are no multiple of an element's size are copied.
         q_mask: bool, int or float of shape ``q.shape[:-1]``; nonzero = keep. With a list or a nested tensor: a list of
             [l_i] or None.
         d_mask: likewise, of shape ``d.shape[:-1]``. Masked tokens influence nothing, whatever their values.
@@ -61,7 +66,8 @@ def maxsim(
         valid token scores 0.
 
     Raises:
-        TypeError: q, d or a mask is not a tensor, or has an unsupported dtype or layout; an option of another type.
+        TypeError: q, d or a mask is neither a tensor nor an array, or has an unsupported dtype, byte order or layout;
+            an option of another type.
         ValueError: shapes, devices or dims that do not match; an unknown backend.
         RuntimeError: the backend asked for cannot run here (the message says why).
 
@@ -113,12 +119,12 @@ def maxsim_pairs(
 
 
 def maxsim_varlen(
-    q: Tensor,
-    d: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_d: Tensor,
-    q_mask: Tensor | None = None,
-    d_mask: Tensor | None = None,
+    q: Array,
+    d: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_d: Array,
+    q_mask: Array | None = None,
+    d_mask: Array | None = None,
     *,
     normalize: bool = False,
     empty_score: float = -math.inf,
@@ -161,47 +167,55 @@ def maxsim_varlen(
 
 def rerank(
     q: Tokens,
-    tokens: Tensor,
-    offsets: Tensor,
-    candidates: Tensor,
+    tokens: Tokens,
+    offsets: Array | None,
+    candidates: Array,
     q_mask: Masks = None,
     *,
+    query_ids: Array | None = None,
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
     backend: str = "auto",
 ) -> Scores:
-    """Score every query against its own candidates, in place in a ragged corpus: nothing is gathered or copied.
+    """Score every query against its own candidates, in place in a ragged corpus: no document is gathered or copied.
 
     Args:
-        q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor.
-        tokens: the corpus [t_d, dim], documents concatenated; on the CPU it may be memory-mapped.
+        q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor;
+            or a tuple (tokens [t_q, dim], int32 or int64 offsets [n_q + 1]).
+        tokens: the corpus [t_d, dim], documents concatenated; on the CPU it may be memory-mapped. Or, with offsets
+            None, a list of n_d tensors [l_j, dim] or a jagged nested tensor.
         offsets: int32 or int64 [n_d + 1]: document b holds rows ``offsets[b]`` to ``offsets[b + 1]``.
         candidates: int32 or int64 [n_q, k] ([k] with a 2-D q): document numbers in any order, repeated or not; -1 is an
             empty slot and scores ``empty_score``.
-        q_mask: as ``maxsim``.
+        q_mask: as ``maxsim``; [t_q] with concatenated queries.
+        query_ids: int32 or int64 [n]: row r of candidates, which is [n, k] then, is scored against query
+            ``query_ids[r]``. A list of pairs has k = 1. The native CPU kernel reads each query in place; elsewhere, and
+            for a gradient, the tokens of the queries are gathered, [n, l_q, dim]. Ragged queries on a GPU cost a device
+            sync, but for a list.
         normalize, empty_score, backend: as ``maxsim``.
         return_argmax: also return the index of the best token in each document for each query token.
 
     Returns:
-        scores [n_q, k], or [k] with a 2-D q; with return_argmax also int32 [n_q, k, l_q], counted from the
-        document's first token. Dtypes as ``maxsim``. Differentiable once in q and tokens.
+        scores [n_q, k], or [k] with a 2-D q, or [n, k] with query_ids; with return_argmax also int32 [..., l_q],
+        counted from the document's first token. Dtypes and -1 as ``maxsim``. Differentiable once in q and tokens.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``maxsim``; offsets or candidates of another dtype or shape; on the CPU
-            also unsorted offsets and candidates that are no document. On a GPU reading them would need a device sync:
-            there an invalid candidate scores NaN.
+            also unsorted offsets, candidates that are no document and query_ids that are no query. On a GPU reading
+            them would need a device sync: there an invalid candidate, and a row of an invalid query, score NaN.
 
     Example:
         >>> first = (corpus_means @ q.mean(0)).topk(1000).indices
         >>> scores = rerank(q, tokens, offsets, first)  # [1000]
+        >>> pairs = rerank(queries, tokens, offsets, pages.unsqueeze(1), query_ids=asked)  # [n, 1]
     """
     empty_score = check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
     batch, finish = rerank_batch(
         q, tokens, offsets, candidates, q_mask, normalize=normalize, empty_score=empty_score,
-        return_argmax=return_argmax,
+        return_argmax=return_argmax, query_ids=query_ids,
     )  # fmt: skip
     return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
 

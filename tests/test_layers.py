@@ -33,6 +33,7 @@ STACK = (
 LEAVES = (
     "latemax._progress",
     "latemax.reference",
+    "latemax.arguments.arrays",
     "latemax.ops",
     "latemax.ops.problem",
     "latemax.ops.tiles",
@@ -42,11 +43,11 @@ LEAVES = (
     "latemax.store",
     "latemax.encoders",
 )
-# Imported by nobody but those named; each may import the stack and the leaves (compat: only `latemax`). One may name
-# another's types under TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
+# Imported by nobody but those named; each may import the stack and the leaves (compat: only `latemax` and the store).
+# One may name another's types under TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
 TOPS = {
     "latemax.analysis": ("latemax.demo", "latemax.cli"),
-    "latemax.viz": ("latemax.demo",),
+    "latemax.viz": ("latemax.demo", "latemax.cli"),
     "latemax.compat": (),
     "latemax.demo": ("latemax.cli",),
     "latemax.cli": (),
@@ -61,10 +62,12 @@ OPTIONAL = {
     "faiss",
     "lancedb",
     "matplotlib",
+    "mteb",
     "onnx",
     "open_clip",
     "pyarrow",
     "pylate",
+    "pypdfium2",
     "qdrant_client",
     "safetensors",
     "sentence_transformers",
@@ -74,6 +77,7 @@ OPTIONAL = {
     "torchvision",
     "tqdm",
     "transformers",
+    "vllm",
 }
 
 
@@ -135,6 +139,9 @@ def may_import(source: str, target: str, when: str) -> bool:
         by_type = source in TOPS and when == "typing"
         return source in TOPS[target] or by_type or (source == "latemax" and when != "file")
     if source in LEAVES and target in LEAVES:
+        # arrays are taken wherever tensors are
+        if target == "latemax.arguments.arrays":
+            return True
         in_ops = source.startswith("latemax.ops") and target.startswith("latemax.ops")
         return in_ops and LEAVES.index(target) < LEAVES.index(source)
     if source in LEAVES or source == "latemax.kernels":
@@ -142,7 +149,7 @@ def may_import(source: str, target: str, when: str) -> bool:
     if target == "latemax.kernels":
         return source == "latemax.ops.backends.triton_launch"
     if source == "latemax.compat":
-        return target == "latemax"
+        return target in ("latemax", "latemax.store")
     if target == "latemax.encoders":
         return source in TOPS or (source == "latemax" and when != "file")
     return source in TOPS or target in LEAVES or LEVEL[target] < LEVEL[source]

@@ -16,15 +16,13 @@ constexpr int64_t SHARE_BYTES = 64 << 10;
 
 Queries::Queries(const maxsim_args &args, const Level &level, bool bf16)
     : args_(args), level_(level), bf16_(bf16), steps_(bf16 ? (args.dim + 1) / 2 : args.dim) {
-    row_begin.resize(args.n_q + 1);
+    row_begin.resize(args.q.n + 1);
     token.reserve(args.q.total);
-    for (int64_t a = 0; a < args.n_q; ++a) {
-        const int64_t first = args.q.offsets ? args.q.offsets[a] : 0;
+    for (int64_t a = 0; a < args.q.n; ++a) {
         const int64_t length = query_length(args, a);
-        const uint8_t *mask = args.q.mask;
-        if (mask) mask += args.q.offsets ? first * args.q.mask_stride_l : a * args.q.mask_stride_n;
+        const Item query = item(args.q, 0, a);
         for (int64_t i = 0; i < length; ++i)
-            if (!mask || mask[i * args.q.mask_stride_l]) token.push_back(static_cast<int32_t>(i));
+            if (!query.mask || query.mask[i * query.mask_stride]) token.push_back(static_cast<int32_t>(i));
         row_begin[a + 1] = static_cast<int64_t>(token.size());
     }
 }
@@ -36,9 +34,12 @@ void Queries::add(int64_t query_first, int64_t query_end, int64_t row_first, int
 }
 
 void Queries::cut(bool each, int64_t wanted, bool split) {
-    const int64_t n_q = args_.n_q;
+    const int64_t n_q = args_.q.n;
     if (each) {
-        for (int64_t a = 0; a < n_q; ++a) add(a, a + 1, row_begin[a], row_begin[a + 1]);
+        /* a query that no row names is not packed */
+        std::vector<char> named(n_q, !args_.query_ids);
+        for (int64_t a = 0; args_.query_ids && a < args_.n_q; ++a) named[args_.query_ids[a]] = 1;
+        for (int64_t a = 0; a < n_q; ++a) add(a, a + 1, row_begin[a], row_begin[named[a] ? a + 1 : a]);
     } else if (split) {
         /* at least two vectors: a single one leaves registers unused and runs slower */
         const int64_t pair = 2 * level_.lanes;
@@ -94,9 +95,8 @@ void Queries::pack(int threads) {
 
 void Queries::pack_row(int64_t query, int64_t row, char *out, int64_t stride, float *wide) {
     const int64_t dim = args_.dim, step = args_.q.stride_k;
-    const int64_t at_token = token[row] * args_.q.stride_l +
-                             (args_.q.offsets ? args_.q.offsets[query] * args_.q.stride_l : query * args_.q.stride_n);
-    const char *x = at(args_.q.tokens, args_.q.dtype, at_token);
+    const Item from = item(args_.q, 0, query);
+    const char *x = from.tokens + token[row] * from.stride;
     const bool plain = bf16_ && !args_.normalize;
     if (plain) {
         for (int64_t k = 0; k < dim; ++k) std::memcpy(out + 4 * (k / 2) * stride + k % 2 * 2, x + 2 * k * step, 2);

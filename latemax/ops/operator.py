@@ -146,7 +146,7 @@ class _MaxSim(torch.autograd.Function):
         return (*dispatch.backward(b, ctx.plan, argmax, g, Needs(*ctx.needs_input_grad[:2])), None, None)
 
 
-def _no_mode() -> bool:
+def no_mode() -> bool:
     """No dispatch mode, no functorch transform and no ``torch.jit.trace`` is active."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
@@ -157,7 +157,7 @@ def _no_mode() -> bool:
 
 def _plain(*tensors: Tensor | None) -> bool:
     """Eager execution of ordinary tensors."""
-    return _no_mode() and all(x is None or type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+    return no_mode() and all(x is None or type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def _refuse_transforms(*tensors: Tensor) -> None:
@@ -187,7 +187,7 @@ def fast_path(q: Any, d: Any, normalize: bool, empty_score: float, backend: str)
         or backend not in ("auto", "cpu")
         or ((q.requires_grad or d.requires_grad) and torch.is_grad_enabled())
         or forward_ad._current_level >= 0
-        or not _no_mode()
+        or not no_mode()
     ):
         return None
     return native.score(q, d, normalize, empty_score)
@@ -199,10 +199,13 @@ def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | 
     train = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
     if not torch.compiler.is_compiling():
         _refuse_transforms(q, d)
-        if _plain(q, d, b.q.mask, b.d.mask):
-            if train:
-                return _MaxSim.apply(q, d, b, backend)
+        plain = _plain(q, d, b.q.mask, b.d.mask)
+        if plain and not train:
             return dispatch.forward(b, want_argmax, backend)[0]
+    b = b.joined()
+    if not torch.compiler.is_compiling():
+        if plain:
+            return _MaxSim.apply(b.q.tokens, b.d.tokens, b, backend)
         # below a vmap, a tensor may require a gradient although none here does
-        train = train or (torch.is_grad_enabled() and not _no_mode())
+        train = train or (torch.is_grad_enabled() and not no_mode())
     return torch.ops.latemax.maxsim(*_flat(b, want_argmax or train, backend))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latemax._progress import Bar
 from latemax.api import maxsim, rerank, score_corpus
-from latemax.arguments import check, ragged
+from latemax.arguments import arrays, check, ragged
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.merge import TopK, merge
@@ -28,7 +28,7 @@ def topk(
     k: int,
     q_mask: Any = None,
     *,
-    d_mask: Tensor | None = None,
+    d_mask: Tensor | np.ndarray | None = None,
     within: Within = None,
     normalize: bool = False,
     empty_score: float = -math.inf,
@@ -49,7 +49,7 @@ def topk(
     Args:
         q: query tokens [l_q, dim], [n_q, l_q, dim], a list of n_q tensors [l_i, dim], or a jagged nested tensor.
         corpus: [n_d, l_d, dim]; a list of [l_i, dim]; a jagged nested tensor; (tokens [t_d, dim], offsets [n_d + 1]);
-            or a `PatchStore`. On the CPU, or where the scoring runs.
+            or a `PatchStore`. On the CPU, or where the scoring runs. Arrays as in `maxsim`.
         k: how many, 1 <= k <= n_d, as in torch.topk.
         q_mask: as in `maxsim`. d_mask: [n_d, l_d], with a dense corpus only.
         within: the documents to rank, which alone are read: indices (an int64 tensor or array), a mask (a bool tensor
@@ -160,6 +160,7 @@ def _argmax(
 
 def on_device(q: Any, q_mask: Any, device: torch.device | str | None) -> tuple[Any, Any]:
     """q and its mask, checked, on the device that scores."""
+    q, q_mask = arrays.as_tensors("q", q), arrays.as_tensors("q_mask", q_mask)
     if not ragged.is_ragged(q):
         check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
     elif isinstance(q, (list, tuple)):

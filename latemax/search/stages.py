@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from latemax._progress import Bar
 from latemax.api import rerank
-from latemax.arguments import check
+from latemax.arguments import arrays, check
 from latemax.ops.problem import score_dtype
 from latemax.search import corpus as corpora
 from latemax.search import stream
@@ -22,7 +23,7 @@ from latemax.search.merge import TopK, best
 ENGINES = ("auto", "faiss", "torch")
 # A first stage: called with q [n_q, l_q, dim], its mask or None, and a number; or an object whose method ``first`` also
 # takes ``within``, the documents to choose from.
-First = Callable[[Tensor, Tensor | None, int], Tensor]
+First = Callable[[Tensor, Tensor | None, int], Tensor | np.ndarray]
 
 
 class MeanPool:
@@ -105,11 +106,11 @@ def pooled(corpus: corpora.Corpus, memory: int, progress: bool = False) -> Tenso
 
 
 def two_stage(
-    q: Tensor,
+    q: Tensor | np.ndarray,
     corpus: Any,
     k: int,
     first: First,
-    q_mask: Tensor | None = None,
+    q_mask: Tensor | np.ndarray | None = None,
     *,
     n_candidates: int = 1000,
     within: Within = None,
@@ -143,6 +144,7 @@ def two_stage(
     empty_score = check.check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
     )
+    q = arrays.as_tensor("q", q)
     check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
     q_mask = check.as_mask("q_mask", q_mask, "q", q)
     found = corpora.of(corpus)
@@ -192,6 +194,7 @@ def _candidates(
         came = first.first(q, q_mask, min(n, len(within)), within=within)
     else:
         came = first.first(q, q_mask, n) if hasattr(first, "first") else first(q, q_mask, n)
+    came = arrays.as_tensor("candidates", came)
     if not isinstance(came, Tensor) or came.dtype not in (torch.int32, torch.int64):
         what = came.dtype if isinstance(came, Tensor) else type(came).__name__
         raise TypeError(f"first must return an int32 or int64 tensor of candidates, got {what}")
@@ -218,11 +221,11 @@ class Recall(NamedTuple):
 
 
 def first_stage_recall(
-    q: Tensor,
+    q: Tensor | np.ndarray,
     corpus: Any,
     k: int,
     first: First,
-    q_mask: Tensor | None = None,
+    q_mask: Tensor | np.ndarray | None = None,
     *,
     n_candidates: int = 1000,
     within: Within = None,
@@ -237,6 +240,7 @@ def first_stage_recall(
     Raises:
         TypeError, ValueError: as `topk` and `two_stage`.
     """
+    q = arrays.as_tensor("q", q)
     check.check_tokens("q", q, (3,), "[n_q, l_q, dim]")
     exact = topk(q, corpus, k, q_mask, within=within, **options).indices.cpu()
     found = corpora.of(corpus)

@@ -1,6 +1,7 @@
 /* Runs csrc/cpu without Python: every level, form and dtype on one thread and on three, against plain loops in double.
  * For sanitizers (tests/test_sanitizers.py) and for processors that have no torch. Every buffer has exactly its size.
  */
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -141,12 +142,46 @@ struct Results {
     std::vector<char> grad_q, grad_d;
 };
 
-Results run(Case &c, const latemax::Level &level, int threads) {
-    maxsim_args args = c.args;
-    Results r{std::vector<float>(args.n_q * args.n_c, 7), std::vector<int32_t>(args.q.total * args.n_c, -99),
-              std::vector<char>(c.q.bytes.size(), 1), std::vector<char>(c.d.bytes.size(), 1)};
+Results forward(maxsim_args &args, const latemax::Level &level, int threads) {
+    Results r{std::vector<float>(args.n_q * args.n_c, 7), std::vector<int32_t>(args.q.total * args.n_c, -99), {}, {}};
     args.scores = r.scores.data(), args.argmax = r.argmax.data();
     latemax::forward(args, level, threads);
+    return r;
+}
+
+/* Rows that name queries, one of them none, score as those queries do, with argmax padded to the longest. */
+int numbered(const Case &c, const Results &one, const latemax::Level &level, int threads) {
+    const std::vector<int64_t> ids{2, 0, 2, 2};
+    maxsim_args args = c.args;
+    const int64_t n_c = args.n_c;
+    std::vector<int64_t> candidates;
+    for (int64_t id : ids) candidates.insert(candidates.end(), args.candidates + id * n_c, args.candidates + (id + 1) * n_c);
+    for (int64_t a = 0; !c.q_offsets.empty() && a < args.q.n; ++a) {
+        const int64_t length = c.q_offsets[a + 1] - c.q_offsets[a];
+        args.q.l = a ? std::max(args.q.l, length) : length;
+    }
+    args.n_q = ids.size(), args.query_ids = ids.data(), args.candidates = candidates.data();
+    std::vector<float> scores(ids.size() * n_c, 7);
+    std::vector<int32_t> argmax(scores.size() * args.q.l, -99);
+    args.scores = scores.data(), args.argmax = argmax.data();
+    latemax::forward(args, level, threads);
+    int wrong = 0;
+    for (size_t r = 0; r < scores.size(); ++r) {
+        const int64_t id = ids[r / n_c], slot = r % n_c, first = offset(c.q_offsets, id, args.q.l);
+        wrong += std::memcmp(&scores[r], &one.scores[id * n_c + slot], 4) != 0;
+        for (int64_t i = 0; i < args.q.l; ++i) {
+            const bool inside = first + i < offset(c.q_offsets, id + 1, args.q.l);
+            const int64_t at = c.q_offsets.empty() ? (id * n_c + slot) * args.q.l : slot * args.q.total + first;
+            wrong += argmax[r * args.q.l + i] != (inside ? one.argmax[at + i] : -1);
+        }
+    }
+    return wrong;
+}
+
+Results run(Case &c, const latemax::Level &level, int threads) {
+    maxsim_args args = c.args;
+    Results r = forward(args, level, threads);
+    r.grad_q.assign(c.q.bytes.size(), 1), r.grad_d.assign(c.d.bytes.size(), 1);
     std::vector<float> g(args.n_q * args.n_c);
     for (size_t i = 0; i < g.size(); ++i) g[i] = static_cast<float>(i % 7) - 3;
     latemax::backward(args, {g.data(), args.n_c, 1, r.grad_q.data(), r.grad_d.data()}, level, threads);
@@ -163,6 +198,32 @@ std::vector<int64_t> lengths(int64_t n, int64_t longest) {
     for (int64_t i = 0; i < n; ++i) cu.push_back(cu.back() + random_bits() % (longest + 1));
     return cu;
 }
+
+/* Copies the ragged items of a side to buffers of their own: rows of odd items have a gap after them, and an item that
+ * keeps all its tokens has no mask. */
+struct Separate {
+    std::vector<std::vector<char>> tokens;
+    std::vector<std::vector<uint8_t>> masks;
+    std::vector<maxsim_item> table;
+
+    Separate(const Tensor &t, const std::vector<int64_t> &cu, int64_t dim) {
+        const int64_t size = t.dtype == MAXSIM_F32 ? 4 : 2;
+        for (size_t n = 0; n + 1 < cu.size(); ++n) {
+            const int64_t length = cu[n + 1] - cu[n], stride = dim + (n % 2 ? 3 : 0);
+            tokens.emplace_back(length ? ((length - 1) * stride + dim) * size : 0);
+            for (int64_t r = 0; r < length; ++r)
+                std::memcpy(tokens[n].data() + r * stride * size, t.bytes.data() + (cu[n] + r) * dim * size, dim * size);
+            masks.emplace_back();
+            bool all = true;
+            for (int64_t r = cu[n]; r < cu[n + 1] && !t.mask.empty(); ++r) masks[n].push_back(t.mask[r]), all &= t.mask[r];
+            table.push_back({tokens[n].data(), all ? nullptr : masks[n].data(), stride});
+        }
+    }
+    void give(maxsim_side &side) const {
+        if (table.empty()) return;
+        side.tokens = nullptr, side.mask = nullptr, side.separate = table.data();
+    }
+};
 
 /* form: bit 0 ragged queries; the rest 0 dense, 1 own, 2 ragged, 3 candidates */
 int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normalize, const latemax::Level &level) {
@@ -196,6 +257,15 @@ int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normali
     const Results one = run(c, level, 1), three = run(c, level, 3);
     int wrong = !same(one.scores, three.scores) + !same(one.argmax, three.argmax) + !same(one.grad_q, three.grad_q) +
                 !same(one.grad_d, three.grad_d);
+    const Separate queries(c.q, c.q_offsets, a.dim), items(c.d, c.d_offsets, a.dim);
+    for (int sides = 1; sides < 4; ++sides) {
+        maxsim_args args = a;
+        if (sides & 1) queries.give(args.q);
+        if (sides & 2) items.give(args.d);
+        const Results apart = forward(args, level, sides);
+        wrong += !same(one.scores, apart.scores) + !same(one.argmax, apart.argmax);
+    }
+    for (int threads = 1; documents == 3 && threads < 4; threads += 2) wrong += numbered(c, one, level, threads);
     /* products of bfloat16 instructions take a denormal for 0 */
     const double tolerance = values == DENORMAL ? 1e-30 : 2e-3;
     for (int64_t q = 0; q < a.n_q; ++q)

@@ -47,6 +47,23 @@ def plan(p: Problem, by_name: bool = False) -> Plan:
     return Plan(name, f"{why}: {status().reason}", launch=len(levels()) - 1)
 
 
+# torch's C interface to addresses and shapes
+_exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+def read_items(items: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """``pointers.item_table`` of tensors [l_i, dim] with contiguous dims and of one dtype, in a tenth of the time.
+
+    Returns None for any other tensor, for none, and where the extension or torch cannot do this.
+    """
+    if _cpu is None or _exchange is None or True in map(Tensor.is_neg, items):
+        return None
+    table = torch.empty(len(items), 3, dtype=torch.int64, device="cpu")
+    offsets = torch.empty(len(items) + 1, dtype=torch.int64, device="cpu")
+    known = _cpu.read_items(_exchange, items, table.data_ptr(), offsets.data_ptr())
+    return (table, offsets) if known else None
+
+
 def score(q: Tensor, d: Tensor, normalize: bool, empty_score: float) -> Tensor | None:
     """Fast path: dense tensors [l_q, dim] or [n_q, l_q, dim] and [l_d, dim] or [n_d, l_d, dim], no masks, no argmax.
 
@@ -70,8 +87,8 @@ def score(q: Tensor, d: Tensor, normalize: bool, empty_score: float) -> Tensor |
     shape = (n_q, n_d) if q_dim == d_dim == 3 else (n_q,) if q_dim == 3 else (n_d,) if d_dim == 3 else ()
     scores = q.new_empty(shape, dtype=torch.float32)
     _cpu.forward(
-        len(levels()) - 1, torch.get_num_threads(), q_dtype, q_at, q_shape, q.stride(), 0, 0, 0, None, d_dtype, d_at,
-        d_shape, d.stride(), 0, 0, 0, None, 0, False, (n_q, n_d), scores.data_ptr(), 0, normalize, empty_score,
+        len(levels()) - 1, torch.get_num_threads(), q_dtype, q_at, q_shape, q.stride(), None, 0, None, d_dtype, d_at,
+        d_shape, d.stride(), None, 0, None, 0, None, False, (n_q, n_d), scores.data_ptr(), 0, normalize, empty_score,
     )  # fmt: skip
     return scores
 

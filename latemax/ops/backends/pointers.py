@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import importlib
 from typing import Any
@@ -35,17 +36,35 @@ def address(x: Tensor | None) -> int:
 
 def side(s: Side) -> tuple:
     tokens, mask, offsets = s.tokens, s.mask, s.offsets
+    items = None
+    if offsets is not None:
+        items = address(offsets), len(offsets) - 1, 0 if s.separate is None else s.separate.table.data_ptr()
     return (
-        DTYPES[tokens.dtype], address(tokens), tokens.shape, tokens.stride(), address(offsets),
-        0 if offsets is None else len(offsets) - 1, address(mask), None if mask is None else mask.stride(),
+        DTYPES[tokens.dtype], address(tokens), tokens.shape, tokens.stride(), items, address(mask),
+        None if mask is None else mask.stride(),
     )  # fmt: skip
+
+
+def item_table(items: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(table [n, 3], offsets [n + 1]) of items [l_i, dim] with contiguous dims; no masks yet."""
+    rows, ends = array.array("q"), array.array("q", [0])
+    for x in items:
+        rows.extend((address(x), 0, x.stride(0)))
+        ends.append(ends[-1] + x.shape[0])
+    table, offsets = (torch.frombuffer(numbers, dtype=torch.int64) for numbers in (rows, ends))
+    return table.view(-1, 3), offsets
+
+
+def set_masks(table: Tensor, masks: list[Tensor | None]) -> None:
+    """Adds to an item table the address of each contiguous mask."""
+    table[:, 1] = torch.frombuffer(array.array("q", map(address, masks)), dtype=torch.int64)
 
 
 def call(b: Batch, shape: tuple[int, ...], scores: Tensor | None, argmax: Tensor | None) -> tuple:
     """The positional arguments that ``read_call`` of csrc/binding.h reads. shape: [n_q, n_d]."""
     return (
-        *side(b.q), *side(b.d), address(b.candidates), b.own, shape, address(scores), address(argmax), b.normalize,
-        b.empty_score,
+        *side(b.q), *side(b.d), address(b.candidates), None if b.query_ids is None else (address(b.query_ids), b.l_q),
+        b.own, shape, address(scores), address(argmax), b.normalize, b.empty_score,
     )  # fmt: skip
 
 

@@ -1,0 +1,79 @@
+/* Reads a Python list of tensors into a table of items: where each is, and the offsets that give their lengths.
+ *
+ * Asking a tensor for its address, shape, strides, dtype and device takes 0.6 us in Python and 0.05 us through the C
+ * interface that torch.Tensor offers in a capsule (DLPack 1.3). Declared here is only what is read of it.
+ */
+#pragma once
+
+#include "binding.h"
+
+namespace latemax {
+namespace dlpack {
+
+struct Tensor {
+    void *data;
+    int32_t device_type, device_id;
+    int32_t ndim;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+
+struct Exchange {
+    uint32_t major, minor;
+    void *previous;
+    void *allocate, *managed_from_object, *managed_to_object;
+    int (*tensor_from_object)(void *object, Tensor *out); /* may be NULL */
+    void *stream;
+};
+
+constexpr int32_t CPU = 1;
+constexpr uint8_t FLOAT = 2, BFLOAT = 4;
+
+}  // namespace dlpack
+
+/* Which maxsim_dtype the elements have, or -1. */
+inline int item_dtype(const dlpack::Tensor &x) {
+    if (x.lanes != 1) return -1;
+    if (x.code == dlpack::BFLOAT) return x.bits == 16 ? MAXSIM_BF16 : -1;
+    if (x.code != dlpack::FLOAT) return -1;
+    return x.bits == 16 ? MAXSIM_F16 : x.bits == 32 ? MAXSIM_F32 : -1;
+}
+
+/* The exchange interface in its capsule, a list of torch.Tensor, the table [n], the offsets [n + 1]. Returns whether all
+ * items are [l_i, dim] on the CPU with contiguous dims and one dtype that the kernels take. If not, the caller looks at
+ * each itself, to say what is wrong. */
+inline PyObject *read_items(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (n != 4) return PyErr_Format(PyExc_TypeError, "expected 4 arguments, got %zd", n);
+    const auto *api = static_cast<const dlpack::Exchange *>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
+    if (!api) return nullptr;
+    Arguments in(args + 2, n - 2);
+    maxsim_item *table = in.address<maxsim_item>();
+    int64_t *offsets = in.address<int64_t>();
+    if (!in.ok()) return nullptr;
+    const Py_ssize_t items = PyList_Size(args[1]);
+    if (items < 0) return nullptr;
+    if (api->major != 1 || !api->tensor_from_object || !items) Py_RETURN_FALSE;
+    int64_t dim = 0;
+    int dtype = -1;
+    offsets[0] = 0;
+    for (Py_ssize_t i = 0; i < items; ++i) {
+        PyObject *object = PyList_GetItem(args[1], i);
+        dlpack::Tensor x;
+        if (api->tensor_from_object(object, &x)) {
+            /* a sparse or nested tensor, or another dtype */
+            PyErr_Clear();
+            Py_RETURN_FALSE;
+        }
+        if (x.device_type != dlpack::CPU || x.ndim != 2) Py_RETURN_FALSE;
+        if (!i) dim = x.shape[1], dtype = item_dtype(x);
+        const bool same = dtype >= 0 && item_dtype(x) == dtype && x.shape[1] == dim;
+        if (!same || (x.strides[1] != 1 && dim != 1) || (!x.data && x.shape[0])) Py_RETURN_FALSE;
+        table[i] = {static_cast<const char *>(x.data) + x.byte_offset, nullptr, x.strides[0]};
+        offsets[i + 1] = offsets[i] + x.shape[0];
+    }
+    Py_RETURN_TRUE;
+}
+
+}  // namespace latemax
