@@ -202,15 +202,16 @@ __device__ inline void add_up(const Batch &batch, const Tables &t, const Finish 
             offset = static_cast<uint32_t>((e.query * a.q.stride_n + e.token * a.q.stride_l) / 8);
             weight = batch.b.g.scores[e.query * batch.b.g.stride_q + e.candidate * batch.b.g.stride_c];
         }
-        gather<T>(sums, static_cast<const uint16_t *>(a.q.tokens), counts, offset, weight, dim, a.normalize, [&](int i) {
-            const int next = ptx::shuffle(argmax, i);
-            if (next == token) return;
+        const int before = ptx::shuffle(argmax, (lane - 1) & 31);
+        const uint32_t starts = ptx::ballot(counts && argmax != (lane ? before : token));
+        const auto *first_row = static_cast<const uint16_t *>(a.q.tokens);
+        gather<T>(sums, first_row, counts, offset, weight, starts, dim, a.normalize, [&](int i) {
             if (token >= 0) {
                 // a run that an earlier warp started is left to it
                 if (t.starts[token] < from) sums.put(t.heads + warp * dim, dim);
                 else finish(token, sums);
             }
-            token = next;
+            token = ptx::shuffle(argmax, i);
             sums.clear();
         });
     }

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(GATHER_THREADS, C <= 8 ? 4 : 2) grad_q(const _
         uint32_t offset = 0;
         const bool counts = best >= 0 && row_of(a, query, c, best, offset);
         const float weight = counts ? b.g.scores[query * b.g.stride_q + c * b.g.stride_c] : 0.0f;
-        gather<T>(sums, static_cast<const uint16_t *>(a.d.tokens), counts, offset, weight, dim, a.normalize, [](int) {});
+        gather<T>(sums, static_cast<const uint16_t *>(a.d.tokens), counts, offset, weight, 0, dim, a.normalize, [](int) {});
     }
     if (b.splits == 1) write_query<T>(b, row, sums);
     else sums.put(b.g.parts + (split * a.n_q * a.q.l + row) * dim, dim);

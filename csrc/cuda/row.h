@@ -125,17 +125,17 @@ struct Sums {
 };
 
 /* Rows of 32 entries, summed in order. Each lane has decoded one: whether it counts, where its row is (in units of 8 elements;
- * some row that exists, if it does not count) and its weight. `next` is called before each that counts.
+ * some row that exists, if it does not count) and its weight. `next` is called before each whose bit is set in `starts`.
  *
  * 2 KB of rows are in flight in a warp: 20 warps of a multiprocessor have 40 KB, more than twice what L2 needs at 24 bytes
  * a clock and 600 clocks. */
 template <class T, int C, class Next>
-__device__ inline void gather(Sums<C> &sums, const uint16_t *first_row, bool counts, uint32_t offset, float weight, int dim,
-                              bool normalize, const Next &next) {
+__device__ inline void gather(Sums<C> &sums, const uint16_t *first_row, bool counts, uint32_t offset, float weight, uint32_t starts,
+                              int dim, bool normalize, const Next &next) {
     constexpr int AT_ONCE = 32 / C;
     const typename Row<C>::Bases bases(first_row, dim);
     uint32_t left = ptx::ballot(counts);
-    for (int first = 0; left; first += AT_ONCE, left >>= AT_ONCE) {
+    for (int first = 0; left; first += AT_ONCE, left >>= AT_ONCE, starts >>= AT_ONCE) {
         Row<C> rows[AT_ONCE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) rows[i].load(bases, ptx::shuffle(offset, first + i));
@@ -149,7 +149,7 @@ __device__ inline void gather(Sums<C> &sums, const uint16_t *first_row, bool cou
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             if (!(left >> i & 1)) continue;
-            next(first + i);
+            if (starts >> i & 1) next(first + i);
             sums.template add<T>(rows[i], ptx::shuffle(weight, first + i));
         }
     }
