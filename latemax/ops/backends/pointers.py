@@ -55,7 +55,7 @@ def item_table(items: list[Tensor]) -> tuple[Tensor, Tensor]:
     return table.view(-1, 3), offsets
 
 
-def set_masks(table: Tensor, masks: list[Tensor | None]) -> None:
+def set_masks(table: Tensor, masks: list[Tensor]) -> None:
     """Adds to an item table the address of each contiguous mask."""
     table[:, 1] = torch.frombuffer(array.array("q", map(address, masks)), dtype=torch.int64)
 
