@@ -102,6 +102,12 @@ def test_no_spills_and_the_right_instructions(kernels):
         # sm_80: 128 threads, two blocks per multiprocessor; sm_90a: 384 threads, one block
         assert row["registers"] <= (168 if hopper else 255), row
     assert {row["arch"] for row in kernels if row["kernel"] == "inverse_norms"} == {"sm_80", "sm_90"}
+    gradients = [row for row in kernels if row["kernel"] in ("grad_d", "grad_q", "sum_splits")]
+    assert len(gradients) == 2 * 2 * 4 * 3  # architectures, dtypes, numbers of dims, kernels
+    for row in gradients:
+        # blocks of 320 and 256 threads: two and four on a multiprocessor, one and two where a warp holds more than 256 dims
+        few = row["instance"] in ("128 dims", "256 dims")
+        assert row["registers"] <= ({"grad_d": 96} if few else {"grad_d": 200}).get(row["kernel"], 64 if few else 128), row
 
 
 @needs_nvcc
