@@ -129,6 +129,15 @@ def test_a_gradient_stays_with_its_own_tokens(device):
     assert grad_d[hit].isnan().all() and grad_d[~hit].isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4, 8), (2, 0, 3, 4, 8), (2, 2, 0, 4, 8), (2, 2, 3, 0, 8)], ids=str)
+def test_nothing_to_sum(device, shape):
+    n_q, n_d, l_q, _, _ = shape
+    q, d = problem(shape, dtype=torch.bfloat16)
+    argmax = torch.full((n_q, n_d, l_q), -1, dtype=torch.int32)
+    for grad in run(gradient(n_q, n_d), q, d.expand(n_q, *d.shape), argmax):
+        assert (grad == 0).all()
+
+
 def test_strided_tokens_and_gradients(device):
     device(1)
     q, d = problem((4, 3, 6, 30, 32), dtype=torch.float16)

@@ -24,7 +24,7 @@ DEVICE = "cuda"  # the emulator in the tests runs on the CPU
 DTYPES = (torch.float16, torch.bfloat16)
 ARCHITECTURES = "sm_90a (wgmma), sm_80 and PTX for later chips (mma.sync)"
 
-MOST_GRADIENT_DIMS = 1024
+MOST_GRADIENT_DIMS = 1024  # as in csrc/cuda/backward.h
 # Where auto leaves the gradient to Triton. Its one-hot products take l_d / 64 / 32 blocks of 235 issue slots (128 dims,
 # sm_90) for a query token and a document; the CUDA kernel reads the query token from L2, 256 bytes at 24 a clock and
 # multiprocessor: 0.115 l_d clocks and 10.7, both in proportion to dim. Equal at 93 tokens. The gradient of rerank is
@@ -161,14 +161,16 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
         return triton.backward(b, plan, argmax, g, needs)
     b = b._replace(q=_side(b.q), d=_side(b.d))
     q, d = b.q.tokens, b.d.tokens
-    if not g.numel() or not b.q.length or not b.d.length:
-        return Gradients(*(torch.zeros_like(x) if needed else None for x, needed in zip((q, d), needs, strict=True)))
+    empty = not g.numel() or not b.q.length or not b.d.length
+    allocate = torch.zeros_like if empty else torch.empty_like
     grads = Gradients(
         *(
-            torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
+            allocate(x, memory_format=torch.contiguous_format) if needed else None
             for x, needed in zip((q, d), needs, strict=True)
         )
     )
+    if empty:
+        return grads
     g = g.resolve_neg()
     device = q.device.index or 0
     with pointers.on(q.device):
