@@ -106,6 +106,12 @@ def test_no_spills_and_the_right_instructions(kernels):
         # sm_80: 128 threads, two blocks per multiprocessor; sm_90a: 384 threads, one block
         assert row["registers"] <= (168 if hopper else 255), row
     assert {row["arch"] for row in kernels if row["kernel"] == "inverse_norms"} == {"sm_80", "sm_90"}
+    gradients = [row for row in kernels if row["kernel"] in ("grad_d", "grad_q", "sum_splits")]
+    assert len(gradients) == 2 * 2 * 4 * 3  # architectures, dtypes, numbers of dims, kernels
+    for row in gradients:
+        # blocks of 320 and 256 threads: two and four on a multiprocessor, one and two with more than 256 dims
+        most = (96, 64) if row["instance"] in ("128 dims", "256 dims") else (200, 128)
+        assert row["registers"] <= most[row["kernel"] != "grad_d"], row
 
 
 @needs_nvcc

@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks import harness, sass, shapes
 from benchmarks.tables import Table, markdown
 
+GRADIENT = re.compile(r"latemax\d+(grad_d|grad_q|sum_splits)INS_\d(B?F16)ELi(\d+)E")
 MULTIPROCESSORS, SHARED_MEMORY = 132, 232448  # of an H100 and an H200
 # sm_90 instructions of the pipe that maxima, comparisons and selections share, 16 lanes a clock in each quarter
 ALU = re.compile(r"(FMNMX|FSETP|FSEL|SEL|ISETP|IADD3|LOP3|SHF|LEA|VIADD|PLOP3|VIMNMX)$")
@@ -46,13 +47,17 @@ def kernels(library: pathlib.Path) -> list[dict]:
 
 def describe(mangled: str) -> dict[str, Any]:
     """Kernel, dtype, instance and argmax of a mangled name. An instance is the query tokens of a warpgroup and, where
-    they stay in registers, the dims."""
+    they stay in registers, the dims; of a gradient the dims that its warps hold."""
     found = FORWARD.search(mangled)
     if found:
         arch, dtype, rows, steps, argmax = found.groups()
         instance = f"{rows} tokens" if steps is None else f"{64 * int(rows)} tokens"
         instance += f", {16 * int(steps)} dims" if int(steps or 0) else ""
         return dict(kernel=f"forward_{arch}", dtype=dtype.lower(), instance=instance, argmax=argmax == "1")
+    found = GRADIENT.search(mangled)
+    if found:
+        kernel, dtype, elements = found.groups()
+        return dict(kernel=kernel, dtype=dtype.lower(), instance=f"{32 * int(elements)} dims", argmax=False)
     name = re.search(r"\d+(inverse_norms|lengths|units|pieces|sum_parts)", mangled)[1]
     dtype = re.search(r"INS_\d(B?F16)E", mangled)
     argmax = "piecesILb1E" in mangled

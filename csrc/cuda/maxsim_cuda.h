@@ -21,6 +21,24 @@ struct Workspace {
  * device; 80 or 90 select that architecture's kernel. Of ragged queries q.l is not read. */
 int64_t scratch_bytes(const maxsim_args &args, int device, int capability);
 
+/* What a backward is given next to a.q, a.d, a.candidates, a.own, a.argmax and a.normalize, and what it fills. */
+struct Gradient {
+    const float *scores; /* gradient of the scores [n_q, n_c], any strides, in elements */
+    int64_t stride_q, stride_c;
+    /* With candidates and d: the numbers query * n_c + candidate of all pairs in the order of their documents, equal ones in
+     * their own, and where those of each document start, [d.n + 1]. */
+    const int64_t *pairs, *pair_starts;
+    void *q, *d;  /* contiguous gradients in the dtype of the tokens, every row written; NULL unless wanted */
+    float *parts; /* [splits, n_q * q.l, dim], with q and more than one split */
+};
+
+/* Launches the backward from the recorded argmax. Queries of one length, dim a multiple of 8 up to 1024, rows of tokens at
+ * multiples of 16 bytes. */
+void backward(const maxsim_args &args, const Gradient &gradient, int device, void *stream);
+
+/* Into how many parts the sums of `rows` query tokens over n_c documents are cut. */
+int splits(int64_t rows, int64_t n_c, int device);
+
 /* Launches the forward on a stream of a device. */
 void forward(const maxsim_args &args, void *scratch, int device, void *stream, int capability);
 

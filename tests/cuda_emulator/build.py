@@ -62,7 +62,7 @@ def built():
 def program(source: Path) -> Path:
     """A program over the kernels, without Python."""
     folder = Path(built()[0].__spec__.origin).parent
-    objects = [folder / f"{name}.o" for name in ("forward", "shared", "sm80", "sm90", "emulator")]
+    objects = [folder / f"{name}.o" for name in ("forward", "backward", "shared", "sm80", "sm90", "emulator")]
     out = folder / source.stem
     subprocess.run(
         ["g++", *FLAGS, f"-I{HERE}", f"-I{CSRC}", str(source), *map(str, objects), "-o", str(out)], check=True

@@ -377,6 +377,20 @@ float widen(uint16_t x, bool bf16) {
     return value;
 }
 
+/* Rounds to nearest, ties to even. */
+uint16_t narrow(float x, bool bf16) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (bf16) return x != x ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    const uint16_t sign = bits >> 16 & 0x8000;
+    const float size = fabsf(x);
+    if (x != x) return 0x7fff;
+    if (size >= 65520) return sign | 0x7c00;
+    if (size < 6.103515625e-5f) return sign | static_cast<uint16_t>(nearbyintf(ldexpf(size, 24)));
+    bits = (bits & 0x7fffffff) - (112u << 23);
+    return sign | static_cast<uint16_t>((bits + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+
 struct Fragments {
     float *c;
     const uint32_t *a;
