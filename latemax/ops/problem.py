@@ -37,7 +37,7 @@ class Side(NamedTuple):
     @property
     def items(self) -> int:
         """How many queries, or documents that one query can name."""
-        return self.tokens.shape[-3] if self.offsets is None else len(self.offsets) - 1
+        return self.tokens.shape[-3] if self.offsets is None else self.offsets.shape[0] - 1
 
     @property
     def length(self) -> int:
@@ -89,7 +89,7 @@ class Batch(NamedTuple):
     @property
     def n_q(self) -> int:
         """Rows of the scores: the queries, or with query_ids the rows that name one."""
-        return self.q.items if self.query_ids is None else len(self.query_ids)
+        return self.q.items if self.query_ids is None else self.query_ids.shape[0]
 
     @property
     def l_q(self) -> int:
