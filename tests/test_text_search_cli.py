@@ -90,6 +90,27 @@ def test_an_image_query_of_the_same_model(clip, photos, tmp_path, capsys):
     assert "Picture of the query" in (tmp_path / "o").read_text(encoding="utf-8")
 
 
+def test_an_adapter_of_the_space_of_text(clip, photos, tmp_path, capsys):
+    """Images through the adapted tower, texts through the model's own."""
+    from latemax import PatchEncoder, TextEncoder, add_lora
+
+    torch.manual_seed(0)
+    encoder = PatchEncoder.from_pretrained(clip, projection="text")
+    lora = add_lora(encoder, rank=2)
+    for parameter in lora.parameters():
+        torch.nn.init.normal_(parameter)
+    lora.save(tmp_path / "lora.safetensors")
+    options = ["--adapter", tmp_path / "lora.safetensors", "--dtype", "float32", "--json"]
+    run(capsys, "index", photos, "--model", clip, "-o", tmp_path / "store", *options)
+    assert PatchStore(tmp_path / "store").space == "text"
+    found = run(capsys, "search", tmp_path / "store", "--text", "a dog", "--json")["results"][0]
+    with torch.no_grad():
+        pages = encoder.encode([photos / f"{i}.png" for i in range(3)])
+    expected = maxsim(TextEncoder.from_pretrained(clip).encode(["a dog"]).tokens[0], pages.tokens)
+    scores = torch.tensor([row["score"] for row in sorted(found, key=lambda row: row["index"])])
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+
+
 def test_another_space_is_refused_with_both_names(photos, clip, tmp_path, capsys):
     with StoreWriter(tmp_path / "store", meta={"model": "some/vit", "size": None, "space": "patches"}) as writer:
         writer.add(torch.ones(2, 4, dtype=torch.float16), "a")
