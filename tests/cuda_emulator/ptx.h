@@ -119,17 +119,6 @@ inline bool warp_any(bool x) {
     return x;
 }
 
-template <class T>
-inline T shuffle(T x, int lane) {
-    Shuffle<T> mine{x, x, lane};
-    emulator::meet("indexed shuffle", emulator::thread() / 32 * 32, 32, &mine, [](void **all) {
-        for (int i = 0; i < 32; ++i) {
-            auto &lane = *static_cast<Shuffle<T> *>(all[i]);
-            lane.result = static_cast<Shuffle<T> *>(all[lane.mask & 31])->value;
-        }
-    });
-    return mine.result;
-}
 inline uint32_t ballot(bool x) {
     uint32_t mine = x;
     emulator::meet("ballot", emulator::thread() / 32 * 32, 32, &mine, [](void **all) {

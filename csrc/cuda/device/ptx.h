@@ -51,11 +51,6 @@ __device__ inline T shuffle(T x, int lane) {
 /* The first lane's value, which tells the compiler that the warp agrees. */
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 __device__ inline bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
-/* Another lane's value. */
-template <class T>
-__device__ inline T shuffle(T x, int lane) {
-    return __shfl_sync(0xffffffffu, x, lane);
-}
 /* The lanes that say yes, and those that hold the same value, one bit each. */
 __device__ inline uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 __device__ inline uint32_t match(int x) { return __match_any_sync(0xffffffffu, x); }
