@@ -121,15 +121,15 @@ def device_of(x: Any) -> torch.device | None:
 
 
 def to_device(x: Any, device: torch.device) -> Any:
-    if x is None:
-        return None
+    if x is None or device_of(x) == device:
+        return x
     return x.to(device) if isinstance(x, Tensor) else [item.to(device) for item in x]
 
 
 def with_zero_rows(items: Sequence[Tensor], longest: int | None = None) -> list[Tensor]:
     """A zero row after every item shorter than the longest: one row scores what a host's whole padding would."""
-    longest = max((len(item) for item in items), default=0) if longest is None else longest
-    return [item if len(item) >= longest else torch.cat([item, item.new_zeros(1, item.shape[1])]) for item in items]
+    longest = max((item.shape[0] for item in items), default=0) if longest is None else longest
+    return [item if item.shape[0] >= longest else torch.cat([item, item.new_zeros(1, item.shape[1])]) for item in items]
 
 
 def score_blocks(
