@@ -82,7 +82,7 @@ $(HOSTS_STAMP): requirements/hosts.txt | $(DEV_STAMP)
 
 # latemax.compat next to the functions of the hosts, and their losses with and without it.
 test-hosts: $(HOSTS_STAMP) $(VISION_STAMP)
-	LATEMAX_HOSTS=$(HOSTS) PYTHONPATH=$(VISION_LIBS) $(PY) -m pytest -n $(JOBS) tests/test_hosts.py
+	LATEMAX_HOSTS=$(HOSTS) LATEMAX_HOST_CASES=200 PYTHONPATH=$(VISION_LIBS) $(PY) -m pytest -n $(JOBS) tests/test_hosts.py
 
 # Any machine: CPU rows on a CPU, CUDA rows and peers (if installed) on a GPU.
 bench: $(DEV_STAMP)

@@ -17,7 +17,17 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 # Files of 25 to 80 s start first: one that started last would run while the other workers have nothing to do.
-LONGEST = ["cuda_emulated", "sanitizers", "cuda_build", "varlen", "store_model", "forward", "masks", "backward", "edges"]
+LONGEST = [
+    "cuda_emulated",
+    "sanitizers",
+    "cuda_build",
+    "varlen",
+    "store_model",
+    "forward",
+    "masks",
+    "backward",
+    "edges",
+]
 
 
 def pytest_collection_modifyitems(items):

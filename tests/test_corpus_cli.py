@@ -63,7 +63,7 @@ def test_index_then_search_finds_the_image(model, images, tmp_path, capsys):
     store = PatchStore(out)
     names = ("a.png", "b.jpg", "c.png", "more/d.PNG")
     assert store.ids == [str(images / name) for name in names] and store.meta == {
-        "model": model, "size": None, "space": "patches"
+        "model": model, "size": None, "model_id": model, "space": "patches"
     }  # fmt: skip
     assert store.grid(0) == (4, 4) and store.document_meta(0)["file"] == os.path.realpath(images / "a.png")
     assert store.dtype == torch.float16 and store[0].shape == (16, 32)

@@ -57,7 +57,8 @@ def test_words_find_images(kind, photos, tmp_path, capsys, request):
     done = run(capsys, "index", photos, "--model", model, "-o", tmp_path / "store", "--dtype", "float32", "--json")
     assert done["indexed"] == 3
     store, retriever = PatchStore(tmp_path / "store"), Retriever.from_pretrained(model)
-    assert store.meta == {"model": model, "size": None, "space": retriever.space}
+    assert store.meta == {"model": model, "size": None, "model_id": model, "space": retriever.space}
+    assert (store.model_id, store.space) == (retriever.model_id, retriever.space)
     argv = ["search", tmp_path / "store", "--text", "a dog on a sofa", "--html", out, "--patches", "--json"]
     found = run(capsys, *argv)
     assert found["query"] == "a dog on a sofa"

@@ -78,10 +78,10 @@ def index(
         raise ValueError(f"no image ({', '.join(SUFFIXES)}) in {', '.join(map(printable, paths))}")
     encoder, stored = None, stored_meta(store)
     if stored is None:
-        encoder = load_model(model, adapter, None, device)
-        meta["space"] = encoder.space
-    elif "space" in stored:
-        meta["space"] = stored["space"]
+        encoder = load_model(meta["model"], adapter, None, device)
+        meta |= {"model_id": meta["model"], "space": encoder.space}
+    else:
+        meta |= {key: stored[key] for key in ("model_id", "space") if key in stored}
     with open_store(store, dtype, meta) as writer:
         known = documents_of(store)
         folders, here = [os.path.realpath(path) for path in paths], {image.place for image in found.images}
@@ -103,7 +103,8 @@ def index(
                 counts["already"] += 1
         if todo:
             if encoder is None:
-                encoder = load_model(model, adapter, meta.get("space", "patches" if adapter is None else None), device)
+                space = meta.get("space", "patches" if adapter is None else None)
+                encoder = load_model(meta["model"], adapter, space, device)
             check_encoder(encoder, size, writer)
             bar, opener = Bar(len(todo), "indexing "), Opener()
             for start in range(0, len(todo), batch_size):

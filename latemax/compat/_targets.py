@@ -13,6 +13,7 @@ class Target(NamedTuple):
     ours: str
     method: bool = False  # called with self, which the replacement does not take
     attributes: tuple[str, ...] = ()  # of self, passed by name
+    takes_self: bool = False  # the replacement takes self, by position
 
 
 class Host(NamedTuple):
@@ -35,6 +36,15 @@ HOSTS: dict[str, Host] = {
         "colpali-engine",
         (
             *_same("colpali_engine.utils.maxsim", "maxsim_inbatch", "maxsim_kd"),
+            *(
+                Target(
+                    "colpali_engine.loss.late_interaction_losses",
+                    f"{loss}.forward",
+                    "explicit_negatives_loss",
+                    takes_self=True,
+                )
+                for loss in ("ColbertNegativeCELoss", "ColbertPairwiseNegativeCELoss")
+            ),
             Target(
                 "colpali_engine.utils.processing_utils",
                 "BaseVisualRetrieverProcessor.score_multi_vector",

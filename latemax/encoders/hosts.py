@@ -83,7 +83,7 @@ class TransformersHost(Host):
 
     @staticmethod
     def matches(model: Any) -> bool:
-        """Whether ``model`` gives ``embeddings`` of its own: the classes of the table in docs/retrievers.md."""
+        """Whether ``model`` is a class of transformers whose output has ``embeddings``."""
         return type(model).__name__.endswith("ForRetrieval") and hasattr(vars(model).get("config"), "model_type")
 
     def images(self, images: list[Image]) -> Encoded:

@@ -101,7 +101,7 @@ class PatchStore(Sequence):
 
     @property
     def space(self) -> str | None:
-        """What the tokens may be compared with, ``meta["space"]``, as `latemax.PatchEncoder.space`; None likewise."""
+        """What the tokens may be compared with, ``meta["space"]``, as `PatchEncoder.space`; None likewise."""
         return self.meta.get("space")
 
     @property
