@@ -1,21 +1,39 @@
 #!/usr/bin/env bash
-# The whole GPU pass in three runs of under nine minutes each; results go to the folder named second.
+# The whole GPU pass in four runs of under nine minutes each; results go to the folder named second. Each is useful if the
+# next never runs.
+#   benchmarks/gpu_pass.sh driver OUT   the CUDA kernels without torch: every case, memcheck and synccheck on some
 #   benchmarks/gpu_pass.sh tests OUT    the operator suite on the GPU, sanitizers on small shapes
 #   benchmarks/gpu_pass.sh tune OUT     tiles measured and written, then the tests that depend on them
 #   benchmarks/gpu_pass.sh bench OUT    latemax and every peer at every shape, JSON
 # TINY=1 rehearses each on any machine with small shapes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-step=${1:?tests, tune or bench}
+step=${1:?driver, tests, tune or bench}
 out=${2:?a folder for the results}
 mkdir -p "$out"
 tiny=${TINY:-}
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 
 case $step in
+driver)
+    # DRIVER: the program, built where a toolkit is (the command is at the top of tests/native/cuda_driver.cpp)
+    driver=${DRIVER:-build/cuda_driver}
+    capability=${CAPABILITY:-0}
+    status=0
+    timeout 240 "$driver" "$capability" 10 2>&1 | tee "$out/driver.log" || status=1
+    if command -v compute-sanitizer > /dev/null; then
+        for tool in memcheck synccheck; do
+            for case in ${CASES:-0 17 60 101 170 230}; do
+                timeout 30 compute-sanitizer --tool "$tool" --error-exitcode 1 "$driver" "$capability" case "$case" 2>&1 |
+                    tail -3 | tee -a "$out/driver-$tool.log" || status=1
+            done
+        done
+    fi
+    exit $status
+    ;;
 tests)
     select=(tests/test_forward.py tests/test_backward.py tests/test_masks.py tests/test_nan_inf.py tests/test_edges.py
-        tests/test_ragged.py tests/test_determinism.py tests/test_random.py tests/test_compile.py tests/test_gpu.py)
+        tests/test_ragged.py tests/test_varlen.py tests/test_determinism.py tests/test_random.py tests/test_compile.py tests/test_gpu.py)
     [ -z "$tiny" ] || select=(tests/test_nan_inf.py tests/test_gpu.py)
     # a failure does not keep the sanitizers from running; it is the exit status at the end
     status=0
@@ -44,7 +62,7 @@ bench)
         tee "$out/bench.log"
     ;;
 *)
-    echo "unknown step: $step (tests, tune or bench)" >&2
+    echo "unknown step: $step (driver, tests, tune or bench)" >&2
     exit 2
     ;;
 esac

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -49,6 +49,20 @@ class GroundingMap:
         return flat.unflatten(-1, (rows, cols))
 
 
+@overload
+def grounding_map(
+    q: Tensor, d: Tensor, grid: tuple[int, int],
+    *, q_mask: Tensor | None = ..., d_mask: Tensor | None = ..., normalize: bool = ..., axes: str = ...,
+) -> GroundingMap: ...  # fmt: skip
+
+
+@overload
+def grounding_map(
+    q: Tensor, d: TopK, grid: PatchStore,
+    *, q_mask: Tensor | None = ..., d_mask: Tensor | None = ..., normalize: bool = ..., axes: str = ...,
+) -> list[GroundingMap]: ...  # fmt: skip
+
+
 def grounding_map(
     q: Tensor,
     d: Tensor | TopK,
@@ -90,6 +104,8 @@ def grounding_map(
     """
     if isinstance(d, TopK):
         return _of_ranking(q, d, grid, q_mask=q_mask, d_mask=d_mask, normalize=normalize, axes=axes)
+    if isinstance(grid, PatchStore):
+        raise TypeError("grid must be (rows, cols) with patch tokens; a store goes with a TopK")
     rows, cols = grid
     if q.dim() != 2:
         raise ValueError(f"q must be one query [l_q, dim], got shape {list(q.shape)}")
@@ -112,9 +128,7 @@ def grounding_map(
     return GroundingMap(cells, score, argmax, contribution, (rows, cols), axes)
 
 
-def _of_ranking(
-    q: Tensor, found: TopK, store: PatchStore, *, d_mask: Tensor | None, **options: Any
-) -> list[GroundingMap]:
+def _of_ranking(q: Tensor, found: TopK, store: object, *, d_mask: Tensor | None, **options: Any) -> list[GroundingMap]:
     if not isinstance(store, PatchStore):
         raise TypeError(f"grid must be the PatchStore that d was found in, got {type(store).__name__}")
     if found.indices.dim() != 1:
