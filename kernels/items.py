@@ -29,6 +29,8 @@ class Build(NamedTuple):
     D_MASKED: Any
     NORM: Any  # one of the NORM_ constants
     ARGMAX: Any
+    WEIGHTED: Any
+    MEAN: Any  # sums are divided by the number of valid query tokens
     PRECISION: Any  # of products of float32
     COMPUTE: Any  # dtype of the operands of products
     ACC: Any  # dtype of similarities, maxima and sums

@@ -19,6 +19,7 @@ __all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "warm
 # a dense or jagged tensor, or a list of [l_i, dim]
 Tokens = Tensor | Sequence[Tensor]
 Masks = Tensor | Sequence[Tensor | None] | None
+Weights = Tensor | Sequence[Tensor] | None
 # a tensor; with return_argmax (scores, argmax). Not the union of both, which every caller would have to narrow
 Scores = Any
 
@@ -32,12 +33,14 @@ def maxsim(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
     backend: str = "auto",
 ) -> Scores:
-    """Late interaction: ``score = Σ_{i valid} max_{j valid} <q_i, d_j>``.
+    """Late interaction: ``score = Σ_{i valid} w_i max_{j valid} <q_i, d_j>``, with all w_i = 1 by default.
 
     The formula is ColBERT's (Khattab and Zaharia, SIGIR 2020, eq. 3). The [l_q, l_d] similarities are never written to
-    memory. Differentiable once in q and d; the gradient of every maximum goes to its recorded argmax.
+    memory. Differentiable once in q, d and q_weights; the gradient of every maximum goes to its recorded argmax.
 
     Args:
         q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor
@@ -52,17 +55,21 @@ def maxsim(
         normalize: score unit vectors: every token divided by ``max(‖token‖₂, 1e-12)``, in float32.
         empty_score: the score of a document without a valid token.
         return_argmax: also return the index of the best document token for each query token.
+        q_weights: the factors w, float of any sign and of shape ``q.shape[:-1]``; with a list or a nested tensor a list
+            of [l_i]. Computed with in the dtype of the scores. Those of masked tokens influence nothing.
+        reduce: "sum", or "mean": the sum divided by the number of valid query tokens, whatever their weights.
         backend: "auto", "triton", "cuda", "cpu" or "reference". There is no silent fallback: see ``explain``.
 
     Returns:
         scores, float32 (float64 if the promoted dtype is): [n_q, n_d], or [n_q, k] for own candidates; the axis of a
         2-D side is dropped. With return_argmax also int32 [..., l_q]: ties go to the lowest index; -1 for masked query
         tokens, for documents without a valid token and after the end of a list's shorter queries. A query without a
-        valid token scores 0.
+        valid token scores 0. Weights and the mean do not apply to ``empty_score``.
 
     Raises:
-        TypeError: q, d or a mask is not a tensor, or has an unsupported dtype or layout; an option of another type.
-        ValueError: shapes, devices or dims that do not match; an unknown backend.
+        TypeError: q, d, a mask or weights that are no tensor, or of an unsupported dtype or layout; an option of
+            another type.
+        ValueError: shapes, devices or dims that do not match; an unknown backend or reduction.
         RuntimeError: the backend asked for cannot run here (the message says why).
 
     Example:
@@ -70,15 +77,16 @@ def maxsim(
         >>> best = scores.topk(5).indices
     """
     empty_score = check_options(
-        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
-    if q_mask is None and d_mask is None and not return_argmax:
+    if q_mask is None and d_mask is None and not return_argmax and q_weights is None and reduce == "sum":
         scores = operator.fast_path(q, d, normalize, empty_score, backend)
         if scores is not None:
             return scores
     batch, finish = batch_of(
-        q, d, q_mask, d_mask, normalize=normalize, empty_score=empty_score, return_argmax=return_argmax
-    )
+        q, d, q_mask, d_mask, normalize=normalize, empty_score=empty_score, return_argmax=return_argmax,
+        q_weights=q_weights, reduce=reduce,
+    )  # fmt: skip
     return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
 
 
@@ -91,6 +99,8 @@ def maxsim_pairs(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
     backend: str = "auto",
 ) -> Scores:
     """Row b of q against row b of d only: the diagonal of ``maxsim``, without the b × b product.
@@ -98,17 +108,18 @@ def maxsim_pairs(
     Args:
         q: [b, l_q, dim], or a list of b tensors [l_i, dim], or a jagged nested tensor.
         d: [b, l_d, dim], or a list of b tensors [l_j, dim], or a jagged nested tensor.
-        q_mask, d_mask, normalize, empty_score, return_argmax, backend: as ``maxsim``.
+        q_mask, d_mask, normalize, empty_score, return_argmax, q_weights, reduce, backend: as ``maxsim``.
 
     Returns:
         scores [b]; with return_argmax also int32 [b, l_q]. Dtypes and errors as ``maxsim``.
     """
     empty_score = check_options(
-        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
     batch, finish = batch_of(
-        q, d, q_mask, d_mask, pairs=True, normalize=normalize, empty_score=empty_score, return_argmax=return_argmax
-    )
+        q, d, q_mask, d_mask, pairs=True, normalize=normalize, empty_score=empty_score, return_argmax=return_argmax,
+        q_weights=q_weights, reduce=reduce,
+    )  # fmt: skip
     return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
 
 
@@ -123,11 +134,13 @@ def maxsim_varlen(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
     backend: str = "auto",
 ) -> Scores:
     """``maxsim`` of ragged queries and documents, concatenated in FlashAttention's convention.
 
-    Nothing is padded: the cost follows the real tokens. Differentiable once in q and d.
+    Nothing is padded: the cost follows the real tokens. Differentiable once in q, d and q_weights.
 
     Args:
         q: query tokens [t_q, dim]. Query a holds rows ``cu_seqlens_q[a]`` to ``cu_seqlens_q[a + 1]``.
@@ -136,8 +149,9 @@ def maxsim_varlen(
             belong to no query. An empty query scores 0, an empty document ``empty_score``.
         cu_seqlens_d: likewise [n_d + 1].
         q_mask: bool, int or float [t_q]; nonzero = keep. d_mask: [t_d].
-        normalize, empty_score, backend: as ``maxsim``.
+        normalize, empty_score, reduce, backend: as ``maxsim``.
         return_argmax: also return the index of the best token in each document for each query token.
+        q_weights: float [t_q], as in ``maxsim``.
 
     Returns:
         scores [n_q, n_d], float32 (float64 if the promoted dtype is). With return_argmax also int32 [t_q, n_d], counted
@@ -152,9 +166,12 @@ def maxsim_varlen(
         >>> scores = maxsim_varlen(q, d, torch.tensor([0, 12, 40]), torch.tensor([0, 196, 452, 1476]))  # [2, 3]
     """
     empty_score = check_options(
-        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
-    batch = varlen_batch(q, d, cu_seqlens_q, cu_seqlens_d, q_mask, d_mask, normalize=normalize, empty_score=empty_score)
+    batch = varlen_batch(
+        q, d, cu_seqlens_q, cu_seqlens_d, q_mask, d_mask, normalize=normalize, empty_score=empty_score,
+        q_weights=q_weights, reduce=reduce,
+    )  # fmt: skip
     scores, argmax = operator.maxsim(batch, return_argmax, backend)
     return (scores, argmax.T) if return_argmax and argmax is not None else scores
 
@@ -169,6 +186,8 @@ def rerank(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
     backend: str = "auto",
 ) -> Scores:
     """Score every query against its own candidates, in place in a ragged corpus: nothing is gathered or copied.
@@ -180,13 +199,12 @@ def rerank(
         offsets: int32 or int64 [n_d + 1]: document b holds rows ``offsets[b]`` to ``offsets[b + 1]``.
         candidates: int32 or int64 [n_q, k] ([k] with a 2-D q): document numbers in any order, repeated or not; -1 is an
             empty slot and scores ``empty_score``.
-        q_mask: as ``maxsim``.
-        normalize, empty_score, backend: as ``maxsim``.
+        q_mask, normalize, empty_score, q_weights, reduce, backend: as ``maxsim``.
         return_argmax: also return the index of the best token in each document for each query token.
 
     Returns:
         scores [n_q, k], or [k] with a 2-D q; with return_argmax also int32 [n_q, k, l_q], counted from the
-        document's first token. Dtypes as ``maxsim``. Differentiable once in q and tokens.
+        document's first token. Dtypes as ``maxsim``. Differentiable once in q, tokens and q_weights.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``maxsim``; offsets or candidates of another dtype or shape; on the CPU
@@ -198,11 +216,11 @@ def rerank(
         >>> scores = rerank(q, tokens, offsets, first)  # [1000]
     """
     empty_score = check_options(
-        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
     batch, finish = rerank_batch(
         q, tokens, offsets, candidates, q_mask, normalize=normalize, empty_score=empty_score,
-        return_argmax=return_argmax,
+        return_argmax=return_argmax, q_weights=q_weights, reduce=reduce,
     )  # fmt: skip
     return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
 
@@ -215,6 +233,8 @@ def explain(
     *,
     normalize: bool = False,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
     backend: str = "auto",
 ) -> Choice:
     """Which backend and tile ``maxsim`` would run for these arguments, and why. Runs nothing.
@@ -226,9 +246,9 @@ def explain(
     Raises:
         As ``maxsim``.
     """
-    check_options(normalize=normalize, empty_score=0.0, return_argmax=return_argmax, backend=backend)
-    batch, _ = batch_of(q, d, q_mask, d_mask, normalize=normalize)
-    train = torch.is_grad_enabled() and (batch.q.tokens.requires_grad or batch.d.tokens.requires_grad)
+    check_options(normalize=normalize, empty_score=0.0, return_argmax=return_argmax, backend=backend, reduce=reduce)
+    batch, _ = batch_of(q, d, q_mask, d_mask, normalize=normalize, q_weights=q_weights, reduce=reduce)
+    train = torch.is_grad_enabled() and operator.needs_gradient(batch)
     return dispatch.explain(batch, backend, argmax=return_argmax or train)
 
 
@@ -245,6 +265,8 @@ def warmup(
     layout: str = "dense",
     normalize: bool = False,
     return_argmax: bool = False,
+    q_weighted: bool = False,
+    reduce: str = "sum",
     train: bool = False,
     backend: str = "auto",
 ) -> Choice:
@@ -254,10 +276,12 @@ def warmup(
     Args:
         dim, l_q, n_q: as in q [n_q, l_q, dim]; of layout "varlen" l_q is the mean length.
         dtype: of q and d. device: where to compile and run one tiny problem.
-        q_masked, d_masked: whether calls will pass q_mask, d_mask. own: whether d will be [n_q, k, l_d, dim].
+        q_masked, d_masked, q_weighted: whether calls will pass q_mask, d_mask, q_weights.
+        own: whether d will be [n_q, k, l_d, dim].
         layout: "dense" for ``maxsim`` and ``maxsim_pairs`` of tensors, "varlen" for ``maxsim_varlen`` and for lists on
             both sides, "rerank" for ``rerank``.
-        normalize, return_argmax, backend: as the calls will pass. train: also the backward kernels of both sides.
+        normalize, return_argmax, reduce, backend: as the calls will pass.
+        train: also the backward kernels of both sides.
 
     Returns:
         The choice, as ``explain`` returns it.
@@ -279,13 +303,15 @@ def warmup(
     slots = torch.zeros(n_q, 1, dtype=torch.int64, device=device)
     q_mask = q.new_ones(q.shape[:-1], dtype=torch.bool) if q_masked else None
     d_mask = d.new_ones(d.shape[:-1], dtype=torch.bool) if d_masked else None
+    q_weights = q.new_ones(q.shape[:-1]) if q_weighted else None
+    options: dict[str, Any] = dict(normalize=normalize, q_weights=q_weights, reduce=reduce)
     with torch.set_grad_enabled(train):
         if layout == "dense":
-            batch, _ = batch_of(q, d, q_mask, d_mask, normalize=normalize)
+            batch, _ = batch_of(q, d, q_mask, d_mask, **options)
         elif layout == "varlen":
-            batch = varlen_batch(q, d, q_offsets, d_offsets, q_mask, d_mask, normalize=normalize)
+            batch = varlen_batch(q, d, q_offsets, d_offsets, q_mask, d_mask, **options)
         else:
-            batch, _ = rerank_batch(q, d, d_offsets, slots, q_mask, normalize=normalize)
+            batch, _ = rerank_batch(q, d, d_offsets, slots, q_mask, **options)
         scores, _ = operator.maxsim(batch, return_argmax, backend)
         if train:
             scores.sum().backward()
@@ -296,8 +322,10 @@ def warmup(
 
 def score_corpus(
     q: Tokens, tokens: Tensor, offsets: Tensor, q_mask: Masks = None, *, normalize: bool = False,
-    empty_score: float = -math.inf, backend: str = "auto",
+    empty_score: float = -math.inf, q_weights: Weights = None, reduce: str = "sum", backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """``maxsim`` of q, in any form, against ragged documents. Their offsets, int64 [n_d + 1], are known to be right."""
-    batch, finish = corpus_batch(q, tokens, offsets, q_mask, normalize=normalize, empty_score=empty_score)
+    batch, finish = corpus_batch(
+        q, tokens, offsets, q_mask, normalize=normalize, empty_score=empty_score, q_weights=q_weights, reduce=reduce
+    )
     return finish(operator.maxsim(batch, False, backend), False)

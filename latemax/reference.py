@@ -17,6 +17,7 @@ __all__ = ["maxsim"]
 
 Tokens = Tensor | Sequence[Tensor]
 Mask = Tensor | Sequence[Tensor | None] | None
+Weights = Tensor | Sequence[Tensor] | None
 Scores = Tensor | tuple[Tensor, Tensor]
 
 
@@ -29,8 +30,10 @@ def maxsim(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
 ) -> Scores:
-    """Score queries against documents: ``score = Σ_{i valid} max_{j valid} <q_i, d_j>``.
+    """Score queries against documents: ``score = Σ_{i valid} w_i max_{j valid} <q_i, d_j>``.
 
     The formula is ColBERT's late interaction (Khattab and Zaharia, SIGIR 2020, eq. 3). Inputs are not checked: a wrong
     shape raises whatever torch raises.
@@ -44,6 +47,8 @@ def maxsim(
         normalize: divide every token by ``max(‖token‖₂, 1e-12)`` first, as ``torch.nn.functional.normalize`` does.
         empty_score: the score of a document without a valid token.
         return_argmax: also return the index of the best document token of each query token.
+        q_weights: the factors ``w``, float ``q.shape[:-1]``; for a list of queries a list of ``[l_i]``. None is 1.
+        reduce: "sum", or "mean", which divides the sum by the number of valid query tokens.
 
     Returns:
         Scores ``[n_q, n_d]`` or ``[n_q, k]``, without the axis of a 2-D side; float64 if the promoted dtype of ``q``
@@ -55,10 +60,11 @@ def maxsim(
         tensor(2.)
     """
     if not (isinstance(q, Tensor) and isinstance(d, Tensor)):
-        return _lists(q, d, q_mask, d_mask, normalize, empty_score, return_argmax)
+        return _lists(q, d, q_mask, d_mask, normalize, empty_score, return_argmax, q_weights, reduce)
     masks = cast("tuple[Tensor | None, Tensor | None]", (q_mask, d_mask))
+    weights = cast("Tensor | None", q_weights)
     with torch.autocast(q.device.type, enabled=False):
-        return _dense(q, d, *masks, normalize, empty_score, return_argmax)
+        return _dense(q, d, *masks, normalize, empty_score, return_argmax, weights, reduce)
 
 
 def _dense(
@@ -69,6 +75,8 @@ def _dense(
     normalize: bool,
     empty_score: float,
     return_argmax: bool,
+    weights: Tensor | None,
+    reduce: str,
 ) -> Scores:
     dtype = torch.float64 if torch.promote_types(q.dtype, d.dtype) == torch.float64 else torch.float32
     one_query, one_document, own = q.dim() == 2, d.dim() == 2, d.dim() == 4
@@ -97,7 +105,13 @@ def _dense(
     value = sims.gather(-1, torch.where(found, index, 0).unsqueeze(-1)).squeeze(-1)
 
     counted = q_keep.unsqueeze(1) & found
-    scores = torch.where(counted, value, 0.0).sum(-1)
+    value = torch.where(counted, value, 0.0)
+    if weights is not None:
+        weights = torch.where(q_keep, weights.to(dtype), 0.0)
+        value = torch.where(counted, value * weights.unsqueeze(1), 0.0)
+    scores = value.sum(-1)
+    if reduce == "mean":
+        scores = scores / q_keep.sum(-1, keepdim=True).clamp(min=1)
     empty = ~valid.any(-1).squeeze(-1) & q_keep.any(-1, keepdim=True)  # [n_q, n_d]
     scores = torch.where(empty, empty_score, scores)
     argmax = torch.where(counted, index, -1).to(torch.int32)
@@ -109,7 +123,15 @@ def _dense(
 
 
 def _lists(
-    q: Tokens, d: Tokens, q_mask: Mask, d_mask: Mask, normalize: bool, empty_score: float, return_argmax: bool
+    q: Tokens,
+    d: Tokens,
+    q_mask: Mask,
+    d_mask: Mask,
+    normalize: bool,
+    empty_score: float,
+    return_argmax: bool,
+    q_weights: Weights,
+    reduce: str,
 ) -> Scores:
     """A list on either side: scores each pair separately, so that padding cannot be a source of error."""
 
@@ -120,14 +142,16 @@ def _lists(
 
     queries, q_masks, one_query = items(q, q_mask)
     documents, d_masks, one_document = items(d, d_mask)
+    _, weights, _ = items(q, q_weights)
     l_q = max([len(query) for query in queries], default=1)
     rows = []
-    for query, qm in zip(queries, q_masks, strict=True):
+    for query, qm, weight in zip(queries, q_masks, weights, strict=True):
         cells = []
         for document, dm in zip(documents, d_masks, strict=True):
             score, argmax = maxsim(
-                query, document, qm, dm, normalize=normalize, empty_score=empty_score, return_argmax=True
-            )
+                query, document, qm, dm, normalize=normalize, empty_score=empty_score, return_argmax=True,
+                q_weights=weight, reduce=reduce,
+            )  # fmt: skip
             cells.append((score, F.pad(argmax, (0, l_q - len(query)), value=-1)))
         rows.append(cells)
     either = (list(queries) + list(documents))[0]

@@ -48,6 +48,11 @@ inline int32_t *argmax_row(const maxsim_args &args, int64_t a, int64_t c) {
     return args.argmax + (args.q.offsets ? c * args.q.total + args.q.offsets[a] : (a * args.n_c + c) * args.q.l);
 }
 
+/* The number of query a's first token across all queries. */
+inline int64_t query_begin(const maxsim_args &args, int64_t a) {
+    return args.q.offsets ? args.q.offsets[a] : a * args.q.l;
+}
+
 inline int64_t query_length(const maxsim_args &args, int64_t a) {
     return args.q.offsets ? args.q.offsets[a + 1] - args.q.offsets[a] : args.q.l;
 }

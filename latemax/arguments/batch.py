@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latemax.arguments import ragged
-from latemax.arguments.check import as_candidates, as_mask, as_offsets, check_together, check_tokens
+from latemax.arguments.check import as_candidates, as_mask, as_offsets, as_weights, check_together, check_tokens
 from latemax.ops.problem import Batch, Side
 
 
@@ -51,6 +51,8 @@ def batch_of(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Any = None,
+    reduce: str = "sum",
 ) -> tuple[Batch, Finish]:
     """``maxsim`` and, with ``pairs``, ``maxsim_pairs``: row b of q meets only row b of d."""
     queries = documents = candidates = None
@@ -82,7 +84,9 @@ def batch_of(
             documents = _with_axis(documents, 1 if pairs else 0)
     elif pairs:
         candidates = torch.arange(documents.items, device=documents.tokens.device).unsqueeze(1)
-    batch = Batch(queries, documents, candidates, normalize, empty_score)
+    batch = Batch(queries, documents, candidates, normalize, empty_score, reduce == "mean")
+    if q_weights is not None:
+        batch = _weighted(batch, q, q_weights)
     if q_dims > 2 and d_dims > 2 and not pairs and queries.offsets is None:
         return batch, AS_IT_IS
     return batch, Finish(q_dims == 2, d_dims == 2 or pairs, queries.offsets, longest)
@@ -90,7 +94,7 @@ def batch_of(
 
 def varlen_batch(
     q: Any, d: Any, cu_seqlens_q: Any, cu_seqlens_d: Any, q_mask: Any, d_mask: Any, *, normalize: bool = False,
-    empty_score: float = -math.inf,
+    empty_score: float = -math.inf, q_weights: Any = None, reduce: str = "sum",
 ) -> Batch:  # fmt: skip
     """``maxsim_varlen``: both sides concatenated by the caller."""
     check_tokens("q", q, (2,), "[t_q, dim]")
@@ -100,23 +104,27 @@ def varlen_batch(
     d_offsets = as_offsets("cu_seqlens_d", cu_seqlens_d, "n_d", "d", d)
     queries = Side(q, as_mask("q_mask", q_mask, "q", q), q_offsets)
     documents = Side(d, as_mask("d_mask", d_mask, "d", d), d_offsets)
-    return Batch(queries, documents, None, normalize, empty_score)
+    batch = Batch(queries, documents, None, normalize, empty_score, reduce == "mean")
+    return batch if q_weights is None else _weighted(batch, q, q_weights)
 
 
 def corpus_batch(
-    q: Any, tokens: Tensor, offsets: Tensor, q_mask: Any, *, normalize: bool, empty_score: float
-) -> tuple[Batch, Finish]:
+    q: Any, tokens: Tensor, offsets: Tensor, q_mask: Any, *, normalize: bool, empty_score: float, q_weights: Any,
+    reduce: str,
+) -> tuple[Batch, Finish]:  # fmt: skip
     """q, in any of its forms, against every document of a corpus whose offsets are known to be right."""
     queries, longest = _queries(q, q_mask, tokens, "d", False)
+    documents = Side(tokens, None, offsets.to(tokens.device))
+    batch = Batch(queries, documents, None, normalize, empty_score, reduce == "mean")
     return (
-        Batch(queries, Side(tokens, None, offsets.to(tokens.device)), None, normalize, empty_score),
+        batch if q_weights is None else _weighted(batch, q, q_weights),
         Finish(not ragged.is_ragged(q) and q.dim() == 2, False, queries.offsets, longest),
     )
 
 
 def rerank_batch(
     q: Any, tokens: Any, offsets: Any, candidates: Any, q_mask: Any, *, normalize: bool = False,
-    empty_score: float = -math.inf, return_argmax: bool = False,
+    empty_score: float = -math.inf, return_argmax: bool = False, q_weights: Any = None, reduce: str = "sum",
 ) -> tuple[Batch, Finish]:  # fmt: skip
     """``rerank``: the candidates of every query, where they are in a ragged corpus or a list."""
     documents = None
@@ -141,8 +149,20 @@ def rerank_batch(
         raise ValueError(
             f"candidates must be [n_q, k] with the n_q of q, {queries.items}; got shape {list(candidates.shape)}"
         )
-    batch = Batch(queries, documents, candidates, normalize, empty_score)
+    batch = Batch(queries, documents, candidates, normalize, empty_score, reduce == "mean")
+    if q_weights is not None:
+        batch = _weighted(batch, q, q_weights)
     return batch, Finish(one_query, False, queries.offsets, longest)
+
+
+def _weighted(b: Batch, q: Any, q_weights: Any) -> Batch:
+    """With the weights of the caller's q."""
+    tokens, dtype = b.q.tokens, b.score_dtype
+    if ragged.is_ragged(q):
+        weights = ragged.as_weights("q_weights", q_weights, "q", q, tokens, dtype)
+    else:
+        weights = as_weights("q_weights", q_weights, "q", q, dtype).view(tokens.shape[:-1])
+    return b._replace(q=b.q._replace(weights=weights))
 
 
 def _queries(q: Any, q_mask: Any, d: Tensor, d_name: str, return_argmax: bool) -> tuple[Side, int]:

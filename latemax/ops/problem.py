@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,6 +31,8 @@ class Side(NamedTuple):
     offsets: Tensor | None = None  # int64 [n + 1] contiguous: ragged items, concatenated in tokens
     # ragged items that are not concatenated: tokens is NaN, expanded, and says only shape [t, dim], dtype and device
     separate: Separate | None = None
+    # [n, l] or with offsets [t], contiguous, in the dtype of the scores: factors of the maxima; queries only
+    weights: Tensor | None = None
 
     @property
     def items(self) -> int:
@@ -46,7 +49,21 @@ class Side(NamedTuple):
         if self.separate is None:
             return self
         items, masks, _ = self.separate
-        return Side(torch.cat(items), None if masks is None else join_masks(items, masks), self.offsets)
+        mask = None if masks is None else join_masks(items, masks)
+        return Side(torch.cat(items), mask, self.offsets, weights=self.weights)
+
+    def valid(self) -> Tensor:
+        """How many tokens of every item the mask keeps, int64 [n].
+
+        Offsets on a GPU are not checked: they are clamped to the tokens, as the kernels clamp them.
+        """
+        mask, offsets, length = self.mask, self.offsets, self.length
+        if offsets is None:
+            return self.tokens.new_full((self.items,), length, dtype=torch.int64) if mask is None else mask.sum(-1)
+        ends = offsets.clamp(0, length)
+        if mask is not None:
+            ends = F.pad(mask.cumsum(0), (1, 0))[ends]
+        return ends.diff().clamp_(min=0)
 
 
 def join_masks(items: list[Tensor], masks: list[Tensor | None]) -> Tensor:
@@ -64,6 +81,7 @@ class Batch(NamedTuple):
     candidates: Tensor | None = None
     normalize: bool = False
     empty_score: float = -math.inf
+    mean: bool = False  # scores are divided by the number of valid query tokens
 
     @property
     def own(self) -> bool:
@@ -104,17 +122,19 @@ class Outputs(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which sides need a gradient."""
+    """What needs a gradient."""
 
     q: bool
     d: bool
+    weights: bool = False
 
 
 class Gradients(NamedTuple):
-    """In the shapes and dtypes of q and d; None for a side that needs none."""
+    """In the shapes and dtypes of the tokens of q and d and of the weights; None for what needs none."""
 
     q: Tensor | None
     d: Tensor | None
+    weights: Tensor | None = None
 
 
 class Problem(NamedTuple):
@@ -132,6 +152,8 @@ class Problem(NamedTuple):
     candidates: bool  # they are named by number and scored in place
     normalize: bool
     argmax: bool
+    weighted: bool = False
+    mean: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,7 +177,7 @@ def problem_of(b: Batch, *, argmax: bool) -> Problem:
         l_q = max(1, -(-l_q // max(1, n_q)))
     return Problem(
         q.device, q.dtype, d.dtype, torch.get_float32_matmul_precision(), q.shape[-1], n_q, l_q, q_ragged,
-        b.own, b.candidates is not None, b.normalize, argmax,
+        b.own, b.candidates is not None, b.normalize, argmax, b.q.weights is not None, b.mean,
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def call(b: Batch, shape: tuple[int, ...], scores: Tensor | None, argmax: Tensor
     """The positional arguments that ``read_call`` of csrc/binding.h reads. shape: [n_q, n_d]."""
     return (
         *side(b.q), *side(b.d), address(b.candidates), b.own, shape, address(scores), address(argmax), b.normalize,
-        b.empty_score,
+        b.empty_score, address(b.q.weights), b.mean,
     )  # fmt: skip
 
 
