@@ -95,12 +95,16 @@ inline void read_side(Arguments &in, maxsim_side &side, int64_t *dim) {
     side.mask_stride_q = x[0], side.mask_stride_n = x[1], side.mask_stride_l = x[2];
 }
 
-/* The sides q and d, candidates, own, the shape of the scores, scores, argmax, normalize, empty_score, weights, mean. */
+/* The sides q and d, candidates, query numbers, own, the shape of the scores, scores, argmax, normalize, empty_score,
+ * weights, mean. */
 inline maxsim_args read_call(Arguments &in) {
     maxsim_args a{};
     read_side(in, a.q, &a.dim);
     read_side(in, a.d, &a.dim);
     a.candidates = in.address<const int64_t>();
+    int64_t x[2];
+    /* None, or their address and the longest query */
+    if (in.tuple(x, 2)) a.query_ids = pointer<const int64_t>(x[0]), a.q.l = x[1];
     a.own = static_cast<int32_t>(in.integer());
     int64_t shape[2];
     in.tuple(shape, 2), a.n_q = shape[0], a.n_c = shape[1];

@@ -42,6 +42,8 @@ struct Fault {
     int64_t position = 0, limit = 0, before = 0, value = 0;
 };
 
+constexpr const char *QUERY_IDS = "query_ids";
+
 bool offsets_fail(const char *name, const int64_t *offsets, int64_t n, int64_t tokens, Fault &fault) {
     if (!offsets) return false;
     for (int64_t i = 0; i <= n; ++i) {
@@ -56,6 +58,11 @@ bool offsets_fail(const char *name, const int64_t *offsets, int64_t n, int64_t t
 bool values_fail(const maxsim_args &a, Fault &fault) {
     if (offsets_fail("cu_seqlens_q", a.q.offsets, a.q.n, a.q.total, fault)) return true;
     if (offsets_fail("cu_seqlens_d", a.d.offsets, a.d.n, a.d.total, fault)) return true;
+    for (int64_t i = 0; a.query_ids && i < a.n_q; ++i) {
+        if (a.query_ids[i] >= 0 && a.query_ids[i] < a.q.n) continue;
+        fault = {QUERY_IDS, false, i, a.q.n, 0, a.query_ids[i]};
+        return true;
+    }
     for (int64_t i = 0; a.candidates && i < a.n_q * a.n_c; ++i) {
         if (a.candidates[i] >= -1 && a.candidates[i] < a.d.n) continue;
         fault = {"candidates", false, i, a.d.n, 0, a.candidates[i]};
@@ -65,6 +72,9 @@ bool values_fail(const maxsim_args &a, Fault &fault) {
 }
 
 PyObject *raise(const maxsim_args &a, const Fault &f) {
+    if (f.name == QUERY_IDS)
+        return PyErr_Format(PyExc_ValueError, "query_ids must be below %lld queries; got %lld at [%lld]", (long long)f.limit,
+                            (long long)f.value, (long long)f.position);
     if (!f.is_offset)
         return PyErr_Format(PyExc_ValueError, "candidates must be -1 or below %lld documents; got %lld at [%lld, %lld]",
                             (long long)f.limit, (long long)f.value, (long long)(f.position / a.n_c),

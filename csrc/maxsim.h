@@ -13,6 +13,7 @@
  *     ragged documents    d.offsets                   document c holds rows d.offsets[c] .. d.offsets[c + 1]
  *     rerank in place     d.offsets, candidates, own = 1   document candidates[a, c]; -1: none
  *     separate documents  d.offsets, d.separate   each is at an address of its own
+ *     query numbers       candidates, query_ids   row a belongs to query query_ids[a]; n_q counts rows, q.n queries
  *
  * Ragged queries (q.offsets), separate or not, combine with each of these.
  */
@@ -57,14 +58,18 @@ typedef struct {
     maxsim_side q, d; /* the CUDA kernels need one dtype for both */
     /* [n_q, n_c] contiguous document numbers, -1 for an empty slot, or NULL. Needs d.offsets. */
     const int64_t *candidates;
+    /* [n_q], from 0 to q.n - 1, or NULL: row a of candidates and outputs is of query a. Needs candidates; q.l is then the
+     * longest query also with q.offsets. The CPU forward pass takes it; the other kernels need NULL. */
+    const int64_t *query_ids;
     /* Nonzero: every query has its own documents, so that queries cannot share a tile. */
     int32_t own;
     int64_t n_q, n_c, dim;
 
     /* Outputs, contiguous. */
     float *scores;   /* [n_q, n_c] */
-    int32_t *argmax; /* [n_q, n_c, q.l], or with q.offsets [n_c, q.total]; NULL unless wanted. The index of the best token
-                      * in its document, the lowest on ties; -1 for a masked i or no valid j. */
+    int32_t *argmax; /* [n_q, n_c, q.l], or with q.offsets and no query_ids [n_c, q.total]; NULL unless wanted. The index of
+                      * the best token in its document, the lowest on ties; -1 for a masked i or no valid j, and after the
+                      * end of a query. */
 
     /* The score of a document without a valid token against a query with one. */
     double empty_score;

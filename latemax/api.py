@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +17,12 @@ from latemax.ops.dispatch import Choice
 
 __all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "warmup"]
 
+# an array is a tensor on the CPU
+Array = Tensor | np.ndarray
 # a dense or jagged tensor, or a list of [l_i, dim]
-Tokens = Tensor | Sequence[Tensor]
-Masks = Tensor | Sequence[Tensor | None] | None
-Weights = Tensor | Sequence[Tensor] | None
+Tokens = Array | Sequence[Array]
+Masks = Array | Sequence[Array | None] | None
+Weights = Array | Sequence[Array] | None
 # a tensor; with return_argmax (scores, argmax). Not the union of both, which every caller would have to narrow
 Scores = Any
 
@@ -48,7 +51,9 @@ def maxsim(
             concatenated on a GPU, in float64, for a gradient, and where torch compiles, traces or transforms.
         d: document (image patch) tokens [l_d, dim], [n_d, l_d, dim], or own candidates of every query
             [n_q, k, l_d, dim]; or a list of n_d tensors [l_j, dim]; or a jagged nested tensor. float16, bfloat16,
-            float32 or float64, promoted together with q; both on one device.
+            float32 or float64, promoted together with q; both on one device. Every tensor on the CPU, also in a list,
+            may be a numpy array (bfloat16 by ``ml_dtypes``), whose memory is used as it is; only negative strides and
+            strides that are no multiple of an element's size are copied.
         q_mask: bool, int or float of shape ``q.shape[:-1]``; nonzero = keep. With a list or a nested tensor: a list of
             [l_i] or None.
         d_mask: likewise, of shape ``d.shape[:-1]``. Masked tokens influence nothing, whatever their values.
@@ -67,8 +72,8 @@ def maxsim(
         valid token scores 0. Weights and the mean do not apply to ``empty_score``.
 
     Raises:
-        TypeError: q, d, a mask or weights that are no tensor, or of an unsupported dtype or layout; an option of
-            another type.
+        TypeError: q, d, a mask or weights are neither a tensor nor an array, or have an unsupported dtype, byte order
+            or layout; an option of another type.
         ValueError: shapes, devices or dims that do not match; an unknown backend or reduction.
         RuntimeError: the backend asked for cannot run here (the message says why).
 
@@ -124,12 +129,12 @@ def maxsim_pairs(
 
 
 def maxsim_varlen(
-    q: Tensor,
-    d: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_d: Tensor,
-    q_mask: Tensor | None = None,
-    d_mask: Tensor | None = None,
+    q: Array,
+    d: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_d: Array,
+    q_mask: Array | None = None,
+    d_mask: Array | None = None,
     *,
     normalize: bool = False,
     empty_score: float = -math.inf,
@@ -179,10 +184,11 @@ def maxsim_varlen(
 def rerank(
     q: Tokens,
     tokens: Tokens,
-    offsets: Tensor | None,
-    candidates: Tensor,
+    offsets: Array | None,
+    candidates: Array,
     q_mask: Masks = None,
     *,
+    query_ids: Array | None = None,
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
@@ -190,37 +196,45 @@ def rerank(
     reduce: str = "sum",
     backend: str = "auto",
 ) -> Scores:
-    """Score every query against its own candidates, in place in a ragged corpus: nothing is gathered or copied.
+    """Score every query against its own candidates, in place in a ragged corpus: no document is gathered or copied.
 
     Args:
-        q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor.
+        q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor;
+            or a tuple (tokens [t_q, dim], int32 or int64 offsets [n_q + 1]).
         tokens: the corpus [t_d, dim], documents concatenated; on the CPU it may be memory-mapped. Or, with offsets
             None, a list of n_d tensors [l_j, dim] or a jagged nested tensor.
         offsets: int32 or int64 [n_d + 1]: document b holds rows ``offsets[b]`` to ``offsets[b + 1]``.
         candidates: int32 or int64 [n_q, k] ([k] with a 2-D q): document numbers in any order, repeated or not; -1 is an
             empty slot and scores ``empty_score``.
-        q_mask, normalize, empty_score, q_weights, reduce, backend: as ``maxsim``.
+        q_mask: as ``maxsim``; [t_q] with concatenated queries.
+        query_ids: int32 or int64 [n]: row r of candidates, which is [n, k] then, is scored against query
+            ``query_ids[r]``. A list of pairs has k = 1. The native CPU kernel reads each query in place; elsewhere, and
+            for a gradient, the tokens of the queries are gathered, [n, l_q, dim]. Ragged queries on a GPU cost a device
+            sync, but for a list.
+        normalize, empty_score, q_weights, reduce, backend: as ``maxsim``; q_weights [t_q] with concatenated queries.
         return_argmax: also return the index of the best token in each document for each query token.
 
     Returns:
-        scores [n_q, k], or [k] with a 2-D q; with return_argmax also int32 [n_q, k, l_q], counted from the
-        document's first token. Dtypes as ``maxsim``. Differentiable once in q, tokens and q_weights.
+        scores [n_q, k], or [k] with a 2-D q, or [n, k] with query_ids; with return_argmax also int32 [..., l_q],
+        counted from the document's first token. Dtypes and -1 as ``maxsim``. Differentiable once in q, tokens
+        and q_weights.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``maxsim``; offsets or candidates of another dtype or shape; on the CPU
-            also unsorted offsets and candidates that are no document. On a GPU reading them would need a device sync:
-            there an invalid candidate scores NaN.
+            also unsorted offsets, candidates that are no document and query_ids that are no query. On a GPU reading
+            them would need a device sync: there an invalid candidate, and a row of an invalid query, score NaN.
 
     Example:
         >>> first = (corpus_means @ q.mean(0)).topk(1000).indices
         >>> scores = rerank(q, tokens, offsets, first)  # [1000]
+        >>> pairs = rerank(queries, tokens, offsets, pages.unsqueeze(1), query_ids=asked)  # [n, 1]
     """
     empty_score = check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
     batch, finish = rerank_batch(
         q, tokens, offsets, candidates, q_mask, normalize=normalize, empty_score=empty_score,
-        return_argmax=return_argmax, q_weights=q_weights, reduce=reduce,
+        return_argmax=return_argmax, query_ids=query_ids, q_weights=q_weights, reduce=reduce,
     )  # fmt: skip
     return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
 

@@ -76,6 +76,14 @@ def test_nonzero_rows():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         assert nonzero_rows(x.to(dtype)).tolist() == [[False, True, True]]
     assert nonzero_rows(x[:, 1:]) is None
+    # several blocks, rows that start with 0 without being zero, negative zeros
+    x = torch.randn(40, 90, 8)
+    x[..., 0], x[:, 70:], x[3, 80:] = 0.0, -0.0, math.inf
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for view in (x.to(dtype), x.to(dtype)[:, 60:], x.to(dtype).transpose(0, 1), x[:1].to(dtype).expand(3, -1, -1)):
+            given = view.clone()
+            assert torch.equal(nonzero_rows(view), given.ne(0).any(-1))
+            assert torch.equal(view, given)
 
 
 @pytest.mark.parametrize("form", ["float", "bool", "int", "numpy", "list", "broadcast"])

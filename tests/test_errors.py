@@ -11,8 +11,12 @@ OWN = torch.ones(2, 5, 6, 4)
 META = torch.ones(5, 6, 4, device="meta")
 
 CASES = {
-    "q no tensor": (dict(q=numpy.ones((3, 4))), TypeError, r"q must be a torch\.Tensor or a list of them, got ndarray"),
-    "d no tensor": (dict(d=None), TypeError, r"d must be a torch\.Tensor or a list of them, got NoneType"),
+    "q integer array": (dict(q=numpy.ones((3, 4), int)), TypeError, r"q must be float16.*got torch\.int64"),
+    "d no tensor": (
+        dict(d=None),
+        TypeError,
+        r"d must be a torch\.Tensor, a numpy array or a list of them, got NoneType",
+    ),
     "q integers": (dict(q=Q.long()), TypeError, r"q must be float16, bfloat16, float32 or float64, got torch\.int64"),
     "d complex": (dict(d=D.to(torch.complex64)), TypeError, r"d must be float16.*got torch\.complex64"),
     "d sparse": (dict(d=D.to_sparse()), TypeError, r"d must be a dense tensor.*sparse_coo"),
@@ -38,7 +42,7 @@ CASES = {
     ),
     "d_mask broadcasts": (dict(d_mask=torch.ones(6)), ValueError, r"d_mask .*got shape \[6\]"),
     "own mask": (dict(d=OWN, d_mask=torch.ones(5, 6)), ValueError, r"d_mask .*\[2, 5, 6\]; got shape \[5, 6\]"),
-    "mask no tensor": (dict(q_mask=[[1]]), TypeError, r"q_mask must be a torch\.Tensor, got list"),
+    "mask no tensor": (dict(q_mask=[[1]]), TypeError, r"q_mask must be a torch\.Tensor or a numpy array, got list"),
     "mask complex": (
         dict(q_mask=torch.ones(2, 3, dtype=torch.complex64)),
         TypeError,

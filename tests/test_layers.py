@@ -33,6 +33,7 @@ STACK = (
 LEAVES = (
     "latemax._progress",
     "latemax.reference",
+    "latemax.arguments.arrays",
     "latemax.ops",
     "latemax.ops.problem",
     "latemax.ops.tiles",
@@ -135,6 +136,9 @@ def may_import(source: str, target: str, when: str) -> bool:
         by_type = source in TOPS and when == "typing"
         return source in TOPS[target] or by_type or (source == "latemax" and when != "file")
     if source in LEAVES and target in LEAVES:
+        # arrays are taken wherever tensors are
+        if target == "latemax.arguments.arrays":
+            return True
         in_ops = source.startswith("latemax.ops") and target.startswith("latemax.ops")
         return in_ops and LEAVES.index(target) < LEAVES.index(source)
     if source in LEAVES or source == "latemax.kernels":

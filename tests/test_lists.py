@@ -107,7 +107,7 @@ def test_rerank_says_what_is_wrong_with_a_list():
     q, d, candidates = items("q"), items("d"), torch.zeros(4, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="offsets must be None where tokens are a list or a nested tensor"):
         latemax.rerank(q, d, offsets(d), candidates)
-    with pytest.raises(TypeError, match=r"offsets must be a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"offsets must be a torch\.Tensor or a numpy array, got NoneType"):
         latemax.rerank(q, torch.cat(d), None, candidates)
     with pytest.raises(ValueError, match="candidates must be numbers of documents, 0 to 5"):
         latemax.rerank(q, d, None, candidates + 6)
@@ -257,7 +257,7 @@ def test_every_rule_names_the_item():
     wrong = {
         r"d\[2\] must be float16, bfloat16, float32 or float64, got torch.int32": d[2].int(),
         r"d\[2\] must be a dense tensor or a jagged nested tensor, got layout torch.sparse_coo": d[2].to_sparse(),
-        r"d\[2\] must be a torch.Tensor or a list of them, got NoneType": None,
+        r"d\[2\] must be a torch.Tensor, a numpy array or a list of them, got NoneType": None,
     }
     for message, item in wrong.items():
         with pytest.raises(TypeError, match=message):

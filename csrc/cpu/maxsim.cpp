@@ -34,9 +34,9 @@ struct Document {
     int64_t length = 0;
 };
 
-/* Candidates first .. end, scored against one part of the query rows. */
+/* Candidates first .. end, scored against one part of the query rows. The scores of the part's first query are row `row`. */
 struct Unit {
-    int64_t part, first, end, tokens;
+    int64_t part, row, first, end, tokens;
 };
 
 /* Memory of one thread: slots of unfinished documents, and the batch of tokens not yet multiplied. */
@@ -53,17 +53,17 @@ class Forward {
     void run();
 
   private:
-    Document document(int64_t query, int64_t c) const;
-    int64_t length(int64_t query, int64_t c) const;
+    Document document(int64_t row, int64_t c) const;
+    int64_t length(int64_t row, int64_t c) const;
     int64_t tokens() const;
     int useful_threads(int64_t tokens) const;
     std::vector<Unit> units(int64_t target) const;
-    void unit(const Part &part, int64_t first, int64_t end, Scratch &s);
+    void unit(const Unit &u, Scratch &s);
     Rows take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const;
     void multiply(const Part &part, Scratch &s) const;
-    void finish(const Part &part, int64_t c, const float *best, const int32_t *at);
-    void finish_empty(const Part &part, int64_t c);
-    void sum(int64_t query, int64_t c, const float *best);
+    void finish(const Part &part, int64_t row, int64_t c, const float *best, const int32_t *at);
+    void finish_empty(const Part &part, int64_t row, int64_t c);
+    void sum(int64_t query, int64_t row, int64_t c, const float *best);
 
     const maxsim_args &args_;
     const Level &level_;
@@ -87,20 +87,20 @@ Forward::Forward(const maxsim_args &args, const Level &level, int threads)
       bf16_(products_in_bf16(args, level)),
       widen_(args.d.stride_k != 1 || !(bf16_ || args.d.dtype == MAXSIM_F32)),
       /* candidates expanded over the queries are shared after all */
-      own_(args.n_q > 1 && (args.d.stride_q != 0 || args.d.mask_stride_q != 0 || args.candidates != nullptr)),
+      own_(args.query_ids || (args.n_q > 1 && (args.d.stride_q != 0 || args.d.mask_stride_q != 0 || args.candidates))),
       batch_(std::clamp<int64_t>((widen_ ? WIDE_BATCH_BYTES : BATCH_BYTES) / (args.dim * (bf16_ ? 2 : 4)) / 24 * 24, 24,
                                  4096)),
       queries_(args, level, bf16_) {}
 
-Document Forward::document(int64_t query, int64_t c) const {
-    const int64_t tokens = length(query, c);
+Document Forward::document(int64_t row, int64_t c) const {
+    const int64_t tokens = length(row, c);
     /* candidate -1 is no item */
-    return {tokens ? item(args_.d, query, document_number(args_, query, c)) : Item{}, tokens};
+    return {tokens ? item(args_.d, row, document_number(args_, row, c)) : Item{}, tokens};
 }
 
-int64_t Forward::length(int64_t query, int64_t c) const {
+int64_t Forward::length(int64_t row, int64_t c) const {
     if (!args_.d.offsets) return args_.d.l;
-    const int64_t number = document_number(args_, query, c);
+    const int64_t number = document_number(args_, row, c);
     return number < 0 ? 0 : args_.d.offsets[number + 1] - args_.d.offsets[number];
 }
 
@@ -115,7 +115,7 @@ int64_t Forward::tokens() const {
 }
 
 int Forward::useful_threads(int64_t tokens) const {
-    const double rows = static_cast<double>(queries_.rows()) / static_cast<double>(own_ ? args_.n_q : 1);
+    const double rows = static_cast<double>(queries_.rows()) / static_cast<double>(own_ ? args_.q.n : 1);
     const double products = static_cast<double>(tokens) * std::max(rows, 16.0) * static_cast<double>(args_.dim);
     if (products < 2 * THREAD_PRODUCTS) return 1;
     const double share = recent_call() ? THREAD_PRODUCTS : WAKE_PRODUCTS;
@@ -126,10 +126,13 @@ int Forward::useful_threads(int64_t tokens) const {
  * thread is left waiting for one. */
 std::vector<Unit> Forward::units(int64_t target) const {
     std::vector<Unit> out;
-    for (size_t p = 0; p < queries_.parts.size(); ++p) {
-        Unit next{static_cast<int64_t>(p), 0, 0, 0};
+    /* with own documents a part is a query */
+    const int64_t n = own_ ? args_.n_q : static_cast<int64_t>(queries_.parts.size());
+    for (int64_t p = 0; p < n; ++p) {
+        const int64_t part = own_ ? query_number(args_, p) : p;
+        Unit next{part, own_ ? p : queries_.parts[part].query_first, 0, 0, 0};
         while (next.end < args_.n_c) {
-            const int64_t more = std::max<int64_t>(1, length(queries_.parts[p].query_first, next.end));
+            const int64_t more = std::max<int64_t>(1, length(next.row, next.end));
             if (next.tokens && next.tokens + more > target) {
                 out.push_back(next);
                 next.first = next.end, next.tokens = 0;
@@ -151,8 +154,9 @@ void Forward::run() {
     const bool split = !own_ && wanted > 1 && args_.n_q < threads;
     queries_.cut(own_, split ? threads : wanted, split);
     queries_.pack(threads);
-    if (args_.argmax && queries_.rows() < args_.q.total)
-        std::fill_n(args_.argmax, args_.n_c * args_.q.total, -1);
+    const int64_t places = args_.query_ids ? args_.n_q * args_.q.l : args_.q.total;
+    if (args_.argmax && (queries_.rows() < args_.q.total || (args_.query_ids && args_.q.offsets)))
+        std::fill_n(args_.argmax, args_.n_c * places, -1);
     if (split) {
         maxima_.resize(args_.n_c * queries_.rows());
         empty_.resize(args_.n_c);
@@ -163,18 +167,19 @@ void Forward::run() {
     auto body = [&] {
         static thread_local Scratch scratch;
         for (size_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < work.size();)
-            unit(queries_.parts[work[u].part], work[u].first, work[u].end, scratch);
+            unit(work[u], scratch);
     };
     parallel(threads, body);
     for (int64_t c = 0; split && c < args_.n_c; ++c)
         for (int64_t a = 0; a < args_.n_q; ++a)
-            if (!empty_[c]) sum(a, c, maxima_.data() + c * queries_.rows() + queries_.row_begin[a]);
+            if (!empty_[c]) sum(a, a, c, maxima_.data() + c * queries_.rows() + queries_.row_begin[a]);
 }
 
-void Forward::unit(const Part &part, int64_t first, int64_t end, Scratch &s) {
-    const int64_t width = part.vectors * level_.lanes;
+void Forward::unit(const Unit &u, Scratch &s) {
+    const Part &part = queries_.parts[u.part];
+    const int64_t width = part.vectors * level_.lanes, first = u.first, end = u.end;
     /* queries without a valid token read no documents */
-    for (int64_t c = first; !width && c < end; ++c) finish_empty(part, c);
+    for (int64_t c = first; !width && c < end; ++c) finish_empty(part, u.row, c);
     if (!width) return;
     const int64_t slots = std::clamp<int64_t>(SLOT_FLOATS / width, 1, end - first);
     float *best = s.best.get(slots * width);
@@ -184,7 +189,7 @@ void Forward::unit(const Part &part, int64_t first, int64_t end, Scratch &s) {
     s.rows.clear(), s.slot_of_rows.clear(), s.document_of_slot.clear();
     int64_t used = 0;
     for (int64_t c = first; c < end; ++c) {
-        const Document doc = document(part.query_first, c);
+        const Document doc = document(u.row, c);
         int64_t j = 0;
         bool started = false;
         while (j < doc.length) {
@@ -207,12 +212,12 @@ void Forward::unit(const Part &part, int64_t first, int64_t end, Scratch &s) {
             s.slot_of_rows.push_back(slot);
             used += rows.count;
         }
-        if (!started) finish_empty(part, c);
+        if (!started) finish_empty(part, u.row, c);
         if (c + 1 < end && static_cast<int64_t>(s.document_of_slot.size()) < slots) continue;
         multiply(part, s);
         used = 0;
         for (size_t slot = 0; slot < s.document_of_slot.size(); ++slot)
-            finish(part, s.document_of_slot[slot], best + slot * width, at ? at + slot * width : nullptr);
+            finish(part, u.row, s.document_of_slot[slot], best + slot * width, at ? at + slot * width : nullptr);
         s.document_of_slot.clear();
     }
 }
@@ -271,33 +276,33 @@ void Forward::multiply(const Part &part, Scratch &s) const {
     s.rows.clear(), s.slot_of_rows.clear();
 }
 
-void Forward::finish(const Part &part, int64_t c, const float *best, const int32_t *at) {
-    for (int64_t a = part.query_first; a < part.query_end; ++a) {
+void Forward::finish(const Part &part, int64_t row, int64_t c, const float *best, const int32_t *at) {
+    for (int64_t a = part.query_first; a < part.query_end; ++a, ++row) {
         const int64_t first = std::max(queries_.row_begin[a], part.row_first);
         const int64_t end = std::min(queries_.row_begin[a + 1], part.row_end);
-        for (int64_t row = first; at && row < end; ++row)
-            argmax_row(args_, a, c)[queries_.token[row]] = at[row - part.row_first];
+        for (int64_t i = first; at && i < end; ++i)
+            argmax_row(args_, row, c)[queries_.token[i]] = at[i - part.row_first];
         if (maxima_.empty())
-            sum(a, c, best + (first - part.row_first));
+            sum(a, row, c, best + (first - part.row_first));
         else if (first < end)
             std::copy(best + (first - part.row_first), best + (end - part.row_first),
                       maxima_.data() + c * queries_.rows() + first);
     }
 }
 
-void Forward::finish_empty(const Part &part, int64_t c) {
+void Forward::finish_empty(const Part &part, int64_t row, int64_t c) {
     if (part.row_first != queries_.row_begin[part.query_first]) return;
-    for (int64_t a = part.query_first; a < part.query_end; ++a) {
+    for (int64_t a = part.query_first; a < part.query_end; ++a, ++row) {
         const bool valid = queries_.row_begin[a] < queries_.row_begin[a + 1];
-        if (args_.argmax) std::fill_n(argmax_row(args_, a, c), query_length(args_, a), -1);
-        static_cast<float *>(args_.scores)[a * args_.n_c + c] = valid ? static_cast<float>(args_.empty_score) : 0.0f;
+        if (args_.argmax) std::fill_n(argmax_row(args_, row, c), query_length(args_, a), -1);
+        static_cast<float *>(args_.scores)[row * args_.n_c + c] = valid ? static_cast<float>(args_.empty_score) : 0.0f;
     }
     if (!empty_.empty()) empty_[c] = 1;
 }
 
 /* Sums in float64, in the order of the tokens: rounded once, independent of the level's vector length. A weighted maximum
  * is exact there. */
-void Forward::sum(int64_t query, int64_t c, const float *best) {
+void Forward::sum(int64_t query, int64_t row, int64_t c, const float *best) {
     double total = 0;
     const int64_t first = queries_.row_begin[query], n = queries_.row_begin[query + 1] - first;
     const float *scale = queries_.scale.empty() ? nullptr : queries_.scale.data() + first;
@@ -310,7 +315,7 @@ void Forward::sum(int64_t query, int64_t c, const float *best) {
         for (int64_t i = 0; i < n; ++i) total += scale ? best[i] * scale[i] : best[i];
     }
     if (args_.mean && n) total /= static_cast<double>(n);
-    static_cast<float *>(args_.scores)[query * args_.n_c + c] = static_cast<float>(total);
+    static_cast<float *>(args_.scores)[row * args_.n_c + c] = static_cast<float>(total);
 }
 
 }  // namespace

@@ -16,9 +16,9 @@ constexpr int64_t SHARE_BYTES = 64 << 10;
 
 Queries::Queries(const maxsim_args &args, const Level &level, bool bf16)
     : args_(args), level_(level), bf16_(bf16), steps_(bf16 ? (args.dim + 1) / 2 : args.dim) {
-    row_begin.resize(args.n_q + 1);
+    row_begin.resize(args.q.n + 1);
     token.reserve(args.q.total);
-    for (int64_t a = 0; a < args.n_q; ++a) {
+    for (int64_t a = 0; a < args.q.n; ++a) {
         const int64_t length = query_length(args, a);
         const Item query = item(args.q, 0, a);
         for (int64_t i = 0; i < length; ++i)
@@ -34,9 +34,12 @@ void Queries::add(int64_t query_first, int64_t query_end, int64_t row_first, int
 }
 
 void Queries::cut(bool each, int64_t wanted, bool split) {
-    const int64_t n_q = args_.n_q;
+    const int64_t n_q = args_.q.n;
     if (each) {
-        for (int64_t a = 0; a < n_q; ++a) add(a, a + 1, row_begin[a], row_begin[a + 1]);
+        /* a query that no row names is not packed */
+        std::vector<char> named(n_q, !args_.query_ids);
+        for (int64_t a = 0; args_.query_ids && a < args_.n_q; ++a) named[args_.query_ids[a]] = 1;
+        for (int64_t a = 0; a < n_q; ++a) add(a, a + 1, row_begin[a], row_begin[named[a] ? a + 1 : a]);
     } else if (split) {
         /* at least two vectors: a single one leaves registers unused and runs slower */
         const int64_t pair = 2 * level_.lanes;

@@ -43,15 +43,19 @@ inline Item item(const maxsim_side &s, int64_t query, int64_t n) {
     return {at(s.tokens, s.dtype, token), s.stride_l * size, s.mask ? s.mask + masked : nullptr, s.mask_stride_l};
 }
 
-/* The argmax of query a against its candidate c, one per query token. */
+/* The argmax of row a against its candidate c, one per query token. */
 inline int32_t *argmax_row(const maxsim_args &args, int64_t a, int64_t c) {
-    return args.argmax + (args.q.offsets ? c * args.q.total + args.q.offsets[a] : (a * args.n_c + c) * args.q.l);
+    const bool ragged = args.q.offsets && !args.query_ids;
+    return args.argmax + (ragged ? c * args.q.total + args.q.offsets[a] : (a * args.n_c + c) * args.q.l);
 }
 
 /* The number of query a's first token across all queries. */
 inline int64_t query_begin(const maxsim_args &args, int64_t a) {
     return args.q.offsets ? args.q.offsets[a] : a * args.q.l;
 }
+
+/* The query of row a of candidates and outputs. */
+inline int64_t query_number(const maxsim_args &args, int64_t a) { return args.query_ids ? args.query_ids[a] : a; }
 
 inline int64_t query_length(const maxsim_args &args, int64_t a) {
     return args.q.offsets ? args.q.offsets[a + 1] - args.q.offsets[a] : args.q.l;

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latemax.arguments.arrays import as_tensor
+
 Groups = Mapping[str, "slice | Sequence[int] | Tensor"]
 
 
@@ -78,6 +80,9 @@ def as_batches(
     Raises:
         ValueError: shapes that do not fit.
     """
+    q, tokens, q_mask, d_mask, pairs = (
+        as_tensor(name, x) for name, x in dict(q=q, tokens=tokens, q_mask=q_mask, d_mask=d_mask, pairs=pairs).items()
+    )
     for name, value in (("q", q), ("tokens", tokens)):
         if value.dim() not in (2, 3):
             raise ValueError(f"{name} must be [l, dim] or [n, l, dim], got shape {list(value.shape)}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latemax import maxsim
 from latemax.analysis._groups import argmax_similarity
+from latemax.arguments.arrays import as_tensor
 from latemax.search import TopK
 from latemax.store import PatchStore
 
@@ -102,24 +103,26 @@ def grounding_map(
         >>> latemax.viz.plot_grounding(image, grounding)
         >>> maps = grounding_map(query_tokens, latemax.topk(query_tokens, store, 3), store)
     """
+    q = as_tensor("q", q)
     if isinstance(d, TopK):
         return _of_ranking(q, d, grid, q_mask=q_mask, d_mask=d_mask, normalize=normalize, axes=axes)
     if isinstance(grid, PatchStore):
         raise TypeError("grid must be (rows, cols) with patch tokens; a store goes with a TopK")
+    tokens: Tensor = as_tensor("d", d)
     rows, cols = grid
     if q.dim() != 2:
         raise ValueError(f"q must be one query [l_q, dim], got shape {list(q.shape)}")
-    if d.dim() not in (2, 3):
-        raise ValueError(f"d must be [rows * cols, dim] or [n_d, rows * cols, dim], got shape {list(d.shape)}")
-    if rows < 1 or cols < 1 or rows * cols != d.shape[-2]:
+    if tokens.dim() not in (2, 3):
+        raise ValueError(f"d must be [rows * cols, dim] or [n_d, rows * cols, dim], got shape {list(tokens.shape)}")
+    if rows < 1 or cols < 1 or rows * cols != tokens.shape[-2]:
         raise ValueError(
             f"grid must multiply to the number of patch tokens, got {rows} x {cols} = {rows * cols} "
-            f"for {d.shape[-2]} tokens; drop prefix and padding tokens first"
+            f"for {tokens.shape[-2]} tokens; drop prefix and padding tokens first"
         )
     if axes not in _AXES:
         raise ValueError(f'axes must be "yx" or "xy", got {axes!r}')
-    score, argmax = maxsim(q, d, q_mask, d_mask, normalize=normalize, return_argmax=True)
-    contribution = argmax_similarity(q, d, argmax, normalize=normalize)
+    score, argmax = maxsim(q, tokens, q_mask, d_mask, normalize=normalize, return_argmax=True)
+    contribution = argmax_similarity(q, tokens, argmax, normalize=normalize)
     flat = contribution.new_zeros(*argmax.shape, rows * cols)
     flat.scatter_(-1, argmax.long().clamp(min=0)[..., None], contribution[..., None])
     cells = flat.unflatten(-1, (rows, cols))

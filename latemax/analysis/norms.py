@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latemax.analysis._groups import Groups, group_ids
+from latemax.arguments.arrays import as_tensor
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def token_norms(
     Raises:
         ValueError: shapes that differ, an unknown patch group, or a negative k.
     """
+    before, after = as_tensor("before", before), as_tensor("after", after)
     if before.dim() != 3:
         raise ValueError(f"before must be [b, n, dim], got shape {list(before.shape)}")
     if after is not None and after.shape != before.shape:

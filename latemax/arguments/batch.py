@@ -8,9 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latemax.arguments import ragged
-from latemax.arguments.check import as_candidates, as_mask, as_offsets, as_weights, check_together, check_tokens
-from latemax.ops.problem import Batch, Side
+from latemax.arguments import arrays, ragged
+from latemax.arguments.check import (
+    as_candidates,
+    as_mask,
+    as_offsets,
+    as_query_ids,
+    as_weights,
+    check_together,
+    check_tokens,
+)
+from latemax.ops.problem import Batch, Side, score_dtype
 
 
 class Finish(NamedTuple):
@@ -18,8 +26,9 @@ class Finish(NamedTuple):
 
     one_query: bool = False  # the caller's q had no n_q axis
     one_document: bool = False  # the caller's d had no n_d axis, or these are pairs
-    q_offsets: Tensor | None = None  # of queries given as a list or nested tensor: their argmax [n_d, t_q] is padded
+    q_offsets: Tensor | None = None  # of ragged queries: their argmax [n_d, t_q] is padded
     longest: int = 0  # to this many tokens
+    numbered: bool = False  # rows name ragged queries: their argmax is padded already
 
     def __call__(
         self, out: tuple[Tensor, Tensor | None], return_argmax: bool
@@ -31,6 +40,8 @@ class Finish(NamedTuple):
             return self._squeeze(scores)
         if self.q_offsets is not None:
             argmax = ragged.pad_argmax(argmax, self.q_offsets, self.longest)
+        elif self.numbered:
+            argmax = argmax[..., : self.longest]
         return self._squeeze(scores), self._squeeze(argmax)
 
     def _squeeze(self, x: Tensor) -> Tensor:
@@ -55,6 +66,8 @@ def batch_of(
     reduce: str = "sum",
 ) -> tuple[Batch, Finish]:
     """``maxsim`` and, with ``pairs``, ``maxsim_pairs``: row b of q meets only row b of d."""
+    if type(q) is not Tensor or type(d) is not Tensor:
+        q, d = arrays.as_tensor("q", q), arrays.as_tensor("d", d)
     queries = documents = candidates = None
     longest = 0
     if ragged.is_ragged(q):
@@ -84,9 +97,9 @@ def batch_of(
             documents = _with_axis(documents, 1 if pairs else 0)
     elif pairs:
         candidates = torch.arange(documents.items, device=documents.tokens.device).unsqueeze(1)
-    batch = Batch(queries, documents, candidates, normalize, empty_score, reduce == "mean")
     if q_weights is not None:
-        batch = _weighted(batch, q, q_weights)
+        queries = _weighted(queries, q, q_weights, documents.tokens)
+    batch = Batch(queries, documents, candidates, normalize, empty_score, mean=reduce == "mean")
     if q_dims > 2 and d_dims > 2 and not pairs and queries.offsets is None:
         return batch, AS_IT_IS
     return batch, Finish(q_dims == 2, d_dims == 2 or pairs, queries.offsets, longest)
@@ -97,6 +110,8 @@ def varlen_batch(
     empty_score: float = -math.inf, q_weights: Any = None, reduce: str = "sum",
 ) -> Batch:  # fmt: skip
     """``maxsim_varlen``: both sides concatenated by the caller."""
+    if type(q) is not Tensor or type(d) is not Tensor:
+        q, d = arrays.as_tensor("q", q), arrays.as_tensor("d", d)
     check_tokens("q", q, (2,), "[t_q, dim]")
     check_tokens("d", d, (2,), "[t_d, dim]")
     check_together(q, d)
@@ -104,8 +119,9 @@ def varlen_batch(
     d_offsets = as_offsets("cu_seqlens_d", cu_seqlens_d, "n_d", "d", d)
     queries = Side(q, as_mask("q_mask", q_mask, "q", q), q_offsets)
     documents = Side(d, as_mask("d_mask", d_mask, "d", d), d_offsets)
-    batch = Batch(queries, documents, None, normalize, empty_score, reduce == "mean")
-    return batch if q_weights is None else _weighted(batch, q, q_weights)
+    if q_weights is not None:
+        queries = _weighted(queries, q, q_weights, d)
+    return Batch(queries, documents, None, normalize, empty_score, mean=reduce == "mean")
 
 
 def corpus_batch(
@@ -113,56 +129,92 @@ def corpus_batch(
     reduce: str,
 ) -> tuple[Batch, Finish]:  # fmt: skip
     """q, in any of its forms, against every document of a corpus whose offsets are known to be right."""
+    q = arrays.as_tensor("q", q)
     queries, longest = _queries(q, q_mask, tokens, "d", False)
     documents = Side(tokens, None, offsets.to(tokens.device))
-    batch = Batch(queries, documents, None, normalize, empty_score, reduce == "mean")
+    if q_weights is not None:
+        queries = _weighted(queries, q, q_weights, tokens)
     return (
-        batch if q_weights is None else _weighted(batch, q, q_weights),
+        Batch(queries, documents, None, normalize, empty_score, mean=reduce == "mean"),
         Finish(not ragged.is_ragged(q) and q.dim() == 2, False, queries.offsets, longest),
     )
 
 
 def rerank_batch(
     q: Any, tokens: Any, offsets: Any, candidates: Any, q_mask: Any, *, normalize: bool = False,
-    empty_score: float = -math.inf, return_argmax: bool = False, q_weights: Any = None, reduce: str = "sum",
+    empty_score: float = -math.inf, return_argmax: bool = False, query_ids: Any = None, q_weights: Any = None,
+    reduce: str = "sum",
 ) -> tuple[Batch, Finish]:  # fmt: skip
     """``rerank``: the candidates of every query, where they are in a ragged corpus or a list."""
+    q, tokens = arrays.as_tensor("q", q), arrays.as_tensor("tokens", tokens)
+    pair = _pair(q)
     documents = None
     if ragged.is_ragged(tokens):
         if offsets is not None:
             raise ValueError("offsets must be None where tokens are a list or a nested tensor")
-        documents = ragged.as_side("tokens", tokens, None, q)
+        documents = ragged.as_side("tokens", tokens, None, q if pair is None else pair[0])
         tokens = documents.tokens
     else:
         check_tokens("tokens", tokens, (2,), "[t_d, dim]")
-    queries, longest = _queries(q, q_mask, tokens, "tokens", return_argmax)
+    padded = return_argmax or query_ids is not None
+    if pair is None:
+        queries, longest = _queries(q, q_mask, tokens, "tokens", padded)
+    else:
+        queries, longest = _concatenated_queries(*pair, q_mask, tokens, padded)
     if documents is None:
         documents = Side(tokens, None, as_offsets("offsets", offsets, "n_d", "tokens", tokens))
-    one_query = not ragged.is_ragged(q) and q.dim() == 2
-    shape = "[k]" if one_query else "[n_q, k]"
+    one_query = not ragged.is_ragged(q) and q.dim() == 2 and query_ids is None
+    shape = "[k]" if one_query else "[n_q, k]" if query_ids is None else "[n, k]"
     candidates = as_candidates(
         "candidates", candidates, (1,) if one_query else (2,), shape, documents.items, tokens
     )  # fmt: skip
     if one_query:
         candidates = candidates.unsqueeze(0)
+    if q_weights is not None:
+        queries = _weighted(queries, q if pair is None else pair[0], q_weights, tokens)
+    mean = reduce == "mean"
+    if query_ids is not None:
+        query_ids = as_query_ids(query_ids, queries.items, tokens)
+        if len(candidates) != len(query_ids):
+            raise ValueError(
+                f"candidates must be [n, k] with the n of query_ids, {len(query_ids)}; "
+                f"got shape {list(candidates.shape)}"
+            )
+        batch = Batch(queries, documents, candidates, normalize, empty_score, query_ids, max(1, longest), mean)
+        return batch, Finish(longest=longest, numbered=queries.offsets is not None)
     if len(candidates) != queries.items:
         raise ValueError(
             f"candidates must be [n_q, k] with the n_q of q, {queries.items}; got shape {list(candidates.shape)}"
         )
-    batch = Batch(queries, documents, candidates, normalize, empty_score, reduce == "mean")
-    if q_weights is not None:
-        batch = _weighted(batch, q, q_weights)
+    batch = Batch(queries, documents, candidates, normalize, empty_score, mean=mean)
     return batch, Finish(one_query, False, queries.offsets, longest)
 
 
-def _weighted(b: Batch, q: Any, q_weights: Any) -> Batch:
-    """With the weights of the caller's q."""
-    tokens, dtype = b.q.tokens, b.score_dtype
+def _weighted(queries: Side, q: Any, q_weights: Any, d: Tensor) -> Side:
+    """The side of the caller's q with its weights."""
+    tokens, dtype = queries.tokens, score_dtype(queries.tokens.dtype, d.dtype)
     if ragged.is_ragged(q):
         weights = ragged.as_weights("q_weights", q_weights, "q", q, tokens, dtype)
     else:
         weights = as_weights("q_weights", q_weights, "q", q, dtype).view(tokens.shape[:-1])
-    return b._replace(q=b.q._replace(weights=weights))
+    return queries._replace(weights=weights)
+
+
+def _pair(q: Any) -> tuple[Any, Any] | None:
+    """(tokens [t_q, dim], offsets [n_q + 1]), which no list of two queries looks like."""
+    if not (isinstance(q, tuple) and len(q) == 2):
+        return None
+    tokens, offsets = arrays.as_tensor("q[0]", q[0]), arrays.as_tensor("q[1]", q[1])
+    return (tokens, offsets) if isinstance(offsets, Tensor) and offsets.dim() == 1 else None
+
+
+def _concatenated_queries(tokens: Any, offsets: Any, q_mask: Any, d: Tensor, padded: bool) -> tuple[Side, int]:
+    """As ``_queries``. The longest of offsets on a GPU costs a device sync."""
+    check_tokens("q[0]", tokens, (2,), "[t_q, dim]")
+    check_together(tokens, d, "tokens")
+    offsets = as_offsets("q[1]", offsets, "n_q", "q[0]", tokens)
+    side = Side(tokens, as_mask("q_mask", q_mask, "q[0]", tokens), offsets)
+    return side, int(offsets.diff().max()) if padded and len(offsets) > 1 else 0
 
 
 def _queries(q: Any, q_mask: Any, d: Tensor, d_name: str, return_argmax: bool) -> tuple[Side, int]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latemax.arguments import arrays
 from latemax.ops.dispatch import BY_NAME
 
 BACKENDS = ("auto", *BY_NAME)
@@ -49,7 +50,7 @@ def check_positive(name: str, value: Any) -> None:
 
 def check_tokens(name: str, x: Any, dims: tuple[int, ...], shapes: str) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or a list of them, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, a numpy array or a list of them, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor or a jagged nested tensor, got layout {x.layout}")
     if x.dtype not in DTYPES:
@@ -70,11 +71,16 @@ def readable(x: Tensor) -> bool:
 
 
 def as_mask(name: str, m: Any, of: str, x: Tensor) -> Tensor | None:
-    """Any bool, int or float mask of exactly ``x.shape[:-1]`` → bool. On a GPU an additive mask is not recognised."""
+    """Any bool, int or float mask, tensor or array, of exactly ``x.shape[:-1]`` → bool.
+
+    On a GPU an additive mask is not recognised.
+    """
     if m is None:
         return None
     if not isinstance(m, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(m).__name__}")
+        m = arrays.as_tensor(name, m)
+        if not isinstance(m, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or a numpy array, got {type(m).__name__}")
     if m.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {m.layout}")
     if m.dtype.is_complex:
@@ -94,9 +100,11 @@ def as_mask(name: str, m: Any, of: str, x: Tensor) -> Tensor | None:
 
 
 def as_weights(name: str, w: Any, of: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float weights of exactly ``x.shape[:-1]``, of any float dtype → contiguous, in the dtype of the scores."""
+    """A tensor or array of exactly ``x.shape[:-1]``, of any float dtype → contiguous, in the dtype of the scores."""
     if not isinstance(w, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(w).__name__}")
+        w = arrays.as_tensor(name, w)
+        if not isinstance(w, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or a numpy array, got {type(w).__name__}")
     if w.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {w.layout}")
     if w.dtype not in DTYPES:
@@ -109,9 +117,11 @@ def as_weights(name: str, w: Any, of: str, x: Tensor, dtype: torch.dtype) -> Ten
 
 
 def as_int64(name: str, x: Any, dims: tuple[int, ...], shape: str, of: Tensor) -> Tensor:
-    """An int32 or int64 tensor on the device of the tokens → contiguous int64."""
+    """An int32 or int64 tensor, or array, on the device of the tokens → contiguous int64."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        x = arrays.as_tensor(name, x)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or a numpy array, got {type(x).__name__}")
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
     if x.layout != torch.strided or x.dim() not in dims:
@@ -143,6 +153,18 @@ def as_candidates(name: str, x: Any, dims: tuple[int, ...], shape: str, n: int, 
     if readable(x) and x.numel() and not (x.min() >= -1 and x.max() < n):
         wrong = x[(x < -1) | (x >= n)][0].item()
         raise ValueError(f"{name} must be numbers of documents, 0 to {n - 1}, or -1 for an empty slot; got {wrong}")
+    return x
+
+
+def as_query_ids(x: Any, n_q: int, of: Tensor) -> Tensor:
+    """Numbers of queries below n_q → int64."""
+    x = as_int64("query_ids", x, (1,), "[n]", of)
+    if not n_q and len(x):
+        raise ValueError(f"query_ids must be empty where q holds no query; got shape {list(x.shape)}")
+    if readable(x) and len(x) and not (x.min() >= 0 and x.max() < n_q):
+        raise ValueError(
+            f"query_ids must be numbers of queries, 0 to {n_q - 1}; got {x[(x < 0) | (x >= n_q)][0].item()}"
+        )
     return x
 
 

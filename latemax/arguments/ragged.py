@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from latemax.arguments import check
+from latemax.arguments import arrays, check
 from latemax.ops import operator
 from latemax.ops.backends import native, pointers
 from latemax.ops.problem import Separate, Side, join_masks
@@ -38,13 +38,14 @@ def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
     if isinstance(x, Tensor) and x.layout != torch.jagged:
         raise TypeError(f"{name} must be a dense tensor, a list or a jagged nested tensor, got layout {x.layout}")
     # items with holes between them are those of a list
-    contiguous = isinstance(x, Tensor) and x.dim() == 3 and x._ragged_idx == 1 and x.lengths() is None
+    nested: Any = x if isinstance(x, Tensor) else None
+    contiguous = nested is not None and nested.dim() == 3 and nested._ragged_idx == 1 and nested.lengths() is None
     if contiguous:
         tokens, offsets = x.values(), x.offsets().to(torch.int64)
         check.check_tokens(name, tokens, (2,), "[n, l_i, dim]")
         if mask is None:
             return Side(tokens, None, offsets)
-    items = list(x.unbind() if isinstance(x, Tensor) else x)
+    items = list(x.unbind()) if isinstance(x, Tensor) else arrays.all_as_tensors(name, list(x))
     known = native.read_items(items) if not contiguous and _in_place(items) else None
     if known is None:
         items = _checked(name, items)

@@ -44,7 +44,7 @@ def _batch(
 ) -> Batch:  # fmt: skip
     empty_score = -math.inf if empty_score is None else empty_score
     queries, documents = Side(q, q_mask, q_offsets, weights=q_weights), Side(d, d_mask, d_offsets)
-    return Batch(queries, documents, candidates, normalize, empty_score, mean)
+    return Batch(queries, documents, candidates, normalize, empty_score, mean=mean)
 
 
 def _flat(b: Batch, argmax: bool, backend: str) -> tuple:
@@ -135,7 +135,7 @@ WEIGHTS = 11  # the place of q_weights among the arguments of the operator
 
 def _differentiate(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
     needed = ctx.needs_input_grad  # arguments that are their defaults may be missing at the end
-    of_q, of_d, of_weights = _gradients(ctx, g, Needs(*needed[:2], any(needed[WEIGHTS:])))
+    of_q, of_d, of_weights = _gradients(ctx, g, Needs(needed[0], needed[1], any(needed[WEIGHTS:])))
     grads = (of_q, of_d, *[None] * (WEIGHTS - 2), of_weights, None)
     return grads[: len(needed)]
 
@@ -236,9 +236,10 @@ def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | 
         plain = _plain(q, d, weights, b.q.mask, b.d.mask)
         if plain and not train:
             return dispatch.forward(b, want_argmax, backend)[0]
-        b = b.joined()
+    b = b.joined()
+    if not torch.compiler.is_compiling():
         if plain:
-            return _MaxSim.apply(b.q.tokens, b.d.tokens, weights, b, backend)
+            return _MaxSim.apply(b.q.tokens, b.d.tokens, b.q.weights, b, backend)
         # below a vmap, a tensor may require a gradient although none here does
         train = train or (torch.is_grad_enabled() and not no_mode())
     return torch.ops.latemax.maxsim(*_flat(b, want_argmax or train, backend))

@@ -81,6 +81,9 @@ class Batch(NamedTuple):
     candidates: Tensor | None = None
     normalize: bool = False
     empty_score: float = -math.inf
+    # int64 [n] contiguous: row r of candidates and scores belongs to query query_ids[r]; needs candidates
+    query_ids: Tensor | None = None
+    longest: int = 0  # with query_ids and ragged queries: tokens of the longest, at least 1
     mean: bool = False  # scores are divided by the number of valid query tokens
 
     @property
@@ -89,6 +92,9 @@ class Batch(NamedTuple):
         return self.candidates is not None or self.d.tokens.dim() == 4
 
     def joined(self) -> Batch:
+        """Without separate items and query numbers, which only the forward pass of the native CPU kernel takes."""
+        if self.query_ids is not None:
+            return _with_rows_of(self, self.query_ids).joined()
         if self.q.separate is None and self.d.separate is None:
             return self
         return self._replace(q=self.q.joined(), d=self.d.joined())
@@ -96,6 +102,16 @@ class Batch(NamedTuple):
     @property
     def ragged(self) -> bool:
         return self.q.offsets is not None or self.d.offsets is not None
+
+    @property
+    def n_q(self) -> int:
+        """Rows of the scores: the queries, or with query_ids the rows that name one."""
+        return self.q.items if self.query_ids is None else len(self.query_ids)
+
+    @property
+    def l_q(self) -> int:
+        """Tokens of a query in argmax; of all queries where they are ragged and not numbered."""
+        return self.q.length if self.q.offsets is None or self.query_ids is None else self.longest
 
     @property
     def n_d(self) -> int:
@@ -116,9 +132,43 @@ class Batch(NamedTuple):
         return score_dtype(self.q.tokens.dtype, self.d.tokens.dtype)
 
 
+# no document's number, in any corpus
+NO_DOCUMENT = 1 << 62
+
+
+def _with_rows_of(b: Batch, query_ids: Tensor) -> Batch:
+    """Every row with a copy of its query's tokens; ragged queries are padded to the longest, and masked.
+
+    A row that names no query gets candidates that are no documents: their score is NaN on a GPU and an error elsewhere.
+    """
+    q, candidates = b.q.joined(), b.candidates
+    assert candidates is not None
+    known = (query_ids >= 0) & (query_ids < b.q.items)
+    candidates = torch.where(known.unsqueeze(1), candidates, NO_DOCUMENT)
+    rows = torch.where(known, query_ids, 0)
+    tokens, mask, weights, dtype = q.tokens, q.mask, q.weights, q.tokens.dtype
+    if tokens.requires_grad and dtype.itemsize == 2:
+        # the gradients of all rows of a query are added in float32
+        tokens = tokens.float()
+    if q.offsets is None:
+        tokens, mask = tokens.index_select(0, rows), None if mask is None else mask.index_select(0, rows)
+        weights = None if weights is None else weights.index_select(0, rows)
+    else:
+        if not len(tokens):
+            tokens, mask = F.pad(tokens, (0, 0, 0, 1)), None
+            weights = None if weights is None else F.pad(weights, (0, 1))
+        i = torch.arange(b.longest, device=rows.device)
+        keep = i < q.offsets.diff().index_select(0, rows).unsqueeze(1)  # [n, longest]
+        at = (q.offsets.index_select(0, rows).unsqueeze(1) + i).clamp(0, len(tokens) - 1)
+        tokens, mask = tokens[at], keep if mask is None else keep & mask[at]
+        weights = None if weights is None else weights[at]
+    return b._replace(q=Side(tokens.to(dtype), mask, weights=weights), candidates=candidates, query_ids=None)
+
+
 class Outputs(NamedTuple):
     scores: Tensor  # [n_q, n_d], contiguous
-    argmax: Tensor | None  # int32 [n_q, n_d, l_q], with q.offsets [n_d, t_q]; None where it is not wanted
+    # int32 [n_q, n_d, l_q], with q.offsets and no query_ids [n_d, t_q]; None where it is not wanted
+    argmax: Tensor | None
 
 
 class Needs(NamedTuple):
@@ -172,7 +222,7 @@ class Plan(NamedTuple):
 
 def problem_of(b: Batch, *, argmax: bool) -> Problem:
     q, d = b.q.tokens, b.d.tokens
-    n_q, l_q, q_ragged = b.q.items, b.q.length, b.q.offsets is not None
+    n_q, l_q, q_ragged = b.n_q, b.l_q, b.q.offsets is not None and b.query_ids is None
     if q_ragged:
         l_q = max(1, -(-l_q // max(1, n_q)))
     return Problem(
@@ -183,9 +233,10 @@ def problem_of(b: Batch, *, argmax: bool) -> Problem:
 
 def allocate(b: Batch, want_argmax: bool) -> Outputs:
     """Uninitialised outputs. The real operator and its fake both allocate here."""
-    q, n_q, n_d = b.q.tokens, b.q.items, b.n_d
+    q, n_q, n_d = b.q.tokens, b.n_q, b.n_d
     scores = q.new_empty((n_q, n_d), dtype=b.score_dtype)
     if not want_argmax:
         return Outputs(scores, None)
-    shape = (n_q, n_d, b.q.length) if b.q.offsets is None else (n_d, b.q.length)
+    ragged = b.q.offsets is not None and b.query_ids is None
+    shape = (n_d, b.l_q) if ragged else (n_q, n_d, b.l_q)
     return Outputs(scores, q.new_empty(shape, dtype=torch.int32))

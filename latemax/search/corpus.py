@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latemax.arguments import arrays
 from latemax.arguments.check import as_mask, check_tokens
 from latemax.store import PatchStore
 from latemax.store.documents import check_id
@@ -238,12 +239,13 @@ def at_most(k: int, corpus: Corpus, within: Tensor | None) -> None:
         raise ValueError(f"k must be at most the number of documents, {len(corpus)}; got {k}")
 
 
-def of(corpus: Any, d_mask: Tensor | None = None) -> Corpus:
+def of(corpus: Any, d_mask: Tensor | np.ndarray | None = None) -> Corpus:
     """The corpus that the caller passed, checked.
 
     Raises:
         TypeError, ValueError: naming ``corpus`` or ``d_mask``, the rule and what came.
     """
+    corpus = arrays.as_tensors("corpus", corpus)
     dense = isinstance(corpus, Tensor) and not corpus.is_nested
     if d_mask is not None and not dense:
         raise ValueError(f"d_mask goes with a dense corpus [n_d, l_d, dim] only, got {type(corpus).__name__}")

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latemax.arguments.arrays import as_tensor
+
 from . import catalog, packed
 from .catalog import DocumentRow
 from .commits import clear_pending, discarding, record, write_shards
@@ -126,7 +128,7 @@ class StoreWriter:
 
     def add(
         self,
-        tokens: Tensor,
+        tokens: Tensor | np.ndarray,
         id: int | str | None = None,
         grid: tuple[int, int] | None = None,
         meta: Mapping[str, Any] | None = None,
@@ -136,7 +138,8 @@ class StoreWriter:
         """Appends one document.
 
         Args:
-            tokens: [l, dim], l >= 0, in the store's dtype (convert first: nothing is rounded in silence); copied.
+            tokens: [l, dim], l >= 0, in the store's dtype (convert first: nothing is rounded in silence); copied. A
+                tensor or an array (bfloat16 by ``ml_dtypes``).
             id: an int of 64 bits or a string, one kind a store, each once; None takes the next number, which no
                 document had before.
             grid: (rows, cols) of patches, rows · cols = l.
@@ -149,6 +152,7 @@ class StoreWriter:
             StoreError: the writer is closed.
         """
         self._usable()
+        tokens = as_tensor("tokens", tokens)
         check_tokens(tokens, self.dim, self.dtype)
         id = self._new_id(id)
         if grid is not None and regions is not None:
@@ -182,7 +186,9 @@ class StoreWriter:
         if self._bytes >= self.shard_bytes:
             self.commit()
 
-    def add_packed(self, tokens: Tensor, offsets: Tensor, ids: Sequence[int | str] | None = None) -> None:
+    def add_packed(
+        self, tokens: Tensor | np.ndarray, offsets: Tensor | np.ndarray, ids: Sequence[int | str] | None = None
+    ) -> None:
         """Appends contiguous documents, all or none: everything is checked before the first is kept.
 
         Args:
@@ -194,6 +200,7 @@ class StoreWriter:
             TypeError, ValueError, StoreError: as `add`.
         """
         self._usable()
+        tokens, offsets = as_tensor("tokens", tokens), as_tensor("offsets", offsets)
         packed.check(tokens, offsets)
         check_tokens(tokens, self.dim, self.dtype)
         documents = packed.Packed(tokens, offsets).documents()
@@ -215,7 +222,7 @@ class StoreWriter:
 
     def replace(
         self,
-        tokens: Tensor | None,
+        tokens: Tensor | np.ndarray | None,
         id: int | str,
         grid: tuple[int, int] | None = None,
         meta: Mapping[str, Any] | None = None,
@@ -238,6 +245,7 @@ class StoreWriter:
         old = self._document(id)
         content = old.content
         if tokens is not None:
+            tokens = as_tensor("tokens", tokens)
             check_tokens(tokens, self.dim, self.dtype)
             content = tokens.detach().to("cpu", copy=True).contiguous()
         length = old.length if tokens is None else len(tokens)

@@ -1,6 +1,7 @@
 /* Runs csrc/cpu without Python: every level, form and dtype on one thread and on three, against plain loops in double.
  * For sanitizers (tests/test_sanitizers.py) and for processors that have no torch. Every buffer has exactly its size.
  */
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -148,6 +149,35 @@ Results forward(maxsim_args &args, const latemax::Level &level, int threads) {
     return r;
 }
 
+/* Rows that name queries, one of them none, score as those queries do, with argmax padded to the longest. */
+int numbered(const Case &c, const Results &one, const latemax::Level &level, int threads) {
+    const std::vector<int64_t> ids{2, 0, 2, 2};
+    maxsim_args args = c.args;
+    const int64_t n_c = args.n_c;
+    std::vector<int64_t> candidates;
+    for (int64_t id : ids) candidates.insert(candidates.end(), args.candidates + id * n_c, args.candidates + (id + 1) * n_c);
+    for (int64_t a = 0; !c.q_offsets.empty() && a < args.q.n; ++a) {
+        const int64_t length = c.q_offsets[a + 1] - c.q_offsets[a];
+        args.q.l = a ? std::max(args.q.l, length) : length;
+    }
+    args.n_q = ids.size(), args.query_ids = ids.data(), args.candidates = candidates.data();
+    std::vector<float> scores(ids.size() * n_c, 7);
+    std::vector<int32_t> argmax(scores.size() * args.q.l, -99);
+    args.scores = scores.data(), args.argmax = argmax.data();
+    latemax::forward(args, level, threads);
+    int wrong = 0;
+    for (size_t r = 0; r < scores.size(); ++r) {
+        const int64_t id = ids[r / n_c], slot = r % n_c, first = offset(c.q_offsets, id, args.q.l);
+        wrong += std::memcmp(&scores[r], &one.scores[id * n_c + slot], 4) != 0;
+        for (int64_t i = 0; i < args.q.l; ++i) {
+            const bool inside = first + i < offset(c.q_offsets, id + 1, args.q.l);
+            const int64_t at = c.q_offsets.empty() ? (id * n_c + slot) * args.q.l : slot * args.q.total + first;
+            wrong += argmax[r * args.q.l + i] != (inside ? one.argmax[at + i] : -1);
+        }
+    }
+    return wrong;
+}
+
 Results run(Case &c, const latemax::Level &level, int threads) {
     maxsim_args args = c.args;
     Results r = forward(args, level, threads);
@@ -235,6 +265,7 @@ int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normali
         const Results apart = forward(args, level, sides);
         wrong += !same(one.scores, apart.scores) + !same(one.argmax, apart.argmax);
     }
+    for (int threads = 1; documents == 3 && threads < 4; threads += 2) wrong += numbered(c, one, level, threads);
     /* products of bfloat16 instructions take a denormal for 0 */
     const double tolerance = values == DENORMAL ? 1e-30 : 2e-3;
     for (int64_t q = 0; q < a.n_q; ++q)

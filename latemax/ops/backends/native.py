@@ -88,7 +88,7 @@ def score(q: Tensor, d: Tensor, normalize: bool, empty_score: float) -> Tensor |
     scores = q.new_empty(shape, dtype=torch.float32)
     _cpu.forward(
         len(levels()) - 1, torch.get_num_threads(), q_dtype, q_at, q_shape, q.stride(), None, 0, None, d_dtype, d_at,
-        d_shape, d.stride(), None, 0, None, 0, False, (n_q, n_d), scores.data_ptr(), 0, normalize, empty_score,
+        d_shape, d.stride(), None, 0, None, 0, None, False, (n_q, n_d), scores.data_ptr(), 0, normalize, empty_score,
         0, False,
     )  # fmt: skip
     return scores

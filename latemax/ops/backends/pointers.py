@@ -63,8 +63,8 @@ def set_masks(table: Tensor, masks: list[Tensor | None]) -> None:
 def call(b: Batch, shape: tuple[int, ...], scores: Tensor | None, argmax: Tensor | None) -> tuple:
     """The positional arguments that ``read_call`` of csrc/binding.h reads. shape: [n_q, n_d]."""
     return (
-        *side(b.q), *side(b.d), address(b.candidates), b.own, shape, address(scores), address(argmax), b.normalize,
-        b.empty_score, address(b.q.weights), b.mean,
+        *side(b.q), *side(b.d), address(b.candidates), None if b.query_ids is None else (address(b.query_ids), b.l_q),
+        b.own, shape, address(scores), address(argmax), b.normalize, b.empty_score, address(b.q.weights), b.mean,
     )  # fmt: skip
 
 

@@ -272,10 +272,11 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
 
 def backward(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
     if not g.numel() or not b.d.length or not b.q.length:
+        wanted = zip((b.q.tokens, b.d.tokens, b.q.weights), needs, strict=True)
         return Gradients(
             *(
-                torch.zeros_like(x, memory_format=torch.contiguous_format) if needed else None
-                for x, needed in zip((b.q.tokens, b.d.tokens, b.q.weights), needs, strict=True)
+                None if x is None or not needed else torch.zeros_like(x, memory_format=torch.contiguous_format)
+                for x, needed in wanted
             )
         )
     rest = Needs(needs.q, needs.d and b.candidates is None, needs.weights)
