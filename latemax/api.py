@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from latemax.arguments.batch import batch_of, corpus_batch, rerank_batch, varlen_batch
-from latemax.arguments.check import check_options
-from latemax.ops import dispatch, operator
+from latemax.arguments.check import check_options, check_tau
+from latemax.ops import dispatch, operator, smooth
 from latemax.ops.dispatch import Choice
 
-__all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "warmup"]
+__all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "smooth_maxsim", "warmup"]
 
 # an array is a tensor on the CPU
 Array = Tensor | np.ndarray
@@ -237,6 +237,44 @@ def rerank(
         return_argmax=return_argmax, query_ids=query_ids, q_weights=q_weights, reduce=reduce,
     )  # fmt: skip
     return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
+
+
+def smooth_maxsim(
+    q: Tokens,
+    d: Tokens,
+    q_mask: Masks = None,
+    d_mask: Masks = None,
+    *,
+    tau: float,
+    normalize: bool = False,
+    empty_score: float = -math.inf,
+    backend: str = "auto",
+) -> Tensor:
+    """``maxsim`` with a smooth maximum: ``score = Σ_{i valid} m_i + tau · log Σ_{j valid} exp((s_ij - m_i) / tau)``.
+
+    s_ij are the similarities and m_i their maxima. Every document token gets a gradient, by its softmax weight. The
+    similarities are computed in blocks, and again in the backward pass. Differentiable once in q and d.
+
+    Args:
+        q, d, q_mask, d_mask, normalize, empty_score: as ``maxsim``, own candidates and lists included.
+        tau: temperature, a Python float >= 1e-6. A score approaches that of ``maxsim`` from above as tau falls.
+        backend: "auto" and "cpu" are blocked torch matmul, "auto" also on CUDA; "reference" is the oracle. "triton" and
+            "cuda" have no smooth maximum.
+
+    Returns:
+        scores, of the shapes and dtypes of ``maxsim``. A query token with only similarities of -inf makes the score
+        -inf, and has no gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``maxsim``; a tau of another type, or below 1e-6, or not finite.
+
+    Example:
+        >>> loss = torch.nn.functional.cross_entropy(smooth_maxsim(q, d, tau=0.05), torch.arange(len(q)))
+    """
+    empty_score = check_options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
+    tau = check_tau(tau)
+    batch, finish = batch_of(q, d, q_mask, d_mask, normalize=normalize, empty_score=empty_score)
+    return finish((smooth.smooth_maxsim(batch, tau, backend), None), False)
 
 
 def explain(

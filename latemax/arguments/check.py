@@ -19,6 +19,7 @@ BACKENDS = ("auto", *BY_NAME)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("sum", "mean")
+LEAST_TAU = 1e-6
 
 
 def check_options(
@@ -41,6 +42,15 @@ def check_options(
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be {' or '.join(map(repr, REDUCTIONS))}; got {reduce!r}")
     return empty_score
+
+
+def check_tau(tau: Any) -> float:
+    if isinstance(tau, bool) or not isinstance(tau, numbers.Real):
+        raise TypeError(f"tau must be a Python float, got {type(tau).__module__}.{type(tau).__name__}")
+    tau = float(tau)
+    if not LEAST_TAU <= tau < math.inf:
+        raise ValueError(f"tau must be finite and at least {LEAST_TAU}, got {tau}")
+    return tau
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -186,19 +186,19 @@ def _plain(*tensors: Tensor | None) -> bool:
     return no_mode() and all(x is None or type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
 
 
-def _refuse_transforms(*tensors: Tensor | None) -> None:
+def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
     """Refuses transforms that an operator registered with torch.library cannot be differentiated by.
 
     A tangent of forward-mode differentiation would be dropped in silence.
     """
     given = (x for x in tensors if x is not None)
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
-        raise NotImplementedError("maxsim has no forward-mode derivative (jvp); use reverse mode")
+        raise NotImplementedError(f"{name} has no forward-mode derivative (jvp); use reverse mode")
     level = torch._C._functorch.peek_interpreter_stack()
     if level is not None and level.key() == torch._C._functorch.TransformType.Grad:
         # torch's own error for any operator registered this way mentions a setup_context that no caller wrote
         raise NotImplementedError(
-            "maxsim runs under torch.func.vmap, not under torch.func.grad; use torch.autograd.grad"
+            f"{name} runs under torch.func.vmap, not under torch.func.grad; use torch.autograd.grad"
         )
 
 
@@ -232,7 +232,7 @@ def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | 
     q, d, weights = b.q.tokens, b.d.tokens, b.q.weights
     train = torch.is_grad_enabled() and needs_gradient(b)
     if not torch.compiler.is_compiling():
-        _refuse_transforms(q, d, weights)
+        refuse_transforms("maxsim", q, d, weights)
         plain = _plain(q, d, weights, b.q.mask, b.d.mask)
         if plain and not train:
             return dispatch.forward(b, want_argmax, backend)[0]

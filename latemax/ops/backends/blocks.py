@@ -179,11 +179,11 @@ def _running(state: Running | None, sims: Tensor, start: int, want_position: boo
     return torch.where(new, best, old), torch.where(new, position, old_position)
 
 
-def _spans(offsets: Tensor) -> list[tuple[int, int]]:
+def spans_of(offsets: Tensor) -> list[tuple[int, int]]:
     return list(itertools.pairwise(offsets.tolist()))
 
 
-def _padded(s: Side, spans: list[tuple[int, int]]) -> Side:
+def padded(s: Side, spans: list[tuple[int, int]]) -> Side:
     """Ragged items as [n, longest, ...] with a mask, at least one token long."""
 
     def pad(x: Tensor) -> Tensor:
@@ -194,13 +194,13 @@ def _padded(s: Side, spans: list[tuple[int, int]]) -> Side:
     return Side(pad(s.tokens), pad(keep), weights=None if s.weights is None else pad(s.weights))
 
 
-def _some(s: Side, at: slice) -> Side:
+def some(s: Side, at: slice) -> Side:
     """Some of dense items."""
     mask, weights = (None if x is None else x[at] for x in (s.mask, s.weights))
     return Side(s.tokens[at], mask, weights=weights)
 
 
-def _blocks(numbers: list[int], spans: list[tuple[int, int]]) -> Iterator[list[int]]:
+def blocks_of(numbers: list[int], spans: list[tuple[int, int]]) -> Iterator[list[int]]:
     """Slots of ``numbers``, those of similar length together, RAGGED_TOKENS padded tokens at a time."""
 
     def length(slot: int) -> int:
@@ -221,20 +221,20 @@ def _ragged(b: Batch, out: Outputs) -> None:
     n_q, n_d = out.scores.shape
     q, d_offsets = b.q, b.d.offsets
     if q.offsets is not None:
-        query_spans = _spans(q.offsets)
-        q = _padded(q, query_spans)
+        query_spans = spans_of(q.offsets)
+        q = padded(q, query_spans)
     argmax = None if out.argmax is None else out.argmax.new_full((n_q, n_d, q.length), -1)
     if d_offsets is None:
         _dense(b._replace(q=q), Outputs(out.scores, argmax))
     else:
-        spans = [*_spans(d_offsets), (0, 0)]  # candidate -1 is the empty document at the end
+        spans = [*spans_of(d_offsets), (0, 0)]  # candidate -1 is the empty document at the end
         rows = [(slice(None), list(range(n_d)))]
         if b.candidates is not None:
             rows = [(slice(a, a + 1), numbers) for a, numbers in enumerate(b.candidates.tolist())]
         for at, numbers in rows:
-            query = _some(q, at)
-            for block in _blocks(numbers, spans):
-                docs = _padded(b.d, [spans[numbers[slot]] for slot in block])
+            query = some(q, at)
+            for block in blocks_of(numbers, spans):
+                docs = padded(b.d, [spans[numbers[slot]] for slot in block])
                 part = out.scores.new_empty(query.items, len(block))
                 best = None if argmax is None else argmax.new_empty((*part.shape, q.length))
                 _dense(b._replace(q=query, d=docs, candidates=None), Outputs(part, best))
