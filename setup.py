@@ -230,7 +230,7 @@ setup(
     packages=[*find_packages(include=["latemax", "latemax.*"]), "latemax.kernels"],
     package_dir={"latemax.kernels": "kernels"},
     # the tile table
-    package_data={"": ["*.json"]},
+    package_data={"": ["*.json", "*.css", "*.js"]},
     cmdclass={"build": Build, "build_ext": BuildExt},
     ext_modules=native,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if native else {},

@@ -28,7 +28,7 @@ struct Exchange {
     void *stream;
 };
 
-constexpr int32_t CPU = 1;
+constexpr int32_t CPU = 1, CUDA = 2;
 constexpr uint8_t FLOAT = 2, BFLOAT = 4;
 
 }  // namespace dlpack
@@ -42,8 +42,8 @@ inline int item_dtype(const dlpack::Tensor &x) {
 }
 
 /* The exchange interface in its capsule, a list of torch.Tensor, the table [n], the offsets [n + 1]. Returns whether all
- * items are [l_i, dim] on the CPU with contiguous dims and one dtype that the kernels take. If not, the caller looks at
- * each itself, to say what is wrong. */
+ * items are [l_i, dim] with contiguous dims, on one device, the CPU or a GPU, and of one dtype that the kernels take. If
+ * not, the caller looks at each itself, to say what is wrong. */
 inline PyObject *read_items(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (n != 4) return PyErr_Format(PyExc_TypeError, "expected 4 arguments, got %zd", n);
     const auto *api = static_cast<const dlpack::Exchange *>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
@@ -57,6 +57,7 @@ inline PyObject *read_items(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (api->major != 1 || !api->tensor_from_object || !items) Py_RETURN_FALSE;
     int64_t dim = 0;
     int dtype = -1;
+    int32_t type = 0, device = 0;
     offsets[0] = 0;
     for (Py_ssize_t i = 0; i < items; ++i) {
         PyObject *object = PyList_GetItem(args[1], i);
@@ -66,9 +67,9 @@ inline PyObject *read_items(PyObject *, PyObject *const *args, Py_ssize_t n) {
             PyErr_Clear();
             Py_RETURN_FALSE;
         }
-        if (x.device_type != dlpack::CPU || x.ndim != 2) Py_RETURN_FALSE;
-        if (!i) dim = x.shape[1], dtype = item_dtype(x);
-        const bool same = dtype >= 0 && item_dtype(x) == dtype && x.shape[1] == dim;
+        if ((x.device_type != dlpack::CPU && x.device_type != dlpack::CUDA) || x.ndim != 2) Py_RETURN_FALSE;
+        if (!i) dim = x.shape[1], dtype = item_dtype(x), type = x.device_type, device = x.device_id;
+        const bool same = dtype >= 0 && item_dtype(x) == dtype && x.shape[1] == dim && x.device_type == type && x.device_id == device;
         if (!same || (x.strides[1] != 1 && dim != 1) || (!x.data && x.shape[0])) Py_RETURN_FALSE;
         table[i] = {static_cast<const char *>(x.data) + x.byte_offset, nullptr, x.strides[0]};
         offsets[i + 1] = offsets[i] + x.shape[0];

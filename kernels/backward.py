@@ -113,18 +113,22 @@ def grad_q_kernel(
     d_stride_n = aligned(d_stride_n, ALIGN)
     d_stride_k = aligned(d_stride_k, ALIGN)
     d_stride_l = aligned(d_stride_l, ALIGN)
+    # what does not change with the document
+    argmax_ptr += item * n_d * l_q
+    g_ptr += query * g_stride_n
+    candidates_ptr += query * n_d
     total = tl.zeros([BLOCK_R, BLOCK_K], ACC)
     for step in tl.range(split, n_d, splits, num_stages=4):
         doc = wide(step)
         # item is 0 if Q_RAGGED
-        at = argmax_ptr + (item * n_d + doc) * l_q + token
+        at = argmax_ptr + doc * l_q + token
         argmax = tl.load(at, mask=token < l_q, other=-1).to(tl.int64)
         ok = argmax >= 0
-        weight = tl.load(g_ptr + query * g_stride_n + doc * g_stride_k).to(ACC)
+        weight = tl.load(g_ptr + doc * g_stride_k).to(ACC)
         if D_RAGGED:
             number = doc
             if CANDIDATES:
-                number = tl.load(candidates_ptr + query * n_d + doc)
+                number = tl.load(candidates_ptr + doc)
             row = tl.load(d_offsets_ptr + number, mask=(number >= 0) & (number < documents), other=0) + argmax
             offset = row * d_stride_l
         else:

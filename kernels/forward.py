@@ -196,11 +196,12 @@ def empty_scores(item, q, n_q, q_mask_stride, empty_score, B):
 
 @triton.jit
 def score_item(
-    pid, q, d, scores_ptr, argmax_ptr, candidates_ptr, weights_ptr, n_q, n_d, chunks, documents, empty_score, B
-):
+    pid, q, d, scores_ptr, argmax_ptr, candidates_ptr, items_ptr, weights_ptr,
+    n_q, n_d, chunks, documents, empty_score, B,
+):  # fmt: skip
     """Scores one tile of query tokens with one document."""
     item = find_item(pid, q, n_q, chunks, B)
-    document = find_document(item, d, candidates_ptr, n_d, documents, B)
+    document = find_document(item, d, candidates_ptr, items_ptr, n_d, documents, B)
     kept = find_kept(document, B)
     rows = find_queries(item, q, n_q, B)
     q_tile, q_inv = load_query_tile(rows, q.stride_l, B)
@@ -246,7 +247,7 @@ def score_item(
         "d_inv_stride_n", "n_q", "n_d", "l_q", "l_d", "chunks", "documents",
     ],
     do_not_specialize_on_alignment=[
-        "q_mask_ptr", "d_mask_ptr", "q_offsets_ptr", "d_offsets_ptr", "candidates_ptr", "weights_ptr",
+        "q_mask_ptr", "d_mask_ptr", "q_offsets_ptr", "d_offsets_ptr", "candidates_ptr", "items_ptr", "weights_ptr",
     ],
 )  # fmt: skip
 def forward_kernel(
@@ -261,13 +262,14 @@ def forward_kernel(
     q_offsets_ptr,  # [n_q + 1] int64, if Q_RAGGED
     d_offsets_ptr,  # [documents + 1] int64, if D_RAGGED
     candidates_ptr,  # [n_q, n_d] int64, if CANDIDATES: which documents, -1 for none
+    items_ptr,  # [documents, 3] int64, if D_SEPARATE: addresses of tokens and mask, stride from token to token
     weights_ptr,  # [n_q, l_q] in ACC, or if Q_RAGGED [l_q], if WEIGHTED
     q_stride_n, q_stride_l, d_stride_n, d_stride_k, d_stride_l,
     q_mask_stride_n, q_mask_stride_l, d_mask_stride_n, d_mask_stride_k, d_mask_stride_l, d_inv_stride_n,
     n_q, n_d, l_q, l_d, chunks, documents, empty_score: tl.float64,
     DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     PACK: tl.constexpr, SWAP: tl.constexpr,
-    Q_RAGGED: tl.constexpr, D_RAGGED: tl.constexpr, CANDIDATES: tl.constexpr,
+    Q_RAGGED: tl.constexpr, D_RAGGED: tl.constexpr, D_SEPARATE: tl.constexpr, CANDIDATES: tl.constexpr,
     Q_MASKED: tl.constexpr, D_MASKED: tl.constexpr, NORM: tl.constexpr, ARGMAX: tl.constexpr,
     WEIGHTED: tl.constexpr, MEAN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
@@ -279,6 +281,7 @@ def forward_kernel(
 
     Q_RAGGED, D_RAGGED: tokens are concatenated and l_q, l_d count them all. A tile then holds tokens of one query only,
     and ``chunks`` counts the slots of slot_owner.
+    D_SEPARATE: documents are at addresses of their own. d_ptr and d_mask_ptr give types only, d_offsets_ptr lengths.
     ALIGN: the number of elements that every row stride is a multiple of.
     """
     score_item(
@@ -293,10 +296,10 @@ def forward_kernel(
             stride_k=aligned(d_stride_k, ALIGN), stride_l=aligned(d_stride_l, ALIGN), mask_stride_n=d_mask_stride_n,
             mask_stride_k=d_mask_stride_k, mask_stride_l=d_mask_stride_l, inv_stride_n=d_inv_stride_n, length=l_d,
         ),
-        scores_ptr, argmax_ptr, candidates_ptr, weights_ptr, n_q, n_d, chunks, documents, empty_score,
+        scores_ptr, argmax_ptr, candidates_ptr, items_ptr, weights_ptr, n_q, n_d, chunks, documents, empty_score,
         Build(
-            DIM, BLOCK_Q, BLOCK_D, BLOCK_K, PACK, SWAP, Q_RAGGED, D_RAGGED, CANDIDATES, Q_MASKED, D_MASKED, NORM,
-            ARGMAX, WEIGHTED, MEAN, PRECISION, COMPUTE, ACC,
+            DIM, BLOCK_Q, BLOCK_D, BLOCK_K, PACK, SWAP, Q_RAGGED, D_RAGGED, D_SEPARATE, CANDIDATES, Q_MASKED, D_MASKED,
+            NORM, ARGMAX, WEIGHTED, MEAN, PRECISION, ALIGN, COMPUTE, ACC,
         ),
     )  # fmt: skip
 

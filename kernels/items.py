@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from latemax.kernels.common import slot_owner, span
+from latemax.kernels.common import aligned, slot_owner, span
 
 
 class Build(NamedTuple):
@@ -24,6 +24,7 @@ class Build(NamedTuple):
     SWAP: Any  # tiles of similarities are [BLOCK_D, BLOCK_Q], else [BLOCK_Q, BLOCK_D]
     Q_RAGGED: Any
     D_RAGGED: Any
+    D_SEPARATE: Any
     CANDIDATES: Any
     Q_MASKED: Any
     D_MASKED: Any
@@ -32,6 +33,7 @@ class Build(NamedTuple):
     WEIGHTED: Any
     MEAN: Any  # sums are divided by the number of valid query tokens
     PRECISION: Any  # of products of float32
+    ALIGN: Any  # every row starts at a multiple of this many elements
     COMPUTE: Any  # dtype of the operands of products
     ACC: Any  # dtype of similarities, maxima and sums
 
@@ -116,7 +118,25 @@ def find_item(pid, q, n_q, chunks, B):
 
 
 @triton.jit
-def find_document(item, d, candidates_ptr, n_d, documents, B):
+def find_separate(number, ok, d, items_ptr, B):
+    """(pointer to token 0 of document ``number``, stride, pointer to its mask), from its row of the table."""
+    row = items_ptr + 3 * number
+    tokens = tl.load(row, mask=ok, other=0)
+    if B.ALIGN > 1:
+        tokens = aligned(tokens, 16)
+    base = tokens.to(d.tokens.dtype)
+    if B.ALIGN > 1:
+        # the conversion to a pointer forgets it
+        base = tl.multiple_of(base, 16)
+    stride = aligned(tl.load(row + 2, mask=ok, other=0), B.ALIGN)
+    mask = d.mask
+    if B.D_MASKED:
+        mask = tl.load(row + 1, mask=ok, other=0).to(d.mask.dtype)
+    return base, stride, mask
+
+
+@triton.jit
+def find_document(item, d, candidates_ptr, items_ptr, n_d, documents, B):
     """The document of an item. An invalid candidate has no tokens."""
     query = item.query.to(tl.int64)
     if B.D_RAGGED:
@@ -126,12 +146,18 @@ def find_document(item, d, candidates_ptr, n_d, documents, B):
         else:
             number = item.doc
             invalid = False
-        begin, end = span(d.offsets, number, (number >= 0) & (number < documents), d.length)
-        return Document(
-            d.tokens + begin * d.stride_l, d.stride_l,
-            d.mask + begin * d.mask_stride_l, d.mask_stride_l,
-            d.inv + begin, (end - begin).to(tl.int32), invalid,
-        )  # fmt: skip
+        known = (number >= 0) & (number < documents)
+        begin, end = span(d.offsets, number, known, d.length)
+        length = (end - begin).to(tl.int32)
+        if B.D_SEPARATE:
+            base, stride, mask = find_separate(number, known, d, items_ptr, B)
+            return Document(base, stride, mask, 1, d.inv, length, invalid)
+        else:
+            return Document(
+                d.tokens + begin * d.stride_l, d.stride_l,
+                d.mask + begin * d.mask_stride_l, d.mask_stride_l,
+                d.inv + begin, length, invalid,
+            )  # fmt: skip
     else:
         return Document(
             d.tokens + query * d.stride_n + item.doc * d.stride_k, d.stride_l,

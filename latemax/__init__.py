@@ -22,8 +22,11 @@ __all__ = [
     "PatchEncoder",
     "PatchStore",
     "PatchTokens",
+    "Retriever",
     "StoreError",
     "StoreWriter",
+    "TextEncoder",
+    "TextTokens",
     "TopK",
     "add_lora",
     "explain",
@@ -41,7 +44,7 @@ __all__ = [
 ]
 # loaded when first asked for: scoring needs none of it
 _LATER = {
-    "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "add_lora"),
+    "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "Retriever", "TextEncoder", "TextTokens", "add_lora"),
     "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
     "search": ("MeanPool", "TopK", "first_stage_recall", "topk", "two_stage"),
 }

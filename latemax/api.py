@@ -48,7 +48,8 @@ def maxsim(
     Args:
         q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor
             [n_q, l_i, dim]. Nothing is padded. The items of a list are scored where they are in CPU memory; they are
-            concatenated on a GPU, in float64, for a gradient, and where torch compiles, traces or transforms.
+            concatenated in float64, for a gradient, and where torch compiles, traces or transforms. On a GPU Triton
+            scores documents where they are, and queries are concatenated. A CUDA graph cannot capture lists.
         d: document (image patch) tokens [l_d, dim], [n_d, l_d, dim], or own candidates of every query
             [n_q, k, l_d, dim]; or a list of n_d tensors [l_j, dim]; or a jagged nested tensor. float16, bfloat16,
             float32 or float64, promoted together with q; both on one device. Every tensor on the CPU, also in a list,
@@ -330,8 +331,8 @@ def warmup(
         dtype: of q and d. device: where to compile and run one tiny problem.
         q_masked, d_masked, q_weighted: whether calls will pass q_mask, d_mask, q_weights.
         own: whether d will be [n_q, k, l_d, dim].
-        layout: "dense" for ``maxsim`` and ``maxsim_pairs`` of tensors, "varlen" for ``maxsim_varlen`` and for lists on
-            both sides, "rerank" for ``rerank``.
+        layout: "dense" for ``maxsim`` and ``maxsim_pairs`` of tensors, "list" for a list of documents, "varlen" for
+            ``maxsim_varlen``, "rerank" for ``rerank``.
         normalize, return_argmax, reduce, backend: as the calls will pass.
         train: also the backward kernels of both sides.
 
@@ -341,8 +342,8 @@ def warmup(
     Raises:
         As ``maxsim``.
     """
-    if layout not in ("dense", "varlen", "rerank"):
-        raise ValueError(f"layout must be dense, varlen or rerank; got {layout!r}")
+    if layout not in ("dense", "list", "varlen", "rerank"):
+        raise ValueError(f"layout must be dense, list, varlen or rerank; got {layout!r}")
     if own and layout != "dense":
         raise ValueError(f"own candidates are of layout 'dense'; got {layout!r}")
     q = torch.zeros(n_q, l_q, dim, dtype=dtype, device=device, requires_grad=train)
@@ -360,6 +361,8 @@ def warmup(
     with torch.set_grad_enabled(train):
         if layout == "dense":
             batch, _ = batch_of(q, d, q_mask, d_mask, **options)
+        elif layout == "list":
+            batch, _ = batch_of(q, [d], q_mask, None if d_mask is None else [d_mask], **options)
         elif layout == "varlen":
             batch = varlen_batch(q, d, q_offsets, d_offsets, q_mask, d_mask, **options)
         else:

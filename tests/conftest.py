@@ -16,6 +16,24 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
+# Files of 25 to 80 s start first: one that started last would run while the other workers have nothing to do.
+LONGEST = [
+    "cuda_emulated",
+    "sanitizers",
+    "cuda_build",
+    "varlen",
+    "store_model",
+    "forward",
+    "masks",
+    "backward",
+    "edges",
+]
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):

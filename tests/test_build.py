@@ -136,7 +136,8 @@ def test_wheel_metadata(built):
     base = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(line.split(">")[0] for line in base) == ["numpy", "torch", "triton"]
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert {"encoders", "viz", "demo", "store", "bench", "dev", "release"} <= set(metadata.get_all("Provides-Extra"))
+    extras = {"encoders", "viz", "demo", "store", "docs", "bench", "dev", "release"}
+    assert extras <= set(metadata.get_all("Provides-Extra"))
 
 
 def test_building_requires_no_torch():

@@ -15,6 +15,7 @@ import latemax.compat
 from latemax.compat import colpali_engine, pylate, sentence_transformers, transformers
 from latemax.compat._inputs import nonzero_rows
 from latemax.compat._targets import HOSTS
+from latemax.compat.pylate import XTRScores
 
 E1, E2 = [1.0, 0.0], [0.0, 1.0]
 # against E1: 1, -0.6, and a zero row that must not win over -0.6
@@ -208,6 +209,13 @@ FAKE = {
             ):
                 return "host"
     """,
+    "scores/xtr.py": """
+        class XTRScores:
+            def __init__(self, k=256, document_chunk_size=None):
+                self.k, self.document_chunk_size = k, document_chunk_size
+            def _score(self, queries_embeddings, documents_embeddings, queries_mask, documents_mask):
+                return "host"
+    """,
     "rank/__init__.py": "from .rank import rerank",
     "rank/rank.py": """
         def rerank(documents_ids, queries_embeddings, documents_embeddings, device=None):
@@ -231,6 +239,7 @@ def host(tmp_path, monkeypatch):
             (tmp_path / "pylate" / name).write_text(textwrap.dedent(text))
         import pylate.losses
         import pylate.rank
+        import pylate.scores.xtr
 
         return pylate
 
@@ -255,6 +264,8 @@ def test_patch_and_undo(host):
         assert torch.equal(fake.scores.colbert_scores(q, d), latemax.maxsim(q, d))
         assert torch.equal(pylate.later.colbert_scores(q, d), latemax.maxsim(q, d))
         assert torch.equal(fake.scores.colbert.ColBERTScores()(q, d[:, None]), latemax.maxsim(q, d))
+        found = fake.scores.xtr.XTRScores(k=3)._score(q, d[:, None], None, None)
+        assert torch.equal(found, XTRScores(k=3)(q, d[:, None]))
         loss = fake.losses.Distillation()
         assert torch.equal(loss.metric(q, d[:, None]), latemax.maxsim(q, d[:, None]))
         assert loss.other is loss.metric is fake.losses.colbert_kd_scores

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from latemax import PatchStore, StoreWriter, cli
-from latemax.cli import index, terminal
+from latemax.cli import index
+from latemax.encoders import records
 
 pytest.importorskip("safetensors", reason="stores are written with safetensors")
 
@@ -61,7 +62,9 @@ def test_index_then_search_finds_the_image(model, images, tmp_path, capsys):
     assert done == {"store": str(out), **counts, "left_out": [], "documents": 4}
     store = PatchStore(out)
     names = ("a.png", "b.jpg", "c.png", "more/d.PNG")
-    assert store.ids == [str(images / name) for name in names] and store.meta == {"model": model, "size": None}
+    assert store.ids == [str(images / name) for name in names] and store.meta == {
+        "model": model, "size": None, "model_id": model, "space": "patches"
+    }  # fmt: skip
     assert store.grid(0) == (4, 4) and store.document_meta(0)["file"] == os.path.realpath(images / "a.png")
     assert store.dtype == torch.float16 and store[0].shape == (16, 32)
     for name in names:
@@ -373,10 +376,10 @@ def indexed_status(model, photos, out, *options):
 
 @pytest.mark.parametrize("path", ["a.png", "é \\ \\xff.png", "\\ \udcff\udce9\\xff \\\\.png", "\udc80", ""])
 def test_text_of_paths_is_reversible(path):
-    text = terminal.to_text(path)
+    text = records.to_text(path)
     text.encode()
-    assert (text if terminal.is_text(path) else terminal.to_path(text)) == path
-    assert terminal.is_text(path) == (text == path)
+    assert (text if records.is_text(path) else records.to_path(text)) == path
+    assert records.is_text(path) == (text == path)
 
 
 def test_patches_of_a_crop_are_placed_on_the_whole_image(model, tmp_path, capsys):

@@ -227,3 +227,36 @@ def test_float32_precision_follows_torch():
     finally:
         torch.set_float32_matmul_precision(before)
     assert errors["highest"] < 2e-6 and errors["highest"] < errors["high"] < 2e-3
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "odd"])
+def test_lists_are_scored_where_they_are_without_waiting(aligned):
+    wide = torch.randn(20_000, 128 if aligned else 131, device="cuda").bfloat16()[:, :128]
+    d = [wide[i : i + 400] for i in range(0, 20_000, 400)]
+    q = [x.bfloat16() for x in torch.randn(2, 7, 128, device="cuda")]
+    masks = [torch.ones(400, dtype=torch.bool, device="cuda"), *[None] * 49]
+    expected = latemax.maxsim(torch.stack(q), torch.stack(d))
+    assert torch.equal(latemax.maxsim(torch.stack(q), d, backend="triton"), expected)
+    assert torch.equal(latemax.maxsim(q, d, backend="triton"), expected)
+    assert torch.equal(latemax.maxsim(q, d, None, masks, backend="triton"), expected)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scores = latemax.maxsim(q, d, None, masks, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - before < 1 << 17  # the documents are 5 MB
+    assert torch.equal(scores, expected)
+
+
+def test_a_capture_refuses_lists():
+    q, d = torch.randn(2, 5, 64, device="cuda"), [torch.randn(7, 64, device="cuda")]
+    refused = None
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        try:
+            latemax.maxsim(q, d)
+        except RuntimeError as error:
+            refused = str(error)
+    assert refused is not None and refused.startswith("d is a list, which a CUDA graph cannot capture")

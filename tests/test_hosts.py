@@ -1,9 +1,11 @@
 """latemax.compat next to the hosts' own functions, each in a process of its own: hosts pin versions of each other.
 
-LATEMAX_HOSTS names a folder with a folder per host, filled by ``pip install --no-deps --target``.
+`make test-hosts` fills the folder that LATEMAX_HOSTS names: a folder per host, and `libs`. Without it, hosts that are
+not installed are skipped. vLLM is a stand-in. LATEMAX_HOST_CASES is how many inputs hypothesis makes for a check.
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -13,17 +15,56 @@ import pytest
 
 FOLDER = os.environ.get("LATEMAX_HOSTS")
 PROGRAM = Path(__file__).parent / "programs" / "host_parity.py"
+HOSTS = sorted({path.stem for path in (PROGRAM.parent / "parity").glob("*.py")} - {"common", "retrieval"})
 
 
-@pytest.mark.parametrize("host", ["colpali_engine", "transformers", "sentence_transformers", "pylate"])
-def test_parity(host):
-    folders = [str(Path(FOLDER) / host)] if FOLDER and (Path(FOLDER) / host).is_dir() else []
-    if not folders and importlib.util.find_spec(host) is None:
-        pytest.skip(f"{host} is not installed, and LATEMAX_HOSTS names no folder with it")
+def run_parity(host, folder):
+    folders = [str(Path(folder).resolve() / name) for name in (host, "libs")] if folder else []
     path = os.pathsep.join([*folders, str(PROGRAM.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    run = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(PROGRAM), host], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )
-    if run.returncode == 77:
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_parity(host):
+    if FOLDER:
+        assert (Path(FOLDER) / host).is_dir() or host == "vllm", f"LATEMAX_HOSTS={FOLDER} has no folder {host}"
+    elif host != "vllm" and importlib.util.find_spec(host) is None:
+        pytest.skip(f"{host} is not installed, and LATEMAX_HOSTS names no folder with it")
+    run = run_parity(host, FOLDER)
+    if run.returncode == 77 and not FOLDER:
         pytest.skip(run.stdout.strip().splitlines()[-1])
     assert run.returncode == 0, run.stdout + run.stderr
+    counters = json.loads(run.stdout.splitlines()[-1])
+    assert all(n > 0 for n in counters["tried"].values()) and sum(counters["tried"].values()) > 10, counters
+
+
+def test_a_missing_host_is_a_skip_with_a_reason(tmp_path):
+    run = run_parity("nothing_of_this_name", tmp_path)
+    assert run.returncode == 77
+    assert "nothing_of_this_name cannot be imported: No module named 'nothing_of_this_name'" in run.stdout
+    environment = {key: value for key, value in os.environ.items() if key not in ("LATEMAX_HOSTS", "PYTHONPATH")}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"{__file__}::test_parity[qdrant_client]",
+    ]
+    if importlib.util.find_spec("qdrant_client") is None:
+        report = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=PROGRAM.parents[2]).stdout
+        assert "1 skipped" in report and "qdrant_client is not installed, and LATEMAX_HOSTS names no folder" in report
+
+
+def test_every_host_is_tested_and_pinned():
+    from latemax.compat._targets import HOSTS as PATCHED
+
+    assert {*HOSTS} == {*PATCHED, "lancedb"}
+    lines = (PROGRAM.parents[2] / "requirements" / "hosts.txt").read_text().splitlines()
+    folders = dict(line.split(maxsplit=1) for line in lines if not line.startswith("#"))
+    assert {*folders} == {*HOSTS, "libs"} - {"vllm"}
+    for folder, requirements in folders.items():
+        assert all("==" in requirement for requirement in requirements.split()), folder

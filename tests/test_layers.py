@@ -44,11 +44,11 @@ LEAVES = (
     "latemax.store",
     "latemax.encoders",
 )
-# Imported by nobody but those named; each may import the stack and the leaves (compat: only `latemax`). One may name
-# another's types under TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
+# Imported by nobody but those named; each may import the stack and the leaves (compat: only `latemax` and the store).
+# One may name another's types under TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
 TOPS = {
     "latemax.analysis": ("latemax.demo", "latemax.cli"),
-    "latemax.viz": ("latemax.demo",),
+    "latemax.viz": ("latemax.demo", "latemax.cli"),
     "latemax.compat": (),
     "latemax.demo": ("latemax.cli",),
     "latemax.cli": (),
@@ -63,10 +63,12 @@ OPTIONAL = {
     "faiss",
     "lancedb",
     "matplotlib",
+    "mteb",
     "onnx",
     "open_clip",
     "pyarrow",
     "pylate",
+    "pypdfium2",
     "qdrant_client",
     "safetensors",
     "sentence_transformers",
@@ -76,6 +78,7 @@ OPTIONAL = {
     "torchvision",
     "tqdm",
     "transformers",
+    "vllm",
 }
 
 
@@ -147,7 +150,7 @@ def may_import(source: str, target: str, when: str) -> bool:
     if target == "latemax.kernels":
         return source == "latemax.ops.backends.triton_launch"
     if source == "latemax.compat":
-        return target == "latemax"
+        return target in ("latemax", "latemax.store")
     if target == "latemax.encoders":
         return source in TOPS or (source == "latemax" and when != "file")
     return source in TOPS or target in LEAVES or LEVEL[target] < LEVEL[source]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
+from common import TRITON_DEVICE, run_program
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import latemax
 from latemax import reference
@@ -151,6 +154,13 @@ def test_no_memory_grows_with_the_tokens():
     assert largest < 3000
 
 
+@needs_native
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+def test_the_process_grows_by_no_document():
+    """Also what the kernel allocates. The documents are 52 MB."""
+    assert int(run_program("list_memory")) < 2 << 20
+
+
 def unusual() -> dict[str, list[torch.Tensor]]:
     """Documents whose rows are not simply one after the other."""
     x = torch.randn(40, 24, generator=torch.Generator().manual_seed(5))
@@ -224,10 +234,39 @@ def test_other_backends_take_the_same_lists(backend):
     if backend == "triton":
         pytest.importorskip("triton")
     q, d, masks = items("q"), items("d"), (keep("q"), keep("d"))
-    scores, argmax = latemax.maxsim(q, d, *masks, empty_score=-9.0, return_argmax=True, backend=backend)
     truth, best = ragged(q, d, *masks, empty_score=-9.0)
-    torch.testing.assert_close(scores, truth)
-    assert torch.equal(argmax, best)
+    if backend == "triton":
+        q, d, *masks = ([None if x is None else x.to(TRITON_DEVICE) for x in side] for side in (q, d, *masks))
+    scores, argmax = latemax.maxsim(q, d, *masks, empty_score=-9.0, return_argmax=True, backend=backend)
+    torch.testing.assert_close(scores.cpu(), truth)
+    assert torch.equal(argmax.cpu(), best)
+
+
+@pytest.mark.parametrize("dim", [24, 130])
+def test_triton_reads_documents_where_they_are(dim, monkeypatch):
+    """From the addresses of its table: rows with gaps, masks with holes, candidates, norms, dims of several tiles."""
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(8)
+    wide = torch.randn(60, dim + 5, generator=generator)
+    documents = [wide[:9, :dim], wide[:0, :dim], wide[::2, 3 : dim + 3], wide[5:6, :dim].expand(4, -1)]
+    masks = [torch.rand(len(x), generator=generator) < 0.7 for x in documents]
+    masks[2] = None
+    q = torch.randn(2, 5, dim, generator=generator)
+    candidates = torch.tensor([[2, -1, 0], [3, 1, 2]])
+    options = dict(normalize=dim > 100, empty_score=-9.0, return_argmax=True)
+    expected = latemax.maxsim(q, documents, None, masks, **options)
+    chosen = latemax.rerank(q, documents, None, candidates, **options)
+    q, candidates = q.to(TRITON_DEVICE), candidates.to(TRITON_DEVICE)
+    if q.is_cuda:
+        documents = [x.to(TRITON_DEVICE) for x in documents]
+        masks = [None if x is None else x.to(TRITON_DEVICE) for x in masks]
+    monkeypatch.setattr(torch, "cat", None if TRITON_DEVICE == "cpu" else torch.cat)
+    for ours, theirs in (
+        (latemax.maxsim(q, documents, None, masks, backend="triton", **options), expected),
+        (latemax.rerank(q, documents, None, candidates, backend="triton", **options), chosen),
+    ):
+        torch.testing.assert_close(ours[0].cpu(), theirs[0])
+        assert torch.equal(ours[1].cpu(), theirs[1])
 
 
 def test_transforms_and_compilation_see_tensors():
@@ -272,6 +311,15 @@ def test_every_rule_names_the_item():
     freed.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="has been freed"):
         latemax.maxsim(q, [freed, d[0]])
+
+
+def test_a_graph_capture_refuses_lists(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode():
+        q, d = torch.empty(2, 5, 24, device="cuda"), [torch.empty(7, 24, device="cuda")]
+        with pytest.raises(RuntimeError, match="d is a list, which a CUDA graph cannot capture: its lengths"):
+            latemax.maxsim(q, d)
+    assert latemax.maxsim(torch.ones(2, 5, 24), [torch.ones(7, 24)]).tolist() == [[120.0], [120.0]]
 
 
 @needs_native

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from common import TRITON_DEVICE
 from torch.nn.utils.rnn import pad_sequence
 
 import latemax
@@ -49,8 +50,16 @@ def queries(form: str, dtype: torch.dtype = torch.float32, masked: bool = False)
     return whole, masks if masked else None, q, masks
 
 
+def moved(x, backend: str):
+    """x where the backend runs: Triton's kernels on a GPU if there is one."""
+    if isinstance(x, (list, tuple)):
+        return type(x)(moved(item, backend) for item in x)
+    return x.to(TRITON_DEVICE) if backend == "triton" and x is not None else x
+
+
 def same(ours, theirs) -> None:
     for x, y in zip(ours, theirs, strict=True):
+        x = x.cpu()
         assert x.shape == y.shape and x.dtype == y.dtype
         torch.testing.assert_close(x, y, equal_nan=True)
 
@@ -66,9 +75,10 @@ def test_a_row_scores_as_its_query(form, masked, backend):
         pytest.importorskip("triton")
     for dtype in (torch.bfloat16,) if backend == "triton" else (torch.float32, torch.bfloat16, torch.float64):
         q, q_mask, each, masks = queries(form, dtype, masked)
+        q, q_mask, tokens, offsets, candidates, ids = moved((q, q_mask, *corpus(dtype), CANDIDATES, IDS), backend)
         options = dict(normalize=masked, empty_score=-9.0, return_argmax=True)
         scores, argmax = latemax.rerank(
-            q, *corpus(dtype), CANDIDATES, q_mask, query_ids=IDS, backend=backend, **options
+            q, tokens, offsets, candidates, q_mask, query_ids=ids, backend=backend, **options
         )
         numbered = IDS.tolist()
         expected = latemax.rerank(
@@ -76,7 +86,7 @@ def test_a_row_scores_as_its_query(form, masked, backend):
         )
         same((scores, argmax), (expected[0], padded(expected[1])))
         options["return_argmax"] = False
-        same([latemax.rerank(q, *corpus(dtype), CANDIDATES, q_mask, query_ids=IDS.int(), **options)], expected[:1])
+        same([latemax.rerank(q, tokens, offsets, candidates, q_mask, query_ids=ids.int(), **options)], expected[:1])
 
 
 def test_pairs_and_lists_of_documents():
@@ -113,16 +123,16 @@ def test_gradients(form, backend):
 
     results = []
     for numbered in (True, False):
-        q, _, _, _ = queries(form)
-        tokens, offsets = corpus()
+        where = backend if numbered else "auto"
+        q, tokens, offsets, candidates, ids = moved((queries(form)[0], *corpus(), CANDIDATES, IDS), where)
         wanted = [tokens.requires_grad_(), *(x.requires_grad_() for x in leaves(q))]
         if numbered:
-            scores = latemax.rerank(q, tokens, offsets, CANDIDATES, query_ids=IDS, backend=backend, **options)
+            scores = latemax.rerank(q, tokens, offsets, candidates, query_ids=ids, backend=backend, **options)
         else:
             each = q if form == "list" else q[0].split(LENGTHS["q"]) if form == "pair" else q.unbind()
             scores = latemax.rerank([each[i] for i in IDS], tokens, offsets, CANDIDATES, **options)
-        grads = torch.autograd.grad((scores * weights).sum(), wanted, allow_unused=True)
-        results.append([None if x is None else x.values() if x.is_nested else x for x in grads])
+        grads = torch.autograd.grad((scores.cpu() * weights).sum(), wanted, allow_unused=True)
+        results.append([None if x is None else (x.values() if x.is_nested else x).cpu() for x in grads])
     for ours, theirs in zip(*results, strict=True):
         # a query that nothing depends on: no gradient, or zeros
         none = torch.zeros_like(ours if theirs is None else theirs) if ours is None or theirs is None else None
@@ -163,10 +173,9 @@ def test_an_unknown_query(monkeypatch):
     bad = IDS.clone()
     bad[1], bad[4] = 5, -1
     for form in ("dense", "pair"):
-        q, _, _, _ = queries(form)
-        scores, argmax = latemax.rerank(
-            q, *corpus(), CANDIDATES, query_ids=bad, return_argmax=True, empty_score=-9.0, backend="triton"
-        )
+        arguments = moved((queries(form)[0], *corpus(), CANDIDATES), "triton")
+        options = dict(query_ids=moved(bad, "triton"), return_argmax=True, empty_score=-9.0, backend="triton")
+        scores, argmax = (x.cpu() for x in latemax.rerank(*arguments, **options))
         assert torch.equal(scores.isnan().any(1), bad != IDS) and bool(scores[bad != IDS].isnan().all())
         assert bool((argmax[bad != IDS] == -1).all())
 

@@ -65,7 +65,7 @@ def test_errors_are_one_line(store, tmp_path, capsys):
     assert "must hold tokens [l_q, dim]" in error("search", store, "--tokens", str(tmp_path / "q.pt"))
     with pytest.raises(SystemExit):
         cli.main(["search", store])
-    assert "one of the arguments --image --tokens is required" in capsys.readouterr().err
+    assert "one of the arguments --text --image --tokens is required" in capsys.readouterr().err
 
 
 def test_a_device_that_does_not_work_is_one_line_in_search(store, tmp_path, capsys):
@@ -128,6 +128,30 @@ class TestSearchOptions:
         assert line.strip() == "from 2 patches (row, column): (0, 1) 4.00, (0, 0) 0.00"
         rows = search.search(store, tokens=q, k=4, where="id = 'page 3'", patches=True)["results"][0]
         assert {(p["row"], p["query_tokens"]) for p in rows[0]["patches"]} == {(0, 3)}
+
+
+class TestPage:
+    def test_one_query_becomes_a_page(self, store, tmp_path, capsys):
+        torch.save(torch.eye(4)[:2], tmp_path / "q.pt")
+        out = tmp_path / "out.html"
+        assert cli.main(["search", store, "--tokens", str(tmp_path / "q.pt"), "--html", str(out)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"{out} shows them"
+        text = out.read_text(encoding="utf-8")
+        assert text.count('<li class="result">') == 4 and ">token 2<" in text and "page 0" in text
+        found = run_json(capsys, "search", store, "--tokens", tmp_path / "q.pt", "--html", out, "--json", "-k", 1)
+        assert found["html"] == str(out) and out.read_text(encoding="utf-8").count('<li class="result">') == 1
+        assert cli.main(
+            ["search", store, "--tokens", str(tmp_path / "q.pt"), "--where", "id = 'x'", "--html", str(out)]
+        ) == 0  # fmt: skip
+        assert "No document." in out.read_text(encoding="utf-8")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "plain", "q.pt"]
+
+    def test_errors_come_before_the_search(self, store, tmp_path, capsys, monkeypatch):
+        torch.save(torch.eye(4).unsqueeze(1), tmp_path / "q.pt")
+        monkeypatch.setattr(search, "topk", None)
+        for html, message in (("out.html", "--html shows one query, "), ("no/out.html", "no such folder")):
+            argv = ["search", store, "--tokens", str(tmp_path / "q.pt"), "--html", str(tmp_path / html)]
+            assert cli.main(argv) == 1 and message in capsys.readouterr().err
 
 
 class TestStore:

@@ -204,7 +204,7 @@ def test_warmup_runs_the_given_form():
     for layout in ("varlen", "rerank"):
         choice = latemax.warmup(dim=16, l_q=8, device=TRITON_DEVICE, layout=layout, train=True, backend="triton")
         assert choice.backend == "triton" and choice.tile.block_q == 16
-    with pytest.raises(ValueError, match="layout must be dense, varlen or rerank; got 'packed'"):
+    with pytest.raises(ValueError, match="layout must be dense, list, varlen or rerank; got 'packed'"):
         latemax.warmup(device="cpu", layout="packed")
 
 

@@ -1,6 +1,6 @@
 """A damaged store is refused with a StoreError that names the file, or is right: never anything else, and no file goes.
 
-``LATEMAX_STORE_FUZZ=N`` tries N damages of each kind (default 60).
+``LATEMAX_STORE_FUZZ=N`` tries N damages of each kind (default 30).
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 
 from latemax.store import PatchStore, StoreError, StoreWriter
 
-ROUNDS = int(os.environ.get("LATEMAX_STORE_FUZZ", "60"))
+ROUNDS = int(os.environ.get("LATEMAX_STORE_FUZZ", "30"))
 
 
 def document(i):
@@ -160,3 +160,21 @@ def test_rows_that_are_gone_are_missed(whole, tmp_path):
         db.close()
         with pytest.raises(StoreError, match=r"catalog\.sqlite"):
             PatchStore(folder).verify()
+
+
+def test_an_index_that_names_one_row_twice_hides_nothing(whole, tmp_path):
+    source, expected = whole
+    folder = tmp_path / "store"
+    shutil.copytree(source, folder)
+    path = folder / "catalog.sqlite"
+    db = sqlite3.connect(path)
+    (root,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'documents_id'").fetchone()
+    (size,) = db.execute("PRAGMA page_size").fetchone()
+    db.close()
+    data = bytearray(path.read_bytes())
+    # a leaf of an index: 8 bytes, then the places of its entries, 2 bytes each
+    page = (root - 1) * size
+    assert data[page] == 10
+    data[page + 10 : page + 12] = data[page + 8 : page + 10]
+    path.write_bytes(data)
+    assert use(folder, expected) is None

@@ -1,7 +1,7 @@
 """Lists of tensors and jagged nested tensors → a ``Side`` with offsets: ragged items, without padding.
 
-In CPU memory the items of a list are scored where they are. They are concatenated on another device, for a gradient,
-and where torch compiles, traces or transforms.
+The items of a list are scored where they are. They are concatenated for a gradient and where torch compiles, traces or
+transforms, and so are queries on a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from latemax.arguments import arrays, check
 from latemax.ops import operator
 from latemax.ops.backends import native, pointers
-from latemax.ops.problem import Separate, Side, join_masks
+from latemax.ops.problem import Separate, Side
 
 _requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
@@ -55,21 +55,45 @@ def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
         return Side(other.new_empty(0, other.shape[-1]), None, other.new_zeros(1, dtype=torch.int64))
     masks = None if mask is None else _masks(name, mask, items)
     if contiguous:
-        return Side(tokens, None if masks is None else join_masks(items, masks), offsets)
-    if known is None and not (items[0].is_cpu and _in_place(items)):
-        keep = None if masks is None else join_masks(items, masks)
+        return Side(tokens, None if masks is None else torch.cat(masks), offsets)
+    in_place = known is not None or ((items[0].is_cpu or items[0].is_cuda) and _in_place(items))
+    if items[0].is_cuda:
+        _refuse_capture(name)
+        in_place = in_place and name != "q"
+    if not in_place:
+        keep = None if masks is None else torch.cat(masks)
         ends = list(itertools.accumulate((item.shape[0] for item in items), initial=0))
-        return Side(torch.cat(items), keep, torch.tensor(ends, dtype=torch.int64, device=items[0].device))
+        return Side(torch.cat(items), keep, _sent(torch.tensor(ends, dtype=torch.int64, device="cpu"), items[0].device))
     if known is None:
         items = [_contiguous_dims(item) for item in items]
         known = pointers.item_table(items)
     table, offsets = known
     if masks is not None:
-        masks = [None if m is None else m.contiguous() for m in masks]
+        masks = [m.contiguous() for m in masks]
         pointers.set_masks(table, masks)
     dim = items[0].shape[1]
     tokens = items[0].new_full((dim,), math.nan).expand(int(offsets[-1]), dim)
-    return Side(tokens, None, offsets, Separate(items, masks, table))
+    aligned = False
+    if tokens.is_cuda:
+        aligned = not bool(((table[:, 0] | table[:, 2] * tokens.element_size()) & 15).any())
+        numbers = _sent(torch.cat([table.view(-1), offsets]), tokens.device)
+        table, offsets = numbers[: table.numel()].view(-1, 3), numbers[table.numel() :]
+    return Side(tokens, None, offsets, Separate(items, masks, table, aligned))
+
+
+def _sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers on the device. A copy from pinned memory does not wait for it."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or not operator.no_mode():
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)
+
+
+def _refuse_capture(name: str) -> None:
+    if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name} is a list, which a CUDA graph cannot capture: its lengths are copied from host memory, and a "
+            "replay would copy what is there by then. Pass concatenated tokens and offsets (maxsim_varlen, rerank)"
+        )
 
 
 def _in_place(items: list[Any]) -> bool:
@@ -134,10 +158,13 @@ def _checked(name: str, items: list[Any]) -> list[Tensor]:
     return items
 
 
-def _masks(name: str, mask: Any, items: list[Tensor]) -> list[Tensor | None]:
+def _masks(name: str, mask: Any, items: list[Tensor]) -> list[Tensor]:
+    """A bool mask for each item; None keeps all its tokens."""
     _check_list(f"{name}_mask", mask, "masks", len(items))
     pairs = enumerate(zip(mask, items, strict=True))
-    return [check.as_mask(f"{name}_mask[{i}]", m, f"{name}[{i}]", item) for i, (m, item) in pairs]
+    masks = [check.as_mask(f"{name}_mask[{i}]", m, f"{name}[{i}]", item) for i, (m, item) in pairs]
+    keep = items[0].new_ones(longest(items) if any(m is None for m in mask) else 0, dtype=torch.bool)
+    return [keep[: item.shape[0]] if m is None else m for m, item in zip(masks, items, strict=True)]
 
 
 def _check_list(name: str, x: Any, what: str, n: int) -> None:

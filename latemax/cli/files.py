@@ -1,36 +1,63 @@
-"""The image files of ``latemax index``: which there are, and what they and their documents have in common."""
+"""The images of ``latemax index``, files and pages of PDF files: which there are, and how they are opened."""
 
 from __future__ import annotations
 
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from latemax.cli.terminal import is_text, to_path, to_text
+from latemax.encoders.images import load_image
+from latemax.encoders.pdf import PdfPages
+from latemax.encoders.records import file_of, page_of, record, to_text
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PDF = ".pdf"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", PDF, ".png", ".tif", ".tiff", ".webp")
+
+
+class Place(NamedTuple):
+    """What an image is known by.
+
+    Attributes:
+        real: path of its file without symbolic links, the same for every spelling.
+        page: page of a PDF, counted from 1; None is an image file.
+    """
+
+    real: str
+    page: int | None
 
 
 class ImageFile(NamedTuple):
-    """An image file.
+    """An image file, or a page of a PDF file.
 
     Attributes:
-        path: as it was given or found; the id of its document.
-        real: without symbolic links, the same for every spelling of ``path``.
-        size: in bytes.
-        mtime_ns: time of the last change in nanoseconds.
+        path: of the file as it was given or found.
+        place: what the image is known by.
+        size: of the file in bytes.
+        mtime_ns: time of the file's last change in nanoseconds.
     """
 
     path: str
-    real: str
+    place: Place
     size: int
     mtime_ns: int
 
+    @property
+    def name(self) -> str:
+        """The path, of a page with ``#page=N``, as PDF viewers take it; the id of the document before escaping."""
+        return self.path if self.place.page is None else f"{self.path}#page={self.place.page}"
+
+    @property
+    def id(self) -> str:
+        """The id of the document."""
+        return to_text(self.name)
+
     def meta(self) -> dict[str, Any]:
         """Returns the metadata of its document, by which the next run knows it."""
-        found = {"file": to_text(self.real), "bytes": self.size, "mtime_ns": self.mtime_ns}
-        return found if is_text(self.real) else {**found, "escaped": True}
+        return record(*self.place, self.size, self.mtime_ns)
 
 
 class Found(NamedTuple):
@@ -41,11 +68,14 @@ class Found(NamedTuple):
 
 
 def find_images(paths: Sequence[str]) -> Found:
-    """Lists image files, each once: files as given, and those below each folder in sorted order.
+    """Lists images, each once: files as given, those below each folder in sorted order, PDF files page by page.
 
-    A path that is no readable file or folder is left out with the reason.
+    A path that is no readable file or folder is left out with the reason, as is a PDF that cannot be opened.
+
+    Raises:
+        ImportError: there is a PDF, and pypdfium2 is missing.
     """
-    images: dict[str, ImageFile] = {}
+    images: dict[Place, ImageFile] = {}
     left_out: dict[str, str] = {}
     for given in paths:
         for path in _below(given, left_out) if os.path.isdir(given) else [given]:
@@ -58,7 +88,20 @@ def find_images(paths: Sequence[str]) -> Found:
                 left_out[path] = "not a regular file"
                 continue
             real = os.path.realpath(path)
-            images.setdefault(real, ImageFile(path, real, status.st_size, status.st_mtime_ns))
+            # its first page is there if and only if all are
+            if Place(real, None) in images or Place(real, 1) in images:
+                continue
+            pages: Iterable[int | None] = (None,)
+            if path.lower().endswith(PDF):
+                try:
+                    with PdfPages(path) as pdf:
+                        pages = range(1, len(pdf) + 1)
+                except (OSError, ValueError) as error:
+                    left_out[path] = reason_of(error)
+                    continue
+            for page in pages:
+                place = Place(real, page)
+                images[place] = ImageFile(path, place, status.st_size, status.st_mtime_ns)
     return Found(list(images.values()), left_out)
 
 
@@ -71,6 +114,35 @@ def _below(folder: str, left_out: dict[str, str]) -> list[str]:
     return sorted(path for path in found if path.lower().endswith(SUFFIXES))
 
 
+class Opener:
+    """Opens images; a PDF stays open until an image of another file is asked for."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self._pages: PdfPages | None = None
+
+    def open(self, image: ImageFile) -> Image:
+        """Returns the image, upright and RGB.
+
+        Raises:
+            Exception: a damaged file can raise anything: struct.error, KeyError, OverflowError, MemoryError, …
+        """
+        page = image.place.page
+        if self._pages is not None and (page is None or self._path != image.path):
+            self.close()
+        if page is None:
+            return load_image(image.path)
+        if self._pages is None:
+            self._path, self._pages = image.path, PdfPages(image.path)
+        return self._pages[page - 1]
+
+    def close(self) -> None:
+        """Closes the PDF."""
+        if self._pages is not None:
+            self._pages.close()
+        self._pages = None
+
+
 def reason_of(error: Exception) -> str:
     """Returns one line that says why a file could not be used."""
     if isinstance(error, FileNotFoundError):
@@ -81,12 +153,9 @@ def reason_of(error: Exception) -> str:
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
 
 
-def real_path(id: str, meta: dict[str, Any]) -> str:
-    """Returns the real path of a document's image; of a document without record, that of its id."""
-    file = meta.get("file")
-    if not isinstance(file, str):
-        return os.path.realpath(id)
-    return to_path(file) if meta.get("escaped") else file
+def place_of(id: str, meta: dict[str, Any]) -> Place:
+    """Returns the place of a document's image; of a document without record, that of its id."""
+    return Place(file_of(meta) or os.path.realpath(id), page_of(meta))
 
 
 def is_gone(real: str, folders: Iterable[str]) -> bool:

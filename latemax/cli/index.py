@@ -1,4 +1,4 @@
-"""``latemax index``: images into a store, and the store kept in step with their files."""
+"""``latemax index``: images and pages of PDF files into a store, and the store kept in step with the files."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from latemax._progress import Bar
-from latemax.cli.files import SUFFIXES, ImageFile, find_images, is_gone, real_path, reason_of
-from latemax.cli.terminal import printable, to_text
+from latemax.cli.files import SUFFIXES, ImageFile, Opener, Place, find_images, is_gone, place_of, reason_of
+from latemax.cli.models import Encoded, Model, load_model
+from latemax.cli.terminal import printable
 from latemax.store import PatchStore, StoreError, StoreWriter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from latemax.encoders import PatchEncoder, PatchTokens
 
 # A kill loses at most this much work: 170 images at 256 patches of 384 float16 features.
 SHARD_BYTES = 1 << 25
@@ -39,12 +37,17 @@ def index(
 ) -> dict[str, Any]:  # fmt: skip
     """Encodes images into a store with their paths as ids, and encodes those again that changed since.
 
-    An image is known by its real path, whatever its spelling, and by its size and time of change. No image ends the
-    run: one that is gone, unreadable or cannot be encoded is named on stderr and left out (of one that the store holds,
-    the earlier tokens stay). However the run ends, everything committed stays and the same call continues from there.
+    An image is known by its real path, whatever its spelling, and by its size and time of change; a page of a PDF, with
+    the id ``report.pdf#page=3``, by its number too. No image ends the run: one that is gone, unreadable or cannot be
+    encoded is named on stderr and left out (of one that the store holds, the earlier tokens stay); a PDF that is
+    encrypted, damaged or without pages is named once. Pages are rendered a batch at a time. However the run ends,
+    everything committed stays and the same call continues from there.
+
+    A model with a text side gives tokens of the space that images share with text. The store records the model and the
+    space; one that was made before spaces were recorded keeps the patch tokens it has.
 
     Args:
-        paths: image files, and folders of them.
+        paths: image and PDF files, and folders of them.
         model: a folder or hub name; a folder is recorded by its real path.
         store: the store's folder; created if missing.
         dtype: dtype of the stored tokens.
@@ -52,13 +55,15 @@ def index(
         batch_size: images per batch.
         device: device of the encoder; None is the CPU.
         adapter: a LoRA file for the model.
-        prune: remove the documents of those images in ``paths`` whose file was deleted.
+        prune: remove the documents of those images in ``paths`` whose file was deleted, and of pages that their PDF no
+            longer has.
 
     Returns:
         ``{"store", "indexed", "replaced", "already", "deleted", "removed", "left_out": [{"path", "reason"}, …],
         "documents"}``. ``deleted`` counts the images in ``paths`` that the store still holds without ``prune``.
 
     Raises:
+        ImportError: a PDF, and pypdfium2 is missing.
         StoreError: the store is damaged, in use, or was made with other settings.
         ValueError: no image, a device that does not work, or settings that do not fit the model.
     """
@@ -71,38 +76,48 @@ def index(
         for path, reason in left_out.items():
             say_left_out(path, reason)
         raise ValueError(f"no image ({', '.join(SUFFIXES)}) in {', '.join(map(printable, paths))}")
+    encoder, stored = None, stored_meta(store)
+    if stored is None:
+        encoder = load_model(meta["model"], adapter, None, device)
+        meta |= {"model_id": meta["model"], "space": encoder.space}
+    else:
+        meta |= {key: stored[key] for key in ("model_id", "space") if key in stored}
     with open_store(store, dtype, meta) as writer:
         known = documents_of(store)
-        folders, here = [os.path.realpath(path) for path in paths], {image.real for image in found.images}
-        recorded = [real for real, document in known.items() if "file" in document.meta and real not in here]
-        for real in [real for real in recorded if is_gone(real, folders)]:
+        folders, here = [os.path.realpath(path) for path in paths], {image.place for image in found.images}
+        read = {place.real for place in here}
+        recorded = [place for place, document in known.items() if "file" in document.meta and place not in here]
+        for place in [place for place in recorded if place.real in read or is_gone(place.real, folders)]:
             counts["removed" if prune else "deleted"] += 1
             if prune:
-                writer.remove(known.pop(real).id)
-                left_out = {path: reason for path, reason in left_out.items() if os.path.realpath(path) != real}
+                writer.remove(known.pop(place).id)
+                left_out = {path: reason for path, reason in left_out.items() if os.path.realpath(path) != place.real}
         for path, reason in left_out.items():
             say_left_out(path, reason)
         todo = []
         for image in found.images:
-            document = known.get(image.real)
+            document = known.get(image.place)
             if document is None or {**document.meta, **image.meta()} != document.meta:
                 todo.append(image)
             else:
                 counts["already"] += 1
         if todo:
-            encoder = load_encoder(model, adapter)
-            check_encoder(encoder, size, device, writer)
-            bar = Bar(len(todo), "indexing ")
+            if encoder is None:
+                space = meta.get("space", "patches" if adapter is None else None)
+                encoder = load_model(meta["model"], adapter, space, device)
+            check_encoder(encoder, size, writer)
+            bar, opener = Bar(len(todo), "indexing "), Opener()
             for start in range(0, len(todo), batch_size):
                 batch = todo[start : start + batch_size]
-                for image, result in encode_each(encoder, batch, size, device):
-                    reason = result if isinstance(result, str) else put(writer, image, known.get(image.real), result)
+                for image, result in encode_each(encoder, opener, batch, size):
+                    reason = result if isinstance(result, str) else put(writer, image, known.get(image.place), result)
                     if reason:
-                        left_out[image.path] = reason
-                        say_left_out(image.path, reason)
+                        left_out[image.name] = reason
+                        say_left_out(image.name, reason)
                     else:
-                        counts["replaced" if image.real in known else "indexed"] += 1
+                        counts["replaced" if image.place in known else "indexed"] += 1
                 bar.tick(len(batch))
+            opener.close()
         documents = len(writer)
     reasons = [{"path": path, "reason": reason} for path, reason in left_out.items()]
     return {"store": store, **counts, "left_out": reasons, "documents": documents}
@@ -145,6 +160,14 @@ def settings(model: str, size: int | None, adapter: str | None) -> dict[str, Any
     return meta
 
 
+def stored_meta(store: str) -> dict[str, Any] | None:
+    """Returns the metadata of a store, or None if there is no store yet."""
+    try:
+        return PatchStore(store).meta
+    except FileNotFoundError:
+        return None
+
+
 def open_store(store: str, dtype: str, meta: dict[str, Any]) -> StoreWriter:
     """Opens the writer.
 
@@ -159,12 +182,12 @@ def open_store(store: str, dtype: str, meta: dict[str, Any]) -> StoreWriter:
     return writer
 
 
-def documents_of(store: str) -> dict[str, Known]:
-    """Returns real path -> document, of all documents of a store."""
+def documents_of(store: str) -> dict[Place, Known]:
+    """Returns place of the image -> document, of all documents of a store."""
     pages = PatchStore(store)
-    known: dict[str, Known] = {}
+    known: dict[Place, Known] = {}
     for id, meta in zip(pages.ids, pages.metas(), strict=True):
-        known.setdefault(real_path(str(id), meta), Known(str(id), meta))
+        known.setdefault(place_of(str(id), meta), Known(str(id), meta))
     return known
 
 
@@ -181,18 +204,7 @@ def check_device(device: str | None) -> None:
         raise ValueError(f"--device {device} does not work here: {str(error).splitlines()[0]}") from error
 
 
-def load_encoder(model: str, adapter: str | None) -> PatchEncoder:
-    """Loads a model, with the LoRA file for it and the projection that was trained with it."""
-    from latemax.encoders import LoRA, PatchEncoder
-
-    if adapter is None:
-        return PatchEncoder.from_pretrained(model)
-    encoder = PatchEncoder.from_pretrained(model, **LoRA.encoder_options(adapter))
-    LoRA.from_file(adapter, encoder)
-    return encoder.requires_grad_(False).eval()
-
-
-def check_encoder(encoder: PatchEncoder, size: int | None, device: str | None, writer: StoreWriter) -> None:
+def check_encoder(encoder: Model, size: int | None, writer: StoreWriter) -> None:
     """Encodes a grey image, so that wrong settings end the run before the first image and no image is blamed for them.
 
     Raises:
@@ -200,47 +212,31 @@ def check_encoder(encoder: PatchEncoder, size: int | None, device: str | None, w
     """
     from PIL import Image as pillow
 
-    out = encoder.encode([pillow.new("RGB", (224, 224), "gray")], size=size, device=device)
+    (out,) = encoder.images([pillow.new("RGB", (224, 224), "gray")], size)
     if writer.dim not in (None, out.tokens.shape[-1]):
         raise ValueError(f"{writer.path} holds tokens of {writer.dim} features, the model gives {out.tokens.shape[-1]}")
 
 
-class Encoded(NamedTuple):
-    """The document of an image: tokens [l, dim], its grid, and the part of the image that the grid covers."""
-
-    tokens: Tensor
-    grid: tuple[int, int] | None
-    crop: list[float] | None
-
-
 def encode_each(
-    encoder: PatchEncoder, files: list[ImageFile], size: int | None, device: str | None
+    encoder: Model, opener: Opener, files: list[ImageFile], size: int | None
 ) -> Iterator[tuple[ImageFile, Encoded | str]]:
     """Encodes images in one batch, without those that the model's preprocessing refuses.
 
     Yields:
         (file, its document), or (file, why it cannot be encoded).
     """
-    from latemax.encoders.images import load_image
-
     loaded: list[tuple[ImageFile, Image]] = []
     for file in files:
         try:
-            loaded.append((file, load_image(file.path)))
-        # a damaged file can raise anything: struct.error, KeyError, OverflowError, MemoryError, …
+            loaded.append((file, opener.open(file)))
         except Exception as error:
             yield file, reason_of(error).removeprefix(f"image ({file.path}): ")
-
-    def encode() -> PatchTokens:
-        images = [image for _, image in loaded]
-        return encoder.encode(images, batch_size=len(images), device=device, size=size, output_device="cpu")
-
     if not loaded:
         return
     try:
-        out = encode()
+        out = encoder.images([image for _, image in loaded], size)
     except Exception:
-        bad = [why_not_prepared(encoder, image, size) for _, image in loaded]
+        bad = [encoder.why_not(image, size) for _, image in loaded]
         # not the fault of an image
         if not any(bad):
             raise
@@ -248,20 +244,8 @@ def encode_each(
         loaded = [one for one, reason in zip(loaded, bad, strict=True) if not reason]
         if not loaded:
             return
-        out = encode()
-    grids = out.grid if isinstance(out.grid, list) else [out.grid] * len(loaded)
-    crops = [None] * len(loaded) if out.crop is None else [[round(x, 6) for x in box] for box in out.crop.tolist()]
-    for (file, _), tokens, mask, grid, crop in zip(loaded, out.tokens, out.mask, grids, crops, strict=True):
-        yield file, Encoded(tokens[mask], grid, crop)
-
-
-def why_not_prepared(encoder: PatchEncoder, image: Image, size: int | None) -> str:
-    """Returns why an image cannot be made the model's pixel values, or ""."""
-    try:
-        encoder.preprocess([image], size=size)
-    except Exception as error:
-        return reason_of(error)
-    return ""
+        out = encoder.images([image for _, image in loaded], size)
+    yield from ((file, document) for (file, _), document in zip(loaded, out, strict=True))
 
 
 def put(writer: StoreWriter, image: ImageFile, document: Known | None, encoded: Encoded) -> str:
@@ -270,9 +254,10 @@ def put(writer: StoreWriter, image: ImageFile, document: Known | None, encoded: 
     meta = {**image.meta(), "crop": encoded.crop}
     try:
         if document is None:
-            writer.add(tokens, to_text(image.path), encoded.grid, meta)
+            writer.add(tokens, image.id, encoded.grid, meta, regions=encoded.regions)
         else:
-            writer.replace(tokens, document.id, encoded.grid, {**document.meta, **meta})
+            meta = {**document.meta, **meta}
+            writer.replace(tokens, document.id, encoded.grid, meta, regions=encoded.regions)
     except StoreError:
         raise
     except ValueError as error:

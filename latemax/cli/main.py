@@ -66,12 +66,13 @@ def _parser() -> argparse.ArgumentParser:
 
     index = commands.add_parser(
         "index",
-        help="encode images into a store for `latemax search`",
-        description="Encode images into a store. A second run continues where the first stopped, skips the images that "
-        "the store holds and encodes those again that changed. Images that are gone or unreadable are named and left "
-        "out. Exit status: 0 all images are in the store, 3 some were left out, 1 none or another error.",
+        help="encode images and PDF pages into a store for `latemax search`",
+        description="Encode images and pages of PDF files into a store. A second run continues where the first "
+        "stopped, skips the images that the store holds and encodes those again that changed. Images that are gone or "
+        "unreadable are named and left out. Exit status: 0 all images are in the store, 3 some were left out, 1 none "
+        "or another error.",
     )
-    index.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of them")
+    index.add_argument("images", metavar="IMAGES", nargs="+", help="image and PDF files, or folders of them")
     index.add_argument("--model", metavar="NAME_OR_PATH", required=True, help="a model folder or hub name")
     index.add_argument("-o", "--out", metavar="STORE", required=True, help="the store's folder; created if missing")
     index.add_argument(
@@ -88,9 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--json", action="store_true", help="print the summary as JSON")
     index.set_defaults(run=_index)
 
-    search = commands.add_parser("search", help="the best images of a store for a crop or for query tokens")
+    search = commands.add_parser("search", help="the best images of a store for a text, a crop or query tokens")
     search.add_argument("store", metavar="STORE", help="the store's folder")
     query = search.add_mutually_exclusive_group(required=True)
+    query.add_argument("--text", metavar="WORDS", help="a text, encoded with the store's own model")
     query.add_argument("--image", metavar="CROP", help="an image, encoded with the store's own model")
     query.add_argument("--tokens", metavar="FILE", help=".npy, .safetensors or .pt with [l_q, dim] or [n_q, l_q, dim]")
     search.add_argument("-k", type=_positive, default=10, metavar="N", help="number of results (default: %(default)s)")
@@ -99,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--where", metavar="CONDITION", help="search only images for which it is true, such as \"id LIKE '%%cat%%'\""
     )
     search.add_argument("--patches", action="store_true", help="also print the patches that each score comes from")
+    search.add_argument("--html", metavar="FILE", help="write one page that shows each result and its patches")
     search.add_argument("--normalize", action="store_true", help="L2-normalize all tokens before scoring")
     search.add_argument(
         "--memory", type=_positive, default=1024, metavar="MIB", help="MiB of read buffers (default: %(default)s)"
@@ -164,8 +167,9 @@ def _search(args: argparse.Namespace) -> None:
     from latemax.cli.search import render, search
 
     found = search(
-        args.store, image=args.image, tokens=args.tokens, k=args.k, size=args.size, where=args.where,
-        patches=args.patches, normalize=args.normalize, memory_mib=args.memory, device=args.device, verify=args.verify,
+        args.store, text=args.text, image=args.image, tokens=args.tokens, k=args.k, size=args.size, where=args.where,
+        patches=args.patches, html=args.html, normalize=args.normalize, memory_mib=args.memory, device=args.device,
+        verify=args.verify,
     )  # fmt: skip
     print(json.dumps(found, indent=2) if args.json else render(found))
 

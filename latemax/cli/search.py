@@ -1,18 +1,19 @@
-"""``latemax search``: the best images of a store for an image or for query tokens."""
+"""``latemax search``: the best images of a store for a text, an image or query tokens."""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from latemax.cli.index import check_device, load_encoder
+from latemax.cli.index import check_device
+from latemax.cli.models import WITH_TEXT, load_model
 from latemax.cli.terminal import printable
-from latemax.search import topk
+from latemax.search import TopK, topk
 from latemax.store import PatchStore, StoreError
 
 # patches shown per result
@@ -20,56 +21,66 @@ PATCHES = 5
 
 
 def search(
-    store: str, *, image: str | None = None, tokens: str | None = None, k: int = 10, size: int | None = None,
-    where: str | None = None, patches: bool = False, normalize: bool = False, memory_mib: int = 1024,
-    device: str | None = None, verify: bool = False,
+    store: str, *, text: str | None = None, image: str | None = None, tokens: str | None = None, k: int = 10,
+    size: int | None = None, where: str | None = None, patches: bool = False, html: str | None = None,
+    normalize: bool = False, memory_mib: int = 1024, device: str | None = None, verify: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Finds the k best documents of a store (all of them if it has fewer) for an image or for query tokens.
+    """Finds the k best documents of a store (all of them if it has fewer) for a text, an image or query tokens.
 
     Args:
         store: the store's folder.
-        image: a file, encoded with the model that the store was indexed with. Exclusive with ``tokens``.
+        text: words, encoded with the model that the store was indexed with, which must have a text side.
+        image: a file, encoded with that model. One of ``text``, ``image`` and ``tokens`` is given.
         tokens: a .npy, .safetensors (its only tensor, or the one called "tokens") or .pt file, [l_q, dim] or
             [n_q, l_q, dim].
         k: number of results.
         size: size of the query image in pixels; None takes that of the store's images.
         where: rank only documents for which this condition is true, as in ``PatchStore.where``.
         patches: also tell which patches of each result the score comes from.
+        html: a file to write as one page that shows the same, `latemax.viz.search_page`; of one query only.
         normalize: L2-normalize all tokens before scoring.
         memory_mib: MiB of read buffers.
         device: device that scores; None is the CPU.
         verify: check every byte of the store first.
 
     Returns:
-        ``{"store", "query", "documents", "results"}``. ``results`` holds a list for every query:
-        ``[{"rank", "id", "index", "score"}, …]``; a score that is not finite is None. With ``patches``, a result has
-        ``"patches": [{"row", "column", "box", "part", "query_tokens"}, …]``, the largest part of the score first.
-        ``box`` is the patch's place, (left, top, right, bottom) as fractions of the image, or None if the store does
-        not say which part of the image the patches cover. In a document without a grid, all patches are in row 0.
+        ``{"store", "query", "documents", "results"}``, and ``"html"``, the file, with ``html``. ``results`` holds a
+        list for every query: ``[{"rank", "id", "index", "score"}, …]``; a score that is not finite is None. With
+        ``patches``, a result has ``"patches": [{"row", "column", "box", "part", "query_tokens"}, …]``, the largest part
+        of the score first. ``box`` is the patch's place, (left, top, right, bottom) as fractions of the image, or None
+        if the store does not say which part of the image the patches cover. In a document without a grid, all patches
+        are in row 0.
 
     Raises:
-        StoreError: the store is damaged, or does not say which model made it.
-        ValueError: a wrong file, condition or device.
+        OSError: ``html`` cannot be written.
+        StoreError: the store is damaged, does not say which model made it, or holds tokens that no text shares a space
+            with.
+        ValueError: a text without a word; a wrong file, condition or device; several queries with ``html``.
     """
     check_device(device)
+    if html is not None and not os.path.isdir(os.path.dirname(os.path.abspath(html))):
+        raise FileNotFoundError(f"--html {html}: no such folder")
     pages = PatchStore(store)
     if verify:
         pages.verify()
     within = None if where is None else pages.where(where)
-    if image is not None:
-        q = _encoded(pages, image, size)
-    elif tokens is not None:
-        q = load_tokens(tokens)
-    else:
-        raise ValueError("search needs an image or query tokens")
-    q = q.unsqueeze(0) if q.dim() == 2 else q
+    query = _query(pages, text, image, tokens, size, device)
+    q = query.tokens.unsqueeze(0) if query.tokens.dim() == 2 else query.tokens
+    if html is not None and len(q) != 1:
+        raise ValueError(f"--html shows one query, {query.name} holds {len(q)}")
     k = min(k, len(pages) if within is None else len(within))
-    result: dict[str, Any] = {"store": store, "query": image or tokens, "documents": len(pages)}
-    if not k:
-        return {**result, "results": [[] for _ in q]}
-    found = topk(
-        q, pages, k, within=within, normalize=normalize, memory=memory_mib << 20, device=device, progress=True
-    )  # fmt: skip
+    if k:
+        found = topk(
+            q, pages, k, within=within, normalize=normalize, memory=memory_mib << 20, device=device, progress=True,
+            return_argmax=html is not None,
+        )  # fmt: skip
+    else:
+        none = torch.empty(len(q), 0)
+        found = TopK(none, none.long(), torch.empty(*q.shape[:1], 0, q.shape[1], dtype=torch.int32))
+    result: dict[str, Any] = {"store": store, "query": query.name, "documents": len(pages)}
+    if html is not None:
+        _write_page(html, pages, query, q[0], found.row(0), normalize)
+        result["html"] = html
     results = [
         [
             {"rank": rank, "id": pages.ids[i], "index": i, "score": score if math.isfinite(score) else None}
@@ -93,6 +104,7 @@ def best_patches(q: Tensor, pages: PatchStore, i: int, normalize: bool) -> list[
         return []
     rows, columns = pages.grid(i) or (1, len(tokens))
     grounding = grounding_map(q.cpu(), tokens, (rows, columns), normalize=normalize)
+    regions = pages.regions(i)
     part, wins = grounding.total().flatten(), grounding.wins().flatten()
     order = part.masked_fill(wins == 0, -math.inf).argsort(descending=True, stable=True)
     crop = pages.document_meta(i).get("crop")
@@ -100,7 +112,9 @@ def best_patches(q: Tensor, pages: PatchStore, i: int, normalize: bool) -> list[
     for at in order[: int((wins > 0).sum())].tolist():
         row, column = divmod(at, columns)
         box = None
-        if crop is not None:
+        if regions is not None:
+            box = None if regions[at].isnan().any() else [round(x, 6) for x in regions[at].tolist()]
+        elif crop is not None and pages.grid(i) is not None:
             left, top, right, bottom = crop
             width, height = (right - left) / columns, (bottom - top) / rows
             x, y = left + column * width, top + row * height
@@ -109,12 +123,66 @@ def best_patches(q: Tensor, pages: PatchStore, i: int, normalize: bool) -> list[
     return found
 
 
-def _encoded(pages: PatchStore, image: str, size: int | None) -> Tensor:
+class Query(NamedTuple):
+    """What is searched for.
+
+    Attributes:
+        name: as it was given.
+        tokens: [l_q, dim] or [n_q, l_q, dim].
+        image: an image file that the tokens were made of, or None.
+        words: of a text, else None. word_of: the word of each token, -1 for none.
+    """
+
+    name: str
+    tokens: Tensor
+    image: str | None = None
+    words: list[str] | None = None
+    word_of: Tensor | None = None
+
+
+def _query(
+    pages: PatchStore, text: str | None, image: str | None, tokens: str | None, size: int | None, device: str | None
+) -> Query:
+    if tokens is not None:
+        return Query(tokens, load_tokens(tokens))
+    option = "--text" if text is not None else "--image"
+    if text is not None and not text.strip():
+        raise ValueError(f"--text must have a word, got {text!r}")
+    if text is None and image is None:
+        raise ValueError("search needs a text, an image or query tokens")
     if "model" not in pages.meta:
-        raise StoreError(f"{pages.path} does not say which model made it: pass --tokens instead of --image")
-    encoder = load_encoder(pages.meta["model"], pages.meta.get("adapter"))
-    out = encoder.encode([image], size=pages.meta.get("size") if size is None else size)
-    return out.tokens[0][out.mask[0]]
+        raise StoreError(f"{pages.path} does not say which model made it: pass --tokens instead of {option}")
+    # before spaces were recorded, tokens were patches
+    name, adapter = pages.meta["model"], pages.meta.get("adapter")
+    space = pages.meta.get("space", "patches" if adapter is None else None)
+    if text is not None and space not in WITH_TEXT:
+        raise StoreError(
+            f"{pages.path} holds tokens of the space {space or 'patches'!r} of {name}, and --text makes tokens of the "
+            f"space 'text' or 'retrieval': index it with a model that has a text side (CLIP, SigLIP, ColPali, …)"
+        )
+    model = load_model(name, adapter, space, device)
+    if text is None:
+        (found,) = model.images([image], pages.meta.get("size") if size is None else size)
+        return Query(str(image), found.tokens, image)
+    words = model.text(text)
+    mask = words.mask[0]
+    return Query(text, words.tokens[0][mask], None, words.words[0], words.word_of[0][mask])
+
+
+def _write_page(path: str, pages: PatchStore, query: Query, q: Tensor, found: TopK, normalize: bool) -> None:
+    from latemax.viz import search_page
+
+    text = search_page(
+        q, found, pages, query=query.name, words=query.words, word_of=query.word_of, normalize=normalize,
+        query_image=query.image,
+    )  # fmt: skip
+    # as a whole or not at all
+    scratch = f"{path}.{os.getpid()}"
+    try:
+        Path(scratch).write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
 
 
 def load_tokens(path: str) -> Tensor:
@@ -166,4 +234,6 @@ def render(result: dict[str, Any]) -> str:
             if row.get("patches"):
                 best = (f"({p['row']}, {p['column']}) {p['part']:.2f}" for p in row["patches"][:PATCHES])
                 lines.append(f"{'':18}from {len(row['patches'])} patches (row, column): {', '.join(best)}")
+    if "html" in result:
+        lines.append(f"{printable(result['html'])} shows them")
     return "\n".join(lines)

@@ -63,7 +63,8 @@ def patch(host: str, *, padding: str = "exact") -> Patch:
     patch first.
 
     Args:
-        host: the import name: "colpali_engine", "transformers", "sentence_transformers" or "pylate".
+        host: the import name: "colpali_engine", "transformers", "sentence_transformers", "pylate", "mteb",
+            "qdrant_client" or "vllm".
         padding: "exact": zero padding never has the maximum, float32 scores. "host": the host's rule and dtype.
 
     Returns:
@@ -95,7 +96,7 @@ def patch(host: str, *, padding: str = "exact") -> Patch:
         for target in HOSTS[host].targets:
             old = _find(host, version, target)
             _check_parameters(host, version, target, old, getattr(ours, target.ours))
-            new = _replacement(old, getattr(ours, target.ours), target.method, padding)
+            new = _replacement(old, getattr(ours, target.ours), target, padding)
             swap[f"{target.module}.{target.name}"] = (old, new)
         _rebind(host, {id(old): new for old, new in swap.values()})
         _active[host] = Patch(host, version, padding, swap)
@@ -125,7 +126,7 @@ def _find(host: str, version: str, target: Target) -> FunctionType:
 
 def _check_parameters(host: str, version: str, target: Target, old: FunctionType, ours: Callable[..., Any]) -> None:
     theirs = list(inspect.signature(old).parameters.values())[target.method :]
-    wanted = [p for p in inspect.signature(ours).parameters.values() if p.name != "padding"]
+    wanted = [p for p in inspect.signature(ours).parameters.values() if p.name not in ("padding", *target.attributes)]
     if [(p.name, p.kind, p.default) for p in theirs] != [(p.name, p.kind, p.default) for p in wanted]:
         raise RuntimeError(
             f"{target.module}.{target.name} of {host} {version} takes ({', '.join(p.name for p in theirs)}); "
@@ -133,12 +134,13 @@ def _check_parameters(host: str, version: str, target: Target, old: FunctionType
         )
 
 
-def _replacement(old: FunctionType, ours: Callable[..., Any], method: bool, padding: str) -> FunctionType:
+def _replacement(old: FunctionType, ours: Callable[..., Any], target: Target, padding: str) -> FunctionType:
     """``ours`` under the name of ``old``, so that pickle and documentation find it where the host has it."""
-    if method:
+    if target.method:
 
         @functools.wraps(old)
         def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
+            kwargs.update((name, getattr(self, name)) for name in target.attributes)
             return ours(*args, padding=padding, **kwargs)
     else:
 

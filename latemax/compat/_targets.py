@@ -12,6 +12,8 @@ class Target(NamedTuple):
     name: str  # a function, or Class.method; a static method without self
     ours: str
     method: bool = False  # called with self, which the replacement does not take
+    attributes: tuple[str, ...] = ()  # of self, passed by name
+    takes_self: bool = False  # the replacement takes self, by position
 
 
 class Host(NamedTuple):
@@ -34,6 +36,15 @@ HOSTS: dict[str, Host] = {
         "colpali-engine",
         (
             *_same("colpali_engine.utils.maxsim", "maxsim_inbatch", "maxsim_kd"),
+            *(
+                Target(
+                    "colpali_engine.loss.late_interaction_losses",
+                    f"{loss}.forward",
+                    "explicit_negatives_loss",
+                    takes_self=True,
+                )
+                for loss in ("ColbertNegativeCELoss", "ColbertPairwiseNegativeCELoss")
+            ),
             Target(
                 "colpali_engine.utils.processing_utils",
                 "BaseVisualRetrieverProcessor.score_multi_vector",
@@ -79,7 +90,13 @@ HOSTS: dict[str, Host] = {
         (
             *_same("pylate.scores.colbert", "colbert_scores", "colbert_scores_pairwise", "colbert_kd_scores"),
             Target("pylate.scores.colbert", "ColBERTScores.__call__", "colbert_group_scores", method=True),
+            Target("pylate.scores.xtr", "XTRScores._score", "xtr_group_scores", True, ("k", "document_chunk_size")),
             *_same("pylate.rank.rank", "rerank"),
         ),
     ),
+    "mteb": Host("mteb", _same("mteb.similarity_functions", "max_sim", "pairwise_max_sim")),
+    "qdrant_client": Host(
+        "qdrant-client", _same("qdrant_client.local.multi_distances", "calculate_multi_distance_core")
+    ),
+    "vllm": Host("vllm", _same("vllm.v1.pool.late_interaction", "compute_maxsim_score_batched")),
 }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from latemax import maxsim
+from latemax import maxsim, maxsim_pairs
 from latemax.compat._inputs import EMPTY_SCORE, Items, check_padding, nonzero_rows, retrieval_scores
 
-__all__ = ["maxsim_inbatch", "maxsim_kd", "score_multi_vector"]
+__all__ = ["explicit_negatives_loss", "maxsim_inbatch", "maxsim_kd", "score_multi_vector"]
 
 
 def score_multi_vector(
@@ -65,8 +68,47 @@ def maxsim_kd(query: Tensor, doc: Tensor, *, padding: str = "exact") -> Tensor:
     return _padded(query, doc, padding)
 
 
-def _padded(query: Tensor, doc: Tensor, padding: str) -> Tensor:
+def explicit_negatives_loss(
+    self: Any,
+    query_embeddings: Tensor,
+    doc_embeddings: Tensor,
+    neg_doc_embeddings: Tensor,
+    offset: int = 0,
+    *,
+    padding: str = "exact",
+) -> Tensor:
+    """``forward`` of ``ColbertNegativeCELoss`` and ``ColbertPairwiseNegativeCELoss``, positives included.
+
+    Args:
+        self: the loss. With ``use_smooth_max`` its own ``forward`` runs.
+        query_embeddings: [b, l_q, dim]. doc_embeddings: positives [b', l_d, dim], those of the queries from ``offset``.
+        neg_doc_embeddings: negatives of every query [b, n, l_n, dim].
+        padding: as in ``maxsim_inbatch``. The in-batch term scores by the host's ``maxsim_inbatch``: patch that too.
+
+    Returns:
+        the loss, a scalar.
+    """
     check_padding(padding)
+    if self.use_smooth_max:
+        own = inspect.unwrap(type(self).forward)
+        return own(self, query_embeddings, doc_embeddings, neg_doc_embeddings, offset)
+    own_documents = doc_embeddings[offset : offset + len(query_embeddings)]
+    positives = _padded(query_embeddings, own_documents, padding, pairs=True)
+    negatives = maxsim_kd(query_embeddings, neg_doc_embeddings, padding=padding)
+    if self.normalize_scores:
+        lengths = (query_embeddings[:, :, 0] != 0).sum(dim=1)
+        positives, negatives = (self._apply_normalization(x, lengths) for x in (positives, negatives))
+    loss = torch.nn.functional.softplus((negatives - positives.unsqueeze(1)) / self.temperature).mean()
+    weight = self.in_batch_term_weight
+    if weight > 0:
+        in_batch = self.inner_loss if hasattr(self, "inner_loss") else self.inner_pairwise
+        loss = loss * (1 - weight) + in_batch(query_embeddings, doc_embeddings, offset) * weight
+    return loss
+
+
+def _padded(query: Tensor, doc: Tensor, padding: str, *, pairs: bool = False) -> Tensor:
+    check_padding(padding)
+    score = maxsim_pairs if pairs else maxsim
     if padding == "host":
-        return maxsim(query, doc).to(torch.promote_types(query.dtype, doc.dtype))
-    return maxsim(query, doc, d_mask=nonzero_rows(doc), empty_score=EMPTY_SCORE)
+        return score(query, doc).to(torch.promote_types(query.dtype, doc.dtype))
+    return score(query, doc, d_mask=nonzero_rows(doc), empty_score=EMPTY_SCORE)

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from latemax import maxsim, maxsim_pairs
 from latemax.compat._inputs import EMPTY_SCORE, as_items, as_tensor, check_padding, to_device, weighted, with_zero_rows
+from latemax.compat._xtr import XTRKDScores, XTRScores, xtr_group_scores
 
-__all__ = ["ColBERTScores", "colbert_kd_scores", "colbert_scores", "colbert_scores_pairwise", "rerank"]
+__all__ = [
+    "ColBERTScores", "XTRKDScores", "XTRScores", "colbert_kd_scores", "colbert_scores", "colbert_scores_pairwise",
+    "rerank", "xtr_group_scores",
+]  # fmt: skip
 
 BACKENDS = ("auto", "torch", "flash", "lik")
 

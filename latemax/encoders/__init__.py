@@ -1,8 +1,21 @@
-"""Vision transformers as patch-token encoders, their preprocessing, and LoRA on their W_Q and W_V."""
+"""Vision transformers, text towers and retrievers as encoders of tokens; pages of PDF files; LoRA on W_Q and W_V."""
 
 from .lora import LoRA, add_lora
 from .patch_encoder import PatchEncoder
+from .pdf import PdfPages
 from .pixels import Preprocess
-from .tokens import PatchTokens
+from .retriever import Retriever
+from .text_encoder import TextEncoder
+from .tokens import PatchTokens, TextTokens
 
-__all__ = ["LoRA", "PatchEncoder", "PatchTokens", "Preprocess", "add_lora"]
+__all__ = [
+    "LoRA",
+    "PatchEncoder",
+    "PatchTokens",
+    "PdfPages",
+    "Preprocess",
+    "Retriever",
+    "TextEncoder",
+    "TextTokens",
+    "add_lora",
+]

@@ -38,8 +38,7 @@ def encode_images(
     images = as_list(images)
     if not images:
         raise ValueError("images must hold at least one image, got none")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an int >= 1, got {batch_size!r}")
+    check_batch(batch_size)
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype must be None, torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
     like = parameter_like(encoder.adapter.tower)
@@ -53,7 +52,7 @@ def encode_images(
     boxes: list[Box | None] = []
     padded = False
     with torch.no_grad(), _evaluating(encoder):
-        for start in _steps(len(images), batch_size, progress):
+        for start in steps(len(images), batch_size, progress, "image"):
             chunk = images[start : start + batch_size]
             loaded = [load_image(image, f"images[{start + i}]") for i, image in enumerate(chunk)]
             boxes += [transform.crop_box(image, size) for image in loaded]
@@ -61,7 +60,7 @@ def encode_images(
             with torch.autocast(device.type, dtype, enabled=mixed):
                 out = encoder(pixels, return_prefix=return_prefix)
             tokens, prefix = (t if t is None or dtype is None else t.to(dtype) for t in (out.tokens, out.prefix))
-            gathered = _gather(gathered, (tokens, out.mask, prefix), start, len(images), output_device or device)
+            gathered = gather(gathered, (tokens, out.mask, prefix), start, len(images), output_device or device)
             padded = isinstance(out.grid, list)
             grids += out.grid if isinstance(out.grid, list) else [out.grid] * len(out.tokens)
     tokens, mask, prefix = gathered
@@ -70,6 +69,7 @@ def encode_images(
     if not one_grid and (longest := max(rows * cols for rows, cols in grids)) < tokens.shape[1]:
         tokens, mask = tokens[:, :longest], mask[:, :longest]
     found = PatchTokens(tokens, mask, grids[0] if one_grid else grids, prefix)
+    found.model_id, found.space = encoder.model_id, encoder.space
     if None not in boxes:
         found.crop = torch.tensor(boxes, dtype=torch.float32)
     return found
@@ -106,7 +106,14 @@ def _evaluating(encoder: PatchEncoder) -> Iterator[None]:
         encoder.sync()
 
 
-def _steps(total: int, batch_size: int, progress: bool) -> Iterator[int]:
+def check_batch(batch_size: int) -> None:
+    """Raises ValueError where ``batch_size`` is no positive int."""
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be an int >= 1, got {batch_size!r}")
+
+
+def steps(total: int, batch_size: int, progress: bool, unit: str) -> Iterator[int]:
+    """The first index of every batch, with a tqdm bar on stderr where ``progress``."""
     starts = range(0, total, batch_size)
     if not progress:
         yield from starts
@@ -115,7 +122,7 @@ def _steps(total: int, batch_size: int, progress: bool) -> Iterator[int]:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError('progress=True needs tqdm: pip install "latemax[encoders]"') from error
-    with tqdm(total=total, unit="image", desc="encoding") as bar:
+    with tqdm(total=total, unit=unit, desc="encoding") as bar:
         for start in starts:
             yield start
             bar.update(min(batch_size, total - start))
@@ -127,7 +134,7 @@ def _to(pixels: Pixels, device: torch.device, dtype: torch.dtype) -> Pixels:
     return pixels.to(device, dtype)
 
 
-def _gather(
+def gather(
     gathered: list[Tensor | None], parts: Parts, start: int, total: int, device: torch.device | str
 ) -> list[Tensor | None]:
     """Writes a batch into tensors sized for all images, so that no second copy of the corpus exists at the end."""

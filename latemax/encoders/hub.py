@@ -60,6 +60,12 @@ def is_path(name: str) -> bool:
     return os.path.exists(name) or os.path.isabs(name) or name.startswith((".", "~"))
 
 
+def model_name(name: str | os.PathLike[str]) -> str:
+    """What a model is called in stores: a folder by its real path, another name as it is."""
+    path = os.path.expanduser(os.fspath(name))
+    return os.path.realpath(path) if os.path.isdir(path) else os.fspath(name)
+
+
 def check_name(name: str, known: Iterable[str]) -> bool:
     """Checks a name that is no folder before transformers retries it for half a minute.
 

@@ -14,6 +14,8 @@ from .pixels import ImageTransform
 from .preprocess import from_torchvision_transforms
 from .weights import dinov2_small
 
+# The distribution that has MultiVectorEncoder.
+ST = "sentence-transformers"
 Loaded = tuple[nn.Module, ImageTransform | None]
 LOCAL_NAMES: dict[str, Callable[[], str | os.PathLike[str]]] = {"dinov2-small": dinov2_small}
 
@@ -35,6 +37,57 @@ def load(name_or_path: str | os.PathLike[str], with_processor: bool = True) -> L
     if name in LOCAL_NAMES and not os.path.exists(name):
         name = os.fspath(LOCAL_NAMES[name]())
     return _transformers(name, with_processor)
+
+
+def load_text(name_or_path: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
+    """``(model, tokenizer)``; names as in ``TextEncoder.from_pretrained``."""
+    name = os.fspath(name_or_path)
+    library, _, rest = name.partition(":")
+    if library == "open_clip" and rest and not os.path.exists(name):
+        model, _ = _open_clip(rest)
+        import open_clip
+
+        return model, open_clip.get_tokenizer(rest.partition("/")[0])
+    model, _ = _transformers(name, False)
+    from transformers import AutoTokenizer
+
+    return model, AutoTokenizer.from_pretrained(os.path.expanduser(name))
+
+
+def load_retriever(name_or_path: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
+    """``(model, processor)``; names as in ``Retriever.from_pretrained``."""
+    name = os.fspath(name_or_path)
+    if name.startswith("open_clip:") and not os.path.exists(name):
+        return load_text(name)
+    if hub.is_path(name):
+        name = os.path.expanduser(name)
+    if hub.find(name, "modules.json") is not None:
+        try:
+            from sentence_transformers import MultiVectorEncoder
+        except ImportError as error:
+            raise ImportError(f"loading {name} needs sentence-transformers >= 6: pip install {ST}") from error
+        return MultiVectorEncoder(name), None
+    config = hub.find(name, "config.json")
+    if config is None:
+        raise FileNotFoundError(f"name_or_path: {name} holds no config.json; it must be a model in transformers format")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f'loading {name} needs transformers: pip install "latemax[encoders]"') from error
+    architecture = (hub.read_json(config).get("architectures") or [""])[0]
+    if not architecture.endswith("ForRetrieval"):
+        return _transformers(name, False)[0], transformers.AutoProcessor.from_pretrained(name)
+    if not hasattr(transformers, architecture):
+        raise ValueError(
+            f"name_or_path: {name} is a {architecture}, which transformers {transformers.__version__} lacks"
+        )
+    model, report = getattr(transformers, architecture).from_pretrained(name, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(
+            f"name_or_path: {name} lacks {len(report['missing_keys'])} weights of {architecture} (first: "
+            f"{sorted(report['missing_keys'])[0]}), which would be random"
+        )
+    return model, transformers.AutoProcessor.from_pretrained(name)
 
 
 def _transformers(name: str, with_processor: bool) -> Loaded:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import lora_file
+from .hosts import POOLS
 from .patch_encoder import PatchEncoder
+from .retriever import Retriever
 
 # Names of separate projections, per target, across the libraries.
 SEPARATE = {
@@ -295,7 +297,8 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, targets: str | 
 
     Args:
         model: A module. Of a ``PatchEncoder``, only the tower that makes patch tokens is adapted (no text tower, pooler
-            or head), and an own ``projection`` stays trainable.
+            or head), and an own ``projection`` stays trainable. Of a ``Retriever``, only its vision tower (of NeoMME,
+            which reads patches and words with one encoder, that).
         rank: Columns of B and rows of A; at most the smaller side of a weight.
         alpha: The update is scaled by alpha / rank.
         targets: Which of "q", "k", "v".
@@ -308,7 +311,11 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, targets: str | 
     base: nn.Module = model
     search: nn.Module = model
     skipped: list[nn.Module] = []
-    if isinstance(model, PatchEncoder):
+    if isinstance(model, Retriever):
+        base, search = model.model, model.vision_tower
+        pools = [search._modules.get(name) for name in POOLS]
+        skipped = [pool for pool in pools if pool is not None]
+    elif isinstance(model, PatchEncoder):
         adapter = model.adapter
         base, search, skipped = model.model, adapter.tower, adapter.unused
         if not isinstance(base, nn.Module):

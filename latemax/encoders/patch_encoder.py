@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from .adapters import find_adapter
 from .adapters.base import Adapter, RawTokens, parameter_like
 from .batching import encode_images, warn_of_training
+from .hub import model_name
 from .loading import load
 from .pixels import ImageTransform, Pixels, Size
 from .processors import as_transform, of_model
-from .tokens import PatchTokens
+from .tokens import PatchTokens, l2_normalize
 
 
 class PatchEncoder(nn.Module):
@@ -39,6 +40,7 @@ class PatchEncoder(nn.Module):
         n_prefix: How many leading tokens are no patches; None asks the model.
         preprocess: How ``encode`` and ``preprocess`` treat images: a ``Preprocess``, an image processor of
             transformers, or a callable from a Pillow image to a tensor ``[3, height, width]``. None asks the model.
+        model_id: The model's name, kept with the tokens; None takes the name that transformers loaded it by.
 
     Raises:
         TypeError: ``model`` or ``preprocess`` is of no usable kind.
@@ -60,6 +62,7 @@ class PatchEncoder(nn.Module):
         final_norm: str | nn.Module | None = "auto",
         n_prefix: int | None = None,
         preprocess: Any = None,
+        model_id: str | None = None,
     ):
         super().__init__()
         if final_norm not in ("auto", None) and not isinstance(final_norm, nn.Module):
@@ -70,6 +73,7 @@ class PatchEncoder(nn.Module):
         # A plain callable is no child module, but a module hidden in one is still found by `adapter`.
         self.model: Any = model
         self._tower_path = self._find_tower()
+        self.model_id = model_id or getattr(model, "name_or_path", "") or None
         self.normalize = normalize
         self.final_norm = final_norm if isinstance(final_norm, nn.Module) else None
         self._norm_auto = final_norm == "auto"
@@ -134,7 +138,13 @@ class PatchEncoder(nn.Module):
         model, preprocess = load(name_or_path, options.get("preprocess") is None)
         if options.get("preprocess") is None:
             options["preprocess"] = preprocess
-        return cls(model, **options).eval()
+        return cls(model, **{"model_id": model_name(name_or_path), **options}).eval()
+
+    @property
+    def space(self) -> str:
+        """What the tokens may be compared with: "text", the space shared with texts; "patches" or "module", this
+        encoder's own tokens."""
+        return "text" if self._text else "patches" if self.projection is None else "module"
 
     @property
     def family(self) -> str:
@@ -202,7 +212,9 @@ class PatchEncoder(nn.Module):
         if raw.mask is not None:
             tokens = tokens.masked_fill(~mask[..., None], 0)
         prefix = self._finish(raw.tokens[:, :p]) if return_prefix else None
-        return PatchTokens(tokens, mask, raw.grid, prefix)
+        out = PatchTokens(tokens, mask, raw.grid, prefix)
+        out.model_id, out.space = self.model_id, self.space
+        return out
 
     def _check_grid(self, raw: RawTokens, p: int) -> None:
         if raw.tokens.ndim != 3:
@@ -230,11 +242,7 @@ class PatchEncoder(nn.Module):
         project = self.adapter.text_projection() if self._text else self.projection
         if project is not None:
             tokens = project(tokens)
-        if self.normalize:
-            # The eps of F.normalize: a zero token stays zero.
-            length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=_float32_or_more(tokens))
-            tokens = (tokens / length.clamp_min(1e-12)).to(tokens.dtype)
-        return tokens
+        return l2_normalize(tokens) if self.normalize else tokens
 
     def train(self, mode: bool = True) -> PatchEncoder:
         """Sets the mode of every module; not to be called while another thread encodes."""
@@ -317,7 +325,3 @@ class PatchEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         return f"family={self.family!r}, n_prefix={self.n_prefix}, norm={self.norm_name!r}, normalize={self.normalize}"
-
-
-def _float32_or_more(tokens: Tensor) -> torch.dtype:
-    return torch.float64 if tokens.dtype == torch.float64 else torch.float32

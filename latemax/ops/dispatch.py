@@ -120,7 +120,9 @@ def forward(b: Batch, want_argmax: bool, asked: str) -> tuple[tuple[Tensor, Tens
     plan = plan_for(problem_of(b, argmax=want_argmax), asked)
     out = allocate(b, want_argmax)
     backend = MODULES[plan.backend]
-    prepared = backend.forward(b if backend is native else b.joined(), plan, out)
+    if backend is not native:
+        b = b.joined(documents=backend is not triton)
+    prepared = backend.forward(b, plan, out)
     if key is not None and prepared is not None:
         if len(_prepared) >= MOST_PREPARED:
             _prepared.clear()

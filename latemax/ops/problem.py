@@ -16,11 +16,13 @@ def score_dtype(q: torch.dtype, d: torch.dtype) -> torch.dtype:
 
 
 class Separate(NamedTuple):
-    """Items that are separate in CPU memory, with contiguous dims."""
+    """Items that are separate in memory, with contiguous dims."""
 
     tokens: list[Tensor]  # [l_i, dim]
-    masks: list[Tensor | None] | None  # bool [l_i], contiguous
-    table: Tensor  # int64 [n, 3]: an address of tokens, of the mask or 0, and the row stride (maxsim_item)
+    masks: list[Tensor] | None  # bool [l_i], contiguous
+    # int64 [n, 3] on the device: an address of tokens, of the mask or 0, and the row stride (maxsim_item)
+    table: Tensor
+    aligned: bool = False  # on a GPU: every row of tokens starts at a multiple of 16 bytes
 
 
 class Side(NamedTuple):
@@ -37,7 +39,7 @@ class Side(NamedTuple):
     @property
     def items(self) -> int:
         """How many queries, or documents that one query can name."""
-        return self.tokens.shape[-3] if self.offsets is None else len(self.offsets) - 1
+        return self.tokens.shape[-3] if self.offsets is None else self.offsets.shape[0] - 1
 
     @property
     def length(self) -> int:
@@ -45,11 +47,11 @@ class Side(NamedTuple):
         return self.tokens.shape[-2]
 
     def joined(self) -> Side:
-        """With separate items concatenated: only the forward pass of the native CPU kernel takes a table."""
+        """With separate items concatenated."""
         if self.separate is None:
             return self
-        items, masks, _ = self.separate
-        mask = None if masks is None else join_masks(items, masks)
+        items, masks = self.separate.tokens, self.separate.masks
+        mask = None if masks is None else torch.cat(masks)
         return Side(torch.cat(items), mask, self.offsets, weights=self.weights)
 
     def valid(self) -> Tensor:
@@ -64,12 +66,6 @@ class Side(NamedTuple):
         if mask is not None:
             ends = F.pad(mask.cumsum(0), (1, 0))[ends]
         return ends.diff().clamp_(min=0)
-
-
-def join_masks(items: list[Tensor], masks: list[Tensor | None]) -> Tensor:
-    """The masks of all items, concatenated; None keeps an item's every token."""
-    pairs = zip(items, masks, strict=True)
-    return torch.cat([x.new_ones(x.shape[0], dtype=torch.bool) if mask is None else mask for x, mask in pairs])
 
 
 class Batch(NamedTuple):
@@ -91,13 +87,17 @@ class Batch(NamedTuple):
         """Every query has its own documents."""
         return self.candidates is not None or self.d.tokens.dim() == 4
 
-    def joined(self) -> Batch:
-        """Without separate items and query numbers, which only the forward pass of the native CPU kernel takes."""
+    def joined(self, *, documents: bool = True) -> Batch:
+        """Without query numbers and separate items.
+
+        Only the forward pass of the native CPU kernel takes them; that of Triton takes separate documents.
+        ``documents``: concatenate these too.
+        """
         if self.query_ids is not None:
-            return _with_rows_of(self, self.query_ids).joined()
+            return _with_rows_of(self, self.query_ids).joined(documents=documents)
         if self.q.separate is None and self.d.separate is None:
             return self
-        return self._replace(q=self.q.joined(), d=self.d.joined())
+        return self._replace(q=self.q.joined(), d=self.d.joined() if documents else self.d)
 
     @property
     def ragged(self) -> bool:
@@ -106,7 +106,7 @@ class Batch(NamedTuple):
     @property
     def n_q(self) -> int:
         """Rows of the scores: the queries, or with query_ids the rows that name one."""
-        return self.q.items if self.query_ids is None else len(self.query_ids)
+        return self.q.items if self.query_ids is None else self.query_ids.shape[0]
 
     @property
     def l_q(self) -> int:

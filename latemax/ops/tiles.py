@@ -136,9 +136,13 @@ class BackwardTile(NamedTuple):
 def backward_tile(dim: int, l_q: int, itemsize: int) -> BackwardTile:
     """The grad_d tile: its accumulator [block_d, block_k] stays in registers, its rows in 64 KB of shared memory."""
     block_k = min(256, 1024 // itemsize, padded_dim(dim))
+    if itemsize == 4 and dim > 256:
+        # No program holds all columns, and 64 x 32 x 128 (sm_90: wgmma, 214 issue slots) beats 32 x 32 x 256 (mma, 259),
+        # which reads every query row twice as often and at dim 1030, not 16-byte aligned, spills 6 to 11 registers.
+        block_k = 128
     block_d = min(64, max(16, 32768 // (block_k * itemsize)))
-    # sm_100 builds of float32: a block of 128 columns spills with 32 query tokens, one of 256 columns with 16
-    few = l_q <= 16 or (itemsize > 2 and block_k <= 128)
+    # sm_100 builds of float32 up to dim 256: a block of 128 columns spills with 32 query tokens, one of 256 with 16
+    few = l_q <= 16 or itemsize == 8 or (itemsize == 4 and dim <= 128)
     # 235 issue slots a block of 64 x 32 x 128 with 4 warps, 306 with 8 (sm_90)
     warps = 4 if itemsize == 2 and block_k <= 128 else 8
     # two blocks of rows in flight while one is multiplied; 4 stages of 256 columns of float32 take 103 KB

@@ -16,6 +16,7 @@ from latemax.arguments import arrays, check, ragged
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.merge import TopK, merge
+from latemax.search.spaces import unwrapped
 
 # Of a chunk's scores, at once: the scores, their keys, the order as int64, a sort's copy of both, and the indices.
 SCORE_BYTES = 48
@@ -49,7 +50,8 @@ def topk(
     must not lead the list). A document without a valid token scores ``empty_score``.
 
     Args:
-        q: query tokens [l_q, dim], [n_q, l_q, dim], a list of n_q tensors [l_i, dim], or a jagged nested tensor.
+        q: query tokens [l_q, dim], [n_q, l_q, dim], a list of n_q tensors [l_i, dim], or a jagged nested tensor; or
+            what an encoder returned (`TextTokens`, `PatchTokens`), whose model and space must be the store's.
         corpus: [n_d, l_d, dim]; a list of [l_i, dim]; a jagged nested tensor; (tokens [t_d, dim], offsets [n_d + 1]);
             or a `PatchStore`. On the CPU, or where the scoring runs. Arrays as in `maxsim`.
         k: how many, 1 <= k <= n_d, as in torch.topk.
@@ -70,7 +72,7 @@ def topk(
 
     Raises:
         TypeError, ValueError: as `maxsim`; k above the number of documents; a document of ``within`` that is not
-            there, or one that ``memory`` cannot hold, named.
+            there, or one that ``memory`` cannot hold, named; encoded tokens of another model or space than the store's.
 
     Example:
         >>> store = PatchStore("pages")
@@ -82,6 +84,7 @@ def topk(
     )
     check.check_positive("k", k)
     check.check_positive("memory", memory)
+    q, q_mask = unwrapped(q, q_mask, corpus)
     found = corpora.of(corpus, d_mask)
     documents = corpora.chosen(within, found)
     corpora.at_most(k, found, documents)

@@ -19,6 +19,7 @@ from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.exact import Within, topk
 from latemax.search.merge import TopK, best
+from latemax.search.spaces import unwrapped
 
 ENGINES = ("auto", "faiss", "torch")
 # A first stage: called with q [n_q, l_q, dim], its mask or None, and a number; or an object whose method ``first`` also
@@ -106,7 +107,7 @@ def pooled(corpus: corpora.Corpus, memory: int, progress: bool = False) -> Tenso
 
 
 def two_stage(
-    q: Tensor | np.ndarray,
+    q: Any,
     corpus: Any,
     k: int,
     first: First,
@@ -126,7 +127,7 @@ def two_stage(
     Candidates are scored on the corpus's device, a corpus in memory in place; of a store, only their tokens are read.
 
     Args:
-        q: [l_q, dim] or [n_q, l_q, dim]. corpus: as in `topk`, without a mask.
+        q: [l_q, dim] or [n_q, l_q, dim], or encoded tokens. corpus: as in `topk`, without a mask.
         k: how many; 1 <= k <= n_candidates.
         first: called as ``first(q [n_q, l_q, dim], q_mask or None, n)``, returns candidates int64 [n_q, n] in any
             order, -1 for none: a `MeanPool`, or any search of yours. A candidate named twice counts once. Of an object
@@ -146,6 +147,7 @@ def two_stage(
     empty_score = check.check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
+    q, q_mask = unwrapped(q, q_mask, corpus)
     q = arrays.as_tensor("q", q)
     check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
     q_mask = check.as_mask("q_mask", q_mask, "q", q)

@@ -95,6 +95,16 @@ class PatchStore(Sequence):
         return json.loads(self._snapshot.store.meta)
 
     @property
+    def model_id(self) -> str | None:
+        """The model that made the tokens, ``meta["model_id"]``; None where the store does not say."""
+        return self.meta.get("model_id")
+
+    @property
+    def space(self) -> str | None:
+        """What the tokens may be compared with, ``meta["space"]``, as `PatchEncoder.space`; None likewise."""
+        return self.meta.get("space")
+
+    @property
     def offsets(self) -> Tensor:
         return self._snapshot.offsets
 

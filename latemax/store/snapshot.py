@@ -195,9 +195,11 @@ class Snapshot:
         with self._db() as db:
             for i, id in enumerate(ids):
                 rows = list(catalog.select(db, "documents", f"WHERE {live}", (id, self.generation)))
-                if not rows:
-                    # an index with damage must not hide a document
+                if [row.id for row in rows] != [id]:
+                    # an index with damage must neither hide a document nor name another
                     rows = list(catalog.select(db, "documents", f"NOT INDEXED WHERE {live}", (id, self.generation)))
+                if len(rows) > 1:
+                    raise StoreError(f"{self.catalog} is damaged: {len(rows)} documents have the id {id!r}")
                 if rows:
                     (found[i],) = self._documents(np.array([row.seq for row in rows], dtype=np.int64))
         return found

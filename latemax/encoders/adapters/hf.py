@@ -87,7 +87,7 @@ def _refuse_vision_language(model: nn.Module) -> None:
     use = f"; for the patches of its vision tower, PatchEncoder(model.{tower})" if tower else ""
     raise ValueError(
         f"model: {type(model).__name__} is a vision-language model: its retrieval tokens come from its language side, "
-        f"not from its vision tower. A Retriever for such models does not exist yet{use}"
+        f"not from its vision tower. Use Retriever(model, processor) for a late-interaction model{use}"
     )
 
 
@@ -162,7 +162,7 @@ class HFAdapter(ViewAdapter):
             raise ValueError(
                 f"projection='text': {self.family} reaches its text space only through its attention-pooling head, "
                 f"which mixes all patches; there is no projection of single patches. Use projection=None, a module or "
-                f"an int"
+                f"an int; Retriever(model, processor) gives the head each patch alone"
             )
         if hasattr(self.tower, "post_layernorm"):
             raise ValueError(

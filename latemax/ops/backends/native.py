@@ -52,7 +52,8 @@ _exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
 def read_items(items: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """``pointers.item_table`` of tensors [l_i, dim] with contiguous dims and of one dtype, in a tenth of the time.
+    """``pointers.item_table`` of tensors [l_i, dim] with contiguous dims, of one dtype and on one device, the CPU or a
+    GPU, in a tenth of the time.
 
     Returns None for any other tensor, for none, and where the extension or torch cannot do this.
     """

@@ -38,7 +38,7 @@ def side(s: Side) -> tuple:
     tokens, mask, offsets = s.tokens, s.mask, s.offsets
     items = None
     if offsets is not None:
-        items = address(offsets), len(offsets) - 1, 0 if s.separate is None else s.separate.table.data_ptr()
+        items = address(offsets), offsets.shape[0] - 1, 0 if s.separate is None else s.separate.table.data_ptr()
     return (
         DTYPES[tokens.dtype], address(tokens), tokens.shape, tokens.stride(), items, address(mask),
         None if mask is None else mask.stride(),
@@ -55,7 +55,7 @@ def item_table(items: list[Tensor]) -> tuple[Tensor, Tensor]:
     return table.view(-1, 3), offsets
 
 
-def set_masks(table: Tensor, masks: list[Tensor | None]) -> None:
+def set_masks(table: Tensor, masks: list[Tensor]) -> None:
     """Adds to an item table the address of each contiguous mask."""
     table[:, 1] = torch.frombuffer(array.array("q", map(address, masks)), dtype=torch.int64)
 

@@ -14,7 +14,7 @@ from latemax.kernels.backward import grad_d_kernel, grad_q_kernel, through_norm_
 from latemax.kernels.forward import forward_kernel, inverse_norm_kernel, sum_slots_kernel
 from latemax.ops.backends import gather, pointers
 from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Side
-from latemax.ops.tiles import NO_NORM, NORM_BEFORE, Launch, backward_tile, padded_dim
+from latemax.ops.tiles import NO_NORM, NORM_BEFORE, NORM_IN_TILE, Launch, backward_tile, padded_dim
 
 TL_DTYPES = {
     torch.float16: tl.float16,
@@ -99,7 +99,7 @@ class PreparedLaunch:
             argmax = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         pointers = (
             q, d, scores if q_mask is None else q_mask, scores if d_mask is None else d_mask, scores, scores, scores,
-            *[scores if argmax is None else argmax] * 4, scores if weights is None else weights,
+            *[scores if argmax is None else argmax] * 5, scores if weights is None else weights,
         )  # fmt: skip
         if _hooked():
             self.built[self.grid](*pointers, *self.numbers, empty_score, *self.constants)
@@ -217,12 +217,18 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
     """Fills ``out``. Returns the prepared launch of a dense batch that takes one launch and nothing else."""
     (scores, argmax), (tile, pack, norm) = out, launch
     n_q, n_d, l_q, l_d, dim, own = b.q.items, b.n_d, b.q.length, b.d.length, b.dim, b.own
-    q_offsets, d_offsets, candidates = b.q.offsets, b.d.offsets, b.candidates
+    q_offsets, d_offsets, candidates, separate = b.q.offsets, b.d.offsets, b.candidates, b.d.separate
     if not scores.numel():
         return None
     given = b
     b = b._replace(q=_dense_dims(b.q), d=_dense_dims(b.d))
-    q, d, dtype = b.q.tokens, b.d.tokens, b.dtype
+    q, d, dtype, d_mask = b.q.tokens, b.d.tokens, b.dtype, b.d.mask
+    align = _align(q, d)
+    if separate is not None:
+        # norms before would be numbered by token
+        norm = min(norm, NORM_IN_TILE)
+        d_mask = None if separate.masks is None else torch.empty_like(scores, dtype=torch.bool)
+        align = _align(q, q.new_empty(1, dtype=d.dtype)) if separate.aligned else 1
     q_tiles, chunks = _ceil(n_q, pack), _ceil(l_q, tile.block_q)
     if q_offsets is not None:
         q_tiles, chunks = 1, l_q // tile.block_q + n_q
@@ -245,15 +251,16 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
         )  # fmt: skip
         constants = (
             dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, q_offsets is not None,
-            d_offsets is not None, candidates is not None, b.q.mask is not None, b.d.mask is not None, norm,
-            argmax is not None, b.q.weights is not None, b.mean, _align(q, d), _precision(dtype),
+            d_offsets is not None, separate is not None, candidates is not None, b.q.mask is not None,
+            d_mask is not None, norm, argmax is not None, b.q.weights is not None, b.mean, align, _precision(dtype),
         )  # fmt: skip
         # a tensor that is not there is replaced by one that is: pointers of one build have one dtype and alignment
         best = scores if argmax is None else argmax
+        table = None if separate is None else separate.table
         built = _launch(
             forward_kernel, programs,
-            (q, d, scores if b.q.mask is None else b.q.mask, scores if b.d.mask is None else b.d.mask, q_inv, d_inv,
-             sums, best, *(best if x is None else x for x in (q_offsets, d_offsets, candidates)),
+            (q, d, scores if b.q.mask is None else b.q.mask, scores if d_mask is None else d_mask, q_inv, d_inv,
+             sums, best, *(best if x is None else x for x in (q_offsets, d_offsets, candidates, table)),
              scores if b.q.weights is None else b.q.weights),
             (*numbers, b.empty_score), constants, types, tile.num_warps, tile.num_stages,
         )  # fmt: skip
@@ -304,7 +311,8 @@ def _grad_q(
     columns = padded_dim(dim)
     # to a gather, ragged queries are one long query
     items = 1 if q_offsets is not None else b.q.items
-    block = min(max(1, 4096 // columns), padded_dim(l_q))
+    # 8 KB of rows a document, three documents in flight: 25 KB of shared memory a program; twice as much spills in float32
+    block = min(max(1, 8192 // (columns * d.element_size())), padded_dim(l_q))
     blocks = _ceil(l_q, block)
     splits = _splits(blocks * items, n_d)
     # always in the accumulation dtype, so that one build serves every number of splits
