@@ -254,13 +254,14 @@ def smooth_maxsim(
     """``maxsim`` with a smooth maximum: ``score = Σ_{i valid} m_i + tau · log Σ_{j valid} exp((s_ij - m_i) / tau)``.
 
     s_ij are the similarities and m_i their maxima. Every document token gets a gradient, by its softmax weight. The
-    similarities are computed in blocks, and again in the backward pass. Differentiable once in q and d.
+    [l_q, l_d] similarities are never written to memory: they are computed in blocks, and again in the backward pass.
+    Differentiable once in q and d. Lists are padded, a block at a time.
 
     Args:
         q, d, q_mask, d_mask, normalize, empty_score: as ``maxsim``, own candidates and lists included.
         tau: temperature, a Python float >= 1e-6. A score approaches that of ``maxsim`` from above as tau falls.
-        backend: "auto" and "cpu" are blocked torch matmul, "auto" also on CUDA; "reference" is the oracle. "triton" and
-            "cuda" have no smooth maximum.
+        backend: as ``maxsim``. "cpu" is blocked torch matmul, which "auto" also runs on CUDA where Triton cannot;
+            "cuda" has no smooth maximum.
 
     Returns:
         scores, of the shapes and dtypes of ``maxsim``. A query token with only similarities of -inf makes the score

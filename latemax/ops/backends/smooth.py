@@ -1,4 +1,5 @@
-"""Smooth maxima by blocks of torch matmul, on any device: an online softmax, and a backward that recomputes it.
+"""Smooth maxima: an online softmax, and a backward that recomputes it. By Triton's kernels, or on any device by blocks
+of torch matmul.
 
 The smooth maximum of similarities s_j is ``L = m + tau · log Σ_j exp((s_j - m) / tau)`` with m their maximum. Its
 gradient in s_j is ``exp((s_j - L) / tau)``.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,9 +42,15 @@ class Rows(NamedTuple):
     drop: Tensor | None  # bool [r], of masked tokens
 
 
-def forward(b: Batch, tau: float, scores: Tensor) -> None:
+def forward(b: Batch, tau: float, scores: Tensor, kernels: bool = False) -> None:
+    """kernels: run Triton's, not blocks of torch matmul."""
     with torch.autocast(scores.device.type, enabled=False), torch.no_grad():
-        for piece in _pieces(b, _dense_queries(b)):
+        for piece in _pieces(b, _dense_queries(b), kernels):
+            if kernels:
+                part = _call(piece, b, tau).scores()
+                _fill_empty(piece, part, b.empty_score)
+                scores[piece.rows, piece.slots] = part
+                continue
             part = scores.new_empty(piece.q.items, piece.d.items)
             for rows in _rows(piece.q, b.normalize, scores.dtype):
                 for first, end in _documents(piece.d, rows):
@@ -56,13 +63,25 @@ def forward(b: Batch, tau: float, scores: Tensor) -> None:
             scores[piece.rows, piece.slots] = part
 
 
-def backward(b: Batch, tau: float, g: Tensor, needs: Needs) -> Gradients:
+def backward(b: Batch, tau: float, g: Tensor, needs: Needs, kernels: bool = False) -> Gradients:
     wide, q = b.score_dtype, _dense_queries(b)
     with torch.autocast(g.device.type, enabled=False), torch.no_grad():
         sum_q = torch.zeros(q.tokens.shape, dtype=wide, device=g.device) if needs.q else None
         grad_d = torch.zeros_like(b.d.tokens, memory_format=torch.contiguous_format) if needs.d else None
-        for piece in _pieces(b, q):
+        for piece in _pieces(b, q, kernels):
             weights = g[piece.rows, piece.slots].to(wide)
+            if kernels:
+                call = _call(piece, b, tau)
+                smooth = call.smooth()
+                if sum_q is not None:
+                    sum_q += call.grad_q(smooth, weights)
+                if grad_d is not None:
+                    sum_d = call.grad_d(smooth, weights)
+                    if b.normalize:
+                        tokens = piece.d.tokens.to(wide)
+                        sum_d = through_norm(tokens, clamped_norms(tokens), sum_d)
+                    _store_documents(b, piece, sum_d, grad_d)
+                continue
             sum_d = torch.zeros(piece.d.tokens.shape, dtype=wide, device=g.device) if needs.d else None
             for rows in _rows(piece.q, b.normalize, wide):
                 into = None if sum_q is None else sum_q[piece.rows][rows.first : rows.end].view(rows.tokens.shape)
@@ -82,7 +101,15 @@ def _dense_queries(b: Batch) -> Side:
     return b.q if b.q.offsets is None else padded(b.q, spans_of(b.q.offsets))
 
 
-def _pieces(b: Batch, q: Side) -> Iterator[Piece]:
+def _call(piece: Piece, b: Batch, tau: float) -> Any:
+    # imports triton: not before it is needed
+    from latemax.ops.backends.smooth_triton import Call
+
+    return Call(piece.q, piece.d, tau, b.normalize, b.dtype)
+
+
+def _pieces(b: Batch, q: Side, kernels: bool) -> Iterator[Piece]:
+    """Own candidates are one piece to the kernels, and a piece for each query to blocks."""
     if not q.items or not b.n_d:
         return
     everything = slice(None)
@@ -90,7 +117,7 @@ def _pieces(b: Batch, q: Side) -> Iterator[Piece]:
         of = spans_of(b.d.offsets)
         for numbers in blocks_of(list(range(len(of))), of):
             yield Piece(q, padded(b.d, [of[n] for n in numbers]), everything, numbers)
-    elif b.own:
+    elif b.own and not kernels:
         for a in range(q.items):
             mask = None if b.d.mask is None else b.d.mask[a]
             yield Piece(some(q, slice(a, a + 1)), Side(b.d.tokens[a], mask), slice(a, a + 1), everything)
@@ -187,8 +214,7 @@ def _fill_empty(piece: Piece, part: Tensor, empty_score: float) -> None:
 
 def _store_documents(b: Batch, piece: Piece, sum_d: Tensor, grad_d: Tensor) -> None:
     if b.d.offsets is None:
-        into = grad_d[piece.rows] if b.own else grad_d
-        into.copy_(sum_d)
+        (grad_d[piece.rows] if b.own else grad_d).copy_(sum_d)
         return
     of = spans_of(b.d.offsets)
     assert isinstance(piece.slots, list)
