@@ -31,31 +31,26 @@ bool unlocked(Work work) {
     return false;
 }
 
-/* device, stream, capability, the call, the longest query, d_lengths, q_inverse_norms, d_inverse_norms, partial */
+/* device, stream, capability, scratch memory, the call */
 PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
     const int device = static_cast<int>(in.integer());
     void *stream = in.address<void>();
     const int capability = static_cast<int>(in.integer());
-    maxsim_args a = latemax::read_call(in);
-    a.q.l = in.integer();
-    latemax::Workspace work{};
-    work.d_lengths = in.address<int32_t>();
-    work.q_inverse_norms = in.address<float>();
-    work.d_inverse_norms = in.address<float>();
-    work.partial = in.address<float>();
-    if (!in.ok() || !unlocked([&] { latemax::forward(a, work, device, stream, capability); })) return nullptr;
+    void *scratch = in.address<void>();
+    const maxsim_args a = latemax::read_call(in);
+    if (!in.ok() || !unlocked([&] { latemax::forward(a, scratch, device, stream, capability); })) return nullptr;
     Py_RETURN_NONE;
 }
 
-/* (l_q, device, capability) */
-PyObject *parts(PyObject *, PyObject *const *args, Py_ssize_t n) {
+/* (device, capability, the call) -> bytes */
+PyObject *scratch_bytes(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
-    const int64_t l_q = in.integer();
     const int device = static_cast<int>(in.integer()), capability = static_cast<int>(in.integer());
-    int count = 0;
-    if (!in.ok() || !unlocked([&] { count = latemax::parts(l_q, device, capability); })) return nullptr;
-    return PyLong_FromLong(count);
+    const maxsim_args a = latemax::read_call(in);
+    int64_t bytes = 0;
+    if (!in.ok() || !unlocked([&] { bytes = latemax::scratch_bytes(a, device, capability); })) return nullptr;
+    return PyLong_FromLongLong(bytes);
 }
 
 /* (driver, runtime), see maxsim_cuda.h */
@@ -69,7 +64,7 @@ PyObject *versions(PyObject *, PyObject *const *args, Py_ssize_t n) {
 PyMethodDef methods[] = {
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(forward)), METH_FASTCALL, nullptr},
     {"versions", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(versions)), METH_FASTCALL, nullptr},
-    {"parts", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(parts)), METH_FASTCALL, nullptr},
+    {"scratch_bytes", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(scratch_bytes)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

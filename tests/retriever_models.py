@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from latemax.encoders.layouts import LAYOUTS
+
 CORPUS = ["a dog on a sofa", "the revenue of each region", "Question: Query: Describe the image. User: Assistant:"]
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 VISION = {**SHAPE, "image_size": 32, "patch_size": 8}
@@ -171,3 +173,20 @@ FAMILIES = {
     "ColModernVBert": Family(colmodernvbert, None),
     "NeoMME": Family(neomme, (2, 4)),
 }
+
+
+def table() -> str:
+    """The families as markdown, every figure computed now."""
+    from latemax import Retriever
+
+    lines = ["| family | tokens of a 64 x 32 image | patches | grid | layout |", "|---|---|---|---|---|"]
+    for name, family in FAMILIES.items():
+        found = Retriever(*family.build()).encode_images(images((64, 32)))
+        grid = "tiles" if family.grid is None else f"{family.grid[0]} x {family.grid[1]}"
+        row = next(row for row in LAYOUTS if row.matches(family.build()[1]))
+        lines.append(f"| {name} | {int(found.mask.sum())} | {int(found.is_patch.sum())} | {grid} | {row.name} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -211,6 +211,12 @@ def test_from_pretrained_is_silent_and_named(folder, capfd):
     assert tuple(capfd.readouterr()) == ("", "")
 
 
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds an adapter of colpali-engine, no model; .* end in -hf"):
+        Retriever.from_pretrained(tmp_path)
+
+
 def test_weights_that_are_missing_are_named(folder, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -158,6 +158,21 @@ class TestText:
         (shown,) = [attributes for tag, attributes in Parsed(big).tags if tag == "img"]
         assert (shown["width"], shown["height"]) == ("300", "200") and len(big) < 100_000
 
+    def test_tokens_that_know_their_words(self, store):
+        """As those by hand; padding is left out."""
+        pad = torch.full((1, 2, 4), 9.0)
+        text = latemax.TextTokens(
+            torch.cat([Q[None], pad], 1), torch.arange(6)[None] < 4, [["re", "d", "fox", "?"]],
+            torch.tensor([[*WORD_OF, -1, -1]]),
+        )  # fmt: skip
+        text.words = [WORDS]
+        found = topk(text, store, 4, return_argmax=True)
+        by_hand = make(store)
+        assert search_page(text, found, store, query="red fox", images=blank) == by_hand
+        assert search_page(text, found.row(0), store, query="red fox", images=blank) == by_hand
+        with pytest.raises(ValueError, match="words and word_of must be None with TextTokens"):
+            search_page(text, found, store, words=WORDS)
+
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [

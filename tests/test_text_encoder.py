@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +24,8 @@ from latemax.encoders.pieces import align, place, word_spans
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 torch.set_num_threads(1)
+TESTS = Path(__file__).parent
+PREPARED = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import torchvision_shim; torchvision_shim.install()\n"
 LIMIT = 16
 TEXTS = ["a Dog on a sofa", "revenue", "the region, of each"]
 
@@ -241,6 +246,11 @@ def test_from_pretrained(tmp_path, capfd):
     images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     transformers.CLIPProcessor(images, tokens).save_pretrained(tmp_path)
     capfd.readouterr()
+    # A process of its own: a library sets up its logging when it is imported.
+    program = f"import latemax; latemax.TextEncoder.from_pretrained({str(tmp_path)!r}).encode(['dog'])"
+    program = f"from latemax.encoders.quiet import quiet\nwith quiet(): {program}"
+    done = subprocess.run([sys.executable, "-c", PREPARED + program], capture_output=True, text=True, cwd=TESTS.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     found = TextEncoder.from_pretrained(tmp_path).encode(TEXTS)
     pair = Retriever.from_pretrained(tmp_path).encode_queries(TEXTS)
     torch.testing.assert_close(found.tokens, TextEncoder(model, tokens).encode(TEXTS).tokens)

@@ -117,7 +117,7 @@ def load_model(name: str, adapter: str | None, space: str | None, device: str | 
             a model of another space.
     """
     encoder: PatchEncoder | Retriever
-    with quiet():
+    with quiet(loads="transformers"):
         if adapter is not None:
             encoder = PatchEncoder.from_pretrained(name, **LoRA.encoder_options(adapter))
             LoRA.from_file(adapter, encoder)

@@ -48,7 +48,7 @@ def load_text(name_or_path: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
         import open_clip
 
         return model, open_clip.get_tokenizer(rest.partition("/")[0])
-    model, _ = _transformers(name, False)
+    model, _ = _transformers(name, False, complete=True)
     from transformers import AutoTokenizer
 
     return model, AutoTokenizer.from_pretrained(os.path.expanduser(name))
@@ -68,6 +68,11 @@ def load_retriever(name_or_path: str | os.PathLike[str]) -> tuple[nn.Module, Any
             raise ImportError(f"loading {name} needs sentence-transformers >= 6: pip install {ST}") from error
         return MultiVectorEncoder(name), None
     config = hub.find(name, "config.json")
+    if config is None and hub.find(name, "adapter_config.json") is not None:
+        raise ValueError(
+            f"name_or_path: {name} holds an adapter of colpali-engine, no model; the models of transformers have names "
+            f"that end in -hf, such as vidore/colqwen2-v1.0-hf"
+        )
     if config is None:
         raise FileNotFoundError(f"name_or_path: {name} holds no config.json; it must be a model in transformers format")
     try:
@@ -76,21 +81,33 @@ def load_retriever(name_or_path: str | os.PathLike[str]) -> tuple[nn.Module, Any
         raise ImportError(f'loading {name} needs transformers: pip install "latemax[encoders]"') from error
     architecture = (hub.read_json(config).get("architectures") or [""])[0]
     if not architecture.endswith("ForRetrieval"):
-        return _transformers(name, False)[0], transformers.AutoProcessor.from_pretrained(name)
+        model, _ = _transformers(name, False, complete=True)
+        return model, transformers.AutoProcessor.from_pretrained(name)
     if not hasattr(transformers, architecture):
         raise ValueError(
             f"name_or_path: {name} is a {architecture}, which transformers {transformers.__version__} lacks"
         )
-    model, report = getattr(transformers, architecture).from_pretrained(name, output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(
-            f"name_or_path: {name} lacks {len(report['missing_keys'])} weights of {architecture} (first: "
-            f"{sorted(report['missing_keys'])[0]}), which would be random"
-        )
+    model = _complete(getattr(transformers, architecture), name)
     return model, transformers.AutoProcessor.from_pretrained(name)
 
 
-def _transformers(name: str, with_processor: bool) -> Loaded:
+def _complete(cls: Any, name: str, **options: Any) -> nn.Module:
+    """A model with all of its weights: transformers fills in random ones and only logs it.
+
+    Raises:
+        ValueError: Weights that the files lack, by name.
+    """
+    model, report = cls.from_pretrained(name, output_loading_info=True, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"name_or_path: {name} lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]}), which "
+            f"would be random"
+        )
+    return model
+
+
+def _transformers(name: str, with_processor: bool, complete: bool = False) -> Loaded:
     try:
         from transformers import AutoModel
     except ImportError as error:
@@ -104,7 +121,7 @@ def _transformers(name: str, with_processor: bool) -> Loaded:
             )
     else:
         options["local_files_only"] = hub.check_name(name, [*LOCAL_NAMES, *(f"{library}:..." for library in LOADERS)])
-    model = AutoModel.from_pretrained(name, **options)
+    model = _complete(AutoModel, name, **options) if complete else AutoModel.from_pretrained(name, **options)
     return model, processors.of_files(name) if with_processor else None
 
 

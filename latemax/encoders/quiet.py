@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 LIBRARIES = ("transformers", "huggingface_hub", "sentence_transformers", "open_clip", "timm")
 
@@ -19,19 +20,26 @@ _undo = ExitStack()
 
 
 @contextmanager
-def quiet(progress: bool = False) -> Iterator[None]:
+def quiet(progress: bool = False, *, loads: str | None = None) -> Iterator[None]:
     """Hides warnings, log lines and progress bars of the host libraries; errors still raise.
 
     Args:
         progress: True changes nothing: the libraries show what they like.
+        loads: A library that the call will import. It is imported first, because it sets up its logging then.
     """
     global _running
     if progress:
         yield
         return
+    if loads is not None:
+        # Without it the call itself says what to install.
+        with suppress(ImportError):
+            importlib.import_module(loads)
     with _lock:
         if not _running:
-            _silence()
+            _undo.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        _silence()
         _running += 1
     try:
         yield
@@ -43,13 +51,12 @@ def quiet(progress: bool = False) -> Iterator[None]:
 
 
 def _silence() -> None:
-    _undo.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore")
+    """Silences what is imported by now and is not silent yet; `loads` makes sure of what a call will import."""
     for name in LIBRARIES:
         logger = logging.getLogger(name)
-        _undo.callback(logger.setLevel, logger.level)
-        logger.setLevel(logging.CRITICAL)
-    # Only what is imported already: a call that imports a library later has no bar of its own to hide.
+        if name in sys.modules and logger.level != logging.CRITICAL:
+            _undo.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
     transformers = sys.modules.get("transformers")
     if transformers is not None and transformers.utils.logging.is_progress_bar_enabled():
         transformers.utils.logging.disable_progress_bar()

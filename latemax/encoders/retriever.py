@@ -80,7 +80,7 @@ class Retriever(nn.Module):
             ValueError: No such name, no retriever, or weights that the files lack.
             OSError: Nothing loadable there, or the hub cannot be reached and its files are not in the cache.
         """
-        with quiet():
+        with quiet(loads="transformers"):
             model, processor = load_retriever(name_or_path)
         return cls(model, processor, **{"model_id": model_name(name_or_path), **options}).eval()
 

@@ -83,7 +83,7 @@ class TextEncoder(nn.Module):
             ValueError: No such name, or no text tower in the model.
             OSError: Nothing loadable there, or the hub cannot be reached and its files are not in the cache.
         """
-        with quiet():
+        with quiet(loads="transformers"):
             model, tokenizer = load_text(name_or_path)
         return cls(model, tokenizer, **{"model_id": model_name(name_or_path), **options}).eval()
 

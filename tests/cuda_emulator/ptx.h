@@ -77,7 +77,7 @@ inline void warp_barrier() {
 template <class T>
 struct Shuffle {
     T value, result;
-    int mask;
+    int lane;  // the one that is read, or for shuffle_xor its difference
 };
 template <class T>
 inline T shuffle_xor(T x, int mask) {
@@ -85,7 +85,18 @@ inline T shuffle_xor(T x, int mask) {
     emulator::meet("shuffle", emulator::thread() / 32 * 32, 32, &mine, [](void **all) {
         for (int i = 0; i < 32; ++i) {
             auto &lane = *static_cast<Shuffle<T> *>(all[i]);
-            lane.result = static_cast<Shuffle<T> *>(all[i ^ lane.mask])->value;
+            lane.result = static_cast<Shuffle<T> *>(all[i ^ lane.lane])->value;
+        }
+    });
+    return mine.result;
+}
+template <class T>
+inline T shuffle(T x, int from) {
+    Shuffle<T> mine{x, x, from};
+    emulator::meet("shuffle", emulator::thread() / 32 * 32, 32, &mine, [](void **all) {
+        for (int i = 0; i < 32; ++i) {
+            auto &lane = *static_cast<Shuffle<T> *>(all[i]);
+            lane.result = static_cast<Shuffle<T> *>(all[lane.lane])->value;
         }
     });
     return mine.result;

@@ -121,12 +121,8 @@ double run(const Case &c, int capability) {
     std::vector<int32_t> argmax(static_cast<size_t>(c.n_q) * c.n_c * c.l_q, -9);
     a.scores = to_device(scores);
     if (c.argmax) a.argmax = to_device(argmax);
-    latemax::Workspace work{};
-    work.q_inverse_norms = to_device(std::vector<float>(c.n_q * c.l_q));
-    work.d_inverse_norms = to_device(std::vector<float>(rows));
-    work.d_lengths = c.masked ? to_device(std::vector<int32_t>(documents)) : nullptr;
-    work.partial = to_device(std::vector<float>(static_cast<size_t>(latemax::parts(c.l_q, 0, capability)) * scores.size()));
-    latemax::forward(a, work, 0, nullptr, capability);
+    const std::vector<char> scratch(latemax::scratch_bytes(a, 0, capability));
+    latemax::forward(a, to_device(scratch), 0, nullptr, capability);
     to_host(scores, a.scores);
     if (c.argmax) to_host(argmax, a.argmax);
 

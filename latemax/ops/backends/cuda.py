@@ -27,7 +27,6 @@ ARCHITECTURES = "sm_90a (wgmma), sm_80 and PTX for later chips (mma.sync)"
 
 class Launch(NamedTuple):
     capability: int = 0  # 80 or 90: that architecture's kernel; 0: the device's
-    longest_query: int = 0  # tokens of the longest query, with ragged queries
 
 
 @functools.cache
@@ -67,8 +66,6 @@ def why_not(p: Problem, by_name: bool) -> str:
         return f"compute capability {arch / 10} is below 8.0"
     if p.q_dtype != p.d_dtype or p.q_dtype not in DTYPES:
         return f"the CUDA kernels take q and d both float16 or both bfloat16, not {p.q_dtype} and {p.d_dtype}"
-    if p.q_ragged:
-        return "the CUDA kernels take ragged documents, but queries of one length"
     if p.weighted or p.mean:
         return "the CUDA kernels take neither weights nor the mean of query tokens"
     if p.dim % 8:
@@ -110,26 +107,17 @@ def forward(b: Batch, plan: Plan, out: Outputs) -> None:
     kernels stay inside the tokens, and an invalid candidate scores NaN."""
     if not out.scores.numel():
         return
-    launch = plan.launch
     b = b._replace(q=_side(b.q), d=_side(b.d))
-    q, d, d_mask, q_offsets, d_offsets = b.q.tokens, b.d.tokens, b.d.mask, b.q.offsets, b.d.offsets
-    device = q.device.index or 0
-    longest = b.q.length if q_offsets is None else launch.longest_query
-    if q_offsets is not None and out.argmax is not None:
+    device, capability = b.q.tokens.device, plan.launch.capability
+    index = device.index or 0
+    if b.q.offsets is not None and out.argmax is not None:
         # no program owns the rows after the last offset
         out.argmax.fill_(-1)
-    with pointers.on(q.device):
-        floats = functools.partial(q.new_empty, dtype=torch.float32)
-        norms = [floats(x[..., 0].numel()) if b.normalize else None for x in (q, d)]
-        # documents' lengths up to their last kept token, which the kernels find out
-        documents = b.d.items if d_offsets is not None else d.shape[:-2].numel()
-        lengths = None if d_mask is None else q.new_empty(documents, dtype=torch.int32)
-        parts = _cuda.parts(longest, device, launch.capability)
-        partial = floats(parts, *out.scores.shape) if parts > 1 else None
-        _cuda.forward(
-            device, _stream(q.device), launch.capability, *pointers.forward_call(b, out),
-            longest, *(pointers.address(x) for x in (lengths, *norms, partial)),
-        )  # fmt: skip
+    with pointers.on(device):
+        call = pointers.forward_call(b, out)
+        needed = _cuda.scratch_bytes(index, capability, *call)
+        scratch = b.q.tokens.new_empty(needed, dtype=torch.uint8) if needed else None
+        _cuda.forward(index, _stream(device), capability, pointers.address(scratch), *call)
 
 
 def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
