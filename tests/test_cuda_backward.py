@@ -32,7 +32,11 @@ def device():
     replaced = pytest.MonkeyPatch()
     replaced.setattr(cuda, "_cuda", module)
     replaced.setattr(cuda, "_stream", lambda device: 0)
-    yield lambda seed, multiprocessors=3, shared=tiles.SHARED_MEMORY[90]: configure(seed, 90, multiprocessors, shared)
+
+    def seed(number, multiprocessors=3, shared=tiles.SHARED_MEMORY[90]):
+        configure(number, 90, multiprocessors, shared, 0)
+
+    yield seed
     replaced.undo()
 
 
