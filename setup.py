@@ -44,6 +44,7 @@ CUDA_TARGETS = {
     "sm80": SM80,
     "sm90": ["arch=compute_90a,code=sm_90a"],
     "shared": [*SM80, *SM90],
+    "backward": [*SM80, *SM90],
     "forward": SM80[:1],
 }
 CUDA = ["-std=c++17", "-O3", "--threads=1", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc/cuda/device"]

@@ -31,31 +31,55 @@ bool unlocked(Work work) {
     return false;
 }
 
-/* device, stream, capability, the call, the longest query, d_lengths, q_inverse_norms, d_inverse_norms, partial */
+/* device, stream, capability, scratch memory, the call */
 PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
     const int device = static_cast<int>(in.integer());
     void *stream = in.address<void>();
     const int capability = static_cast<int>(in.integer());
-    maxsim_args a = latemax::read_call(in);
-    a.q.l = in.integer();
-    latemax::Workspace work{};
-    work.d_lengths = in.address<int32_t>();
-    work.q_inverse_norms = in.address<float>();
-    work.d_inverse_norms = in.address<float>();
-    work.partial = in.address<float>();
-    if (!in.ok() || !unlocked([&] { latemax::forward(a, work, device, stream, capability); })) return nullptr;
+    void *scratch = in.address<void>();
+    const maxsim_args a = latemax::read_call(in);
+    if (!in.ok() || !unlocked([&] { latemax::forward(a, scratch, device, stream, capability); })) return nullptr;
     Py_RETURN_NONE;
 }
 
-/* (l_q, device, capability) */
-PyObject *parts(PyObject *, PyObject *const *args, Py_ssize_t n) {
+/* device, stream, the call, gradient of the scores, its strides, pairs, pair_starts, grad_q, grad_d, parts */
+PyObject *backward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
-    const int64_t l_q = in.integer();
-    const int device = static_cast<int>(in.integer()), capability = static_cast<int>(in.integer());
+    const int device = static_cast<int>(in.integer());
+    void *stream = in.address<void>();
+    const maxsim_args a = latemax::read_call(in);
+    latemax::Gradient g{};
+    g.scores = in.address<const float>();
+    int64_t strides[2];
+    in.tuple(strides, 2), g.stride_q = strides[0], g.stride_c = strides[1];
+    g.pairs = in.address<const int64_t>();
+    g.pair_starts = in.address<const int64_t>();
+    g.q = in.address<void>();
+    g.d = in.address<void>();
+    g.parts = in.address<float>();
+    if (!in.ok() || !unlocked([&] { latemax::backward(a, g, device, stream); })) return nullptr;
+    Py_RETURN_NONE;
+}
+
+/* (rows, n_c, device) */
+PyObject *splits(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    Arguments in(args, n);
+    const int64_t rows = in.integer(), n_c = in.integer();
+    const int device = static_cast<int>(in.integer());
     int count = 0;
-    if (!in.ok() || !unlocked([&] { count = latemax::parts(l_q, device, capability); })) return nullptr;
+    if (!in.ok() || !unlocked([&] { count = latemax::splits(rows, n_c, device); })) return nullptr;
     return PyLong_FromLong(count);
+}
+
+/* (device, capability, the call) -> bytes */
+PyObject *scratch_bytes(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    Arguments in(args, n);
+    const int device = static_cast<int>(in.integer()), capability = static_cast<int>(in.integer());
+    const maxsim_args a = latemax::read_call(in);
+    int64_t bytes = 0;
+    if (!in.ok() || !unlocked([&] { bytes = latemax::scratch_bytes(a, device, capability); })) return nullptr;
+    return PyLong_FromLongLong(bytes);
 }
 
 /* (driver, runtime), see maxsim_cuda.h */
@@ -68,8 +92,10 @@ PyObject *versions(PyObject *, PyObject *const *args, Py_ssize_t n) {
 
 PyMethodDef methods[] = {
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(forward)), METH_FASTCALL, nullptr},
+    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(backward)), METH_FASTCALL, nullptr},
+    {"splits", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(splits)), METH_FASTCALL, nullptr},
     {"versions", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(versions)), METH_FASTCALL, nullptr},
-    {"parts", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(parts)), METH_FASTCALL, nullptr},
+    {"scratch_bytes", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(scratch_bytes)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

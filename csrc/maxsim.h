@@ -47,7 +47,7 @@ typedef struct {
      * concatenated. The CPU forward pass takes it; the other kernels need NULL. */
     const maxsim_item *separate;
     int64_t n;     /* items: queries; documents that a query can name */
-    int64_t l;     /* tokens of an item; with offsets an upper bound */
+    int64_t l;     /* tokens of an item; with offsets not read */
     int64_t total; /* token rows of all items */
     /* One byte a token, nonzero = keep; NULL keeps all. The values of a masked token never reach a result. */
     const uint8_t *mask; /* the leading shape of `tokens` */

@@ -29,7 +29,6 @@ import json
 import math
 import os
 import platform
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -43,7 +42,7 @@ from torch import Tensor, nn
 
 from latemax import LoRA, PatchEncoder, add_lora, maxsim
 from latemax.analysis import argmax_share, own_pairs, similarity_distribution, token_groups
-from latemax.demo.photos import Photo, load_photos
+from latemax.demo.photos import Photo, compose, load_photos
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,25 +112,6 @@ class Canvases:
     hidden: Tensor
     final: Tensor
     grid: tuple[int, int]
-
-
-def compose(photos: list[Photo], n: int, size: int, seed: int) -> tuple[list[Image], Tensor]:
-    """Makes n canvases of size x size pixels from four different random crops each; returns them and photos [n, 4]."""
-    from PIL import Image
-
-    rng, half = random.Random(seed), size // 2
-    canvases, which = [], []
-    for _ in range(n):
-        canvas, four = Image.new("RGB", (size, size)), rng.sample(range(len(photos)), 4)
-        for quadrant, at in enumerate(four):
-            full = photos[at].image.width
-            side = round(full * rng.uniform(0.6, 1.0))
-            left, top = rng.randint(0, full - side), rng.randint(0, full - side)
-            crop = photos[at].image.crop((left, top, left + side, top + side)).resize((half, half))
-            canvas.paste(crop, (quadrant % 2 * half, quadrant // 2 * half))
-        canvases.append(canvas)
-        which.append(four)
-    return canvases, torch.tensor(which)
 
 
 def encode(encoder: PatchEncoder, images: list[Image], photos: Tensor, s: Settings) -> Canvases:

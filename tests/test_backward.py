@@ -63,11 +63,9 @@ def test_mixed_dtypes_get_gradients_of_their_own_dtype(where):
 @pytest.mark.parametrize("where", BACKENDS)
 def test_only_the_side_that_needs_a_gradient_costs_one(where, monkeypatch):
     backend, device = where
-    from latemax.ops.backends import blocks, native, triton_launch
+    from latemax.ops.backends import blocks, cuda, native, triton_launch
 
-    module = triton_launch
-    if backend == "cpu":
-        module = native if native.status()[0] else blocks
+    module = {"triton": triton_launch, "cuda": cuda}.get(backend) or (native if native.status()[0] else blocks)
     seen = []
     original = module.backward
     monkeypatch.setattr(

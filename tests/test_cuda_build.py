@@ -61,7 +61,7 @@ def test_one_wheel_for_every_python_and_every_torch(wheel):
 @needs_nvcc
 def test_the_library_loads_without_a_driver_and_names_what_is_missing(library):
     answer, gpu = json.loads(run(sys.executable, PROGRAMS / "load_cuda.py", library))
-    assert answer in ("9 parts", "17 parts") if gpu else "CUDA driver" in answer or "device" in answer
+    assert re.fullmatch(r"[1-9]\d* bytes", answer) if gpu else "CUDA driver" in answer or "device" in answer
 
 
 @needs_nvcc
@@ -96,12 +96,22 @@ def test_no_spills_and_the_right_instructions(kernels):
         assert (row["hgmma"] > 0, row["hmma"] == 0) == (hopper, hopper), row
         if hopper:
             # a chain for each block of 64 query tokens, and one more for a warpgroup that holds half
-            chain = int(row["instance"].split(", ")[1][:-5]) // 16 if ", " in row["instance"] else 4
-            assert row["hgmma"] == chain * (3 if row["instance"].startswith("128") else 1), row
+            chains = 3 if row["instance"].startswith("128") else 1
+            if ", " in row["instance"]:
+                assert row["hgmma"] == chains * int(row["instance"].split(", ")[1][:-5]) // 16, row
+            else:
+                # slabs of 4 steps and last ones of 1 to 4; ptxas peels some
+                assert row["hgmma"] >= chains * sum(4 + last for last in (1, 2, 3, 4)), row
         assert (row["bulk_copies"] > 0, row["async_copies"] == 0) == (hopper, hopper), row
         # sm_80: 128 threads, two blocks per multiprocessor; sm_90a: 384 threads, one block
         assert row["registers"] <= (168 if hopper else 255), row
     assert {row["arch"] for row in kernels if row["kernel"] == "inverse_norms"} == {"sm_80", "sm_90"}
+    gradients = [row for row in kernels if row["kernel"] in ("grad_d", "grad_q", "sum_splits")]
+    assert len(gradients) == 2 * 2 * 4 * 3  # architectures, dtypes, numbers of dims, kernels
+    for row in gradients:
+        # blocks of 320 and 256 threads: two and four on a multiprocessor, one and two with more than 256 dims
+        most = (96, 64) if row["instance"] in ("128 dims", "256 dims") else (200, 128)
+        assert row["registers"] <= most[row["kernel"] != "grad_d"], row
 
 
 @needs_nvcc

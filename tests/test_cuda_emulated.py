@@ -52,8 +52,9 @@ def device(request):
     replaced.setattr(cuda, "_stream", lambda device: 0)
     request.addfinalizer(replaced.undo)
 
-    def seed(number, multiprocessors=3, shared=tiles.SHARED_MEMORY[request.param]):
-        configure(number, request.param, multiprocessors, shared)
+    def seed(number, multiprocessors=3, shared=tiles.SHARED_MEMORY[request.param], launch_clocks=0):
+        """launch_clocks: what a document cut between thread blocks must save; 0: every document that can be is cut."""
+        configure(number, request.param, multiprocessors, shared, launch_clocks)
 
     seed.capability = request.param
     return seed
@@ -64,8 +65,8 @@ def first_order(device):
     device(1)
 
 
-def forward(q, d, scores, argmax, *, longest=0, **options):
-    run_forward(cuda, q, d, scores, argmax, launch=cuda.Launch(longest_query=longest), **options)
+def forward(q, d, scores, argmax, **options):
+    run_forward(cuda, q, d, scores, argmax, launch=cuda.Launch(), **options)
 
 
 def run(q, d, q_mask=None, d_mask=None, *, argmax=False, normalize=False, empty_score=-math.inf):
@@ -124,6 +125,29 @@ def test_every_pair_is_scored_once_on_any_number_of_multiprocessors(device, shap
         torch.testing.assert_close(scores.double(), exact(q, d), rtol=1e-5, atol=1e-4)
         device(0, 2)
         assert torch.equal(run(q, d), scores)
+
+
+@pytest.mark.parametrize(
+    ("shape", "own", "multiprocessors"),
+    [((1, 1, 300, 700, 16), False, 16), ((1, 5, 20, 330, 16), False, 13), ((3, 3, 70, 200, 136), True, 7)],
+    ids=str,
+)
+def test_documents_cut_between_thread_blocks(device, shape, own, multiprocessors):
+    """Maxima of the pieces are merged to the same bits, the first of equals still is the argmax, and NaN stays."""
+    q, d = problem(shape, own=own, dtype=torch.bfloat16)
+    d[..., -70:, :] = d[..., :70, :]
+    d[..., -1, 65, 3] = math.nan
+    for normalize in (False, True):
+        device(2, multiprocessors, launch_clocks=2**30)
+        scores, argmax = run(q, d, argmax=True, normalize=normalize)
+        products = emulator.products()
+        for seed in (0, 1, 2):
+            device(seed, multiprocessors)
+            cut, where = run(q, d, argmax=True, normalize=normalize)
+            assert emulator.products() == products
+            torch.testing.assert_close(cut, scores, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(where, argmax)
+            assert run(q, d, normalize=normalize)[:, :-1].equal(scores[:, :-1])
 
 
 def test_a_score_depends_neither_on_padding_nor_on_batch_mates(device):
@@ -263,7 +287,7 @@ def test_ragged_documents_and_queries(device, normalize):
             argmax = torch.full((n_c, len(flat)), -99, dtype=torch.int32)
             forward(
                 flat, tokens, scores, argmax, q_mask=torch.cat(q_keep), d_mask=torch.cat(keep), q_offsets=q_offsets,
-                d_offsets=offsets, candidates=picked, normalize=normalize, empty_score=-7.0, longest=150,
+                d_offsets=offsets, candidates=picked, normalize=normalize, empty_score=-7.0,
             )  # fmt: skip
             for i, query in enumerate(queries):
                 best = argmax[:, q_offsets[i] : q_offsets[i + 1]]
@@ -278,6 +302,23 @@ def test_ragged_documents_and_queries(device, normalize):
                     score, where = truth(query, documents[n], q_keep[i], keep[n])
                     torch.testing.assert_close(scores[i, c].double(), score[0, 0], rtol=1e-5, atol=1e-4)
                     assert torch.equal(best[c], where[0, 0])
+
+
+@pytest.mark.parametrize("picked", [False, True], ids=["all", "candidates"])
+def test_more_ragged_documents_than_a_warp_has_lanes(device, picked):
+    lengths = torch.randint(0, 9, (75,), generator=torch.Generator().manual_seed(0))
+    q, d = problem((2, 1, 5, int(lengths.sum()), 16), dtype=torch.bfloat16)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    candidates = torch.stack([torch.arange(75).flip(0), torch.arange(75).roll(9)]) if picked else None
+    scores, none = torch.full((2, 75), math.nan), torch.empty(0, dtype=torch.int32)
+    device(1, 1)
+    forward(q, d[0], scores, none, d_offsets=offsets, candidates=candidates, empty_score=-1.0)
+    for c in range(75):
+        for i in range(2):
+            n = c if candidates is None else int(candidates[i, c])
+            one = d[:, offsets[n] : offsets[n + 1]]
+            truth = exact(q[i : i + 1], one)[0, 0] if one.shape[1] else torch.tensor(-1.0).double()
+            torch.testing.assert_close(scores[i, c].double(), truth, rtol=1e-5, atol=1e-4)
 
 
 def test_invalid_offsets_stay_inside_the_tokens(device):
@@ -320,36 +361,63 @@ def test_the_widest_dim_that_python_lets_through_fits(device, shared, monkeypatc
         run(*problem((4, 1, 128, 9, 2 * dim), dtype=torch.bfloat16))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="backward is Triton's")
-def test_through_the_public_call_with_gradients(device, monkeypatch):
+@pytest.fixture
+def chosen(device, monkeypatch):
+    """The public calls take the emulated GPU for one."""
     monkeypatch.setattr(cuda, "status", lambda: Status(True, "emulated"))
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
     monkeypatch.setattr(cuda, "capability", lambda d: device.capability)
     monkeypatch.setattr(triton, "capability", lambda d: device.capability)
     dispatch.plan_for.cache_clear()
-    try:
-        for shape, normalize in (((2, 3, 7, 40, 16), False), ((3, 3, 20, 33, 24), True)):
-            q, d = problem(shape, dtype=torch.bfloat16)
-            q_mask, d_mask = masks(q, d)
-            ran, grads = {}, {}
-            for backend in ("cuda", "reference"):
-                a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
-                assert latemax.explain(a, b, backend=backend).backend == backend
-                scores, argmax = latemax.maxsim(
-                    a, b, q_mask, d_mask, normalize=normalize, return_argmax=True, backend=backend
-                )
-                scores.square().sum().backward()
-                ran[backend], grads[backend] = (scores.detach(), argmax), (a.grad, b.grad)
-            torch.testing.assert_close(ran["cuda"][0], ran["reference"][0], rtol=1e-5, atol=1e-4)
-            assert torch.equal(ran["cuda"][1], ran["reference"][1])
-            for ours, theirs in zip(grads["cuda"], grads["reference"], strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
-            pairs = latemax.maxsim_pairs(q[:2], d[:2], normalize=normalize, backend="cuda")
-            torch.testing.assert_close(pairs, latemax.maxsim(q[:2], d[:2], normalize=normalize).diagonal())
-        with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* dim must be a multiple of 8"):
-            latemax.maxsim(q[..., :9], d[..., :9], backend="cuda")
-    finally:
-        dispatch.plan_for.cache_clear()
+    yield
+    dispatch.plan_for.cache_clear()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="backward is Triton's")
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalize"])
+def test_ragged_queries_and_candidates_through_the_public_calls(chosen, normalize):
+    generator = torch.Generator().manual_seed(0)
+    q, d = (torch.randn(n, 24, generator=generator).bfloat16() for n in (131, 240))
+    q_offsets, d_offsets = torch.tensor([0, 7, 7, 127, 130]), torch.tensor([0, 40, 41, 41, 170, 235])
+    candidates = torch.tensor([3, 0, -1, 4, 2])
+    ran = {}
+    for backend in ("cuda", "reference"):
+        a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
+        options = dict(normalize=normalize, return_argmax=True, backend=backend, empty_score=-1.0)
+        scores, argmax = latemax.maxsim_varlen(a, b, q_offsets, d_offsets, **options)
+        some, where = latemax.rerank(a[7:127], b, d_offsets, candidates, **options)
+        (scores.square().sum() + some.square().sum()).backward()
+        ran[backend] = scores, some, argmax, where, a.grad, b.grad
+    for ours, theirs in zip(ran["cuda"][:2], ran["reference"][:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(ran["cuda"][2:4], ran["reference"][2:4], strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(ran["cuda"][4:], ran["reference"][4:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="backward is Triton's")
+def test_through_the_public_call_with_gradients(chosen):
+    for shape, normalize in (((2, 3, 7, 40, 16), False), ((3, 3, 20, 33, 24), True)):
+        q, d = problem(shape, dtype=torch.bfloat16)
+        q_mask, d_mask = masks(q, d)
+        ran, grads = {}, {}
+        for backend in ("cuda", "reference"):
+            a, b = q.clone().requires_grad_(), d.clone().requires_grad_()
+            assert latemax.explain(a, b, backend=backend).backend == backend
+            scores, argmax = latemax.maxsim(
+                a, b, q_mask, d_mask, normalize=normalize, return_argmax=True, backend=backend
+            )
+            scores.square().sum().backward()
+            ran[backend], grads[backend] = (scores.detach(), argmax), (a.grad, b.grad)
+        torch.testing.assert_close(ran["cuda"][0], ran["reference"][0], rtol=1e-5, atol=1e-4)
+        assert torch.equal(ran["cuda"][1], ran["reference"][1])
+        for ours, theirs in zip(grads["cuda"], grads["reference"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+        pairs = latemax.maxsim_pairs(q[:2], d[:2], normalize=normalize, backend="cuda")
+        torch.testing.assert_close(pairs, latemax.maxsim(q[:2], d[:2], normalize=normalize).diagonal())
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* dim must be a multiple of 8"):
+        latemax.maxsim(q[..., :9], d[..., :9], backend="cuda")
 
 
 def test_the_driver_without_torch(device):

@@ -123,9 +123,9 @@ def planned() -> set[tuple[int, int]]:
     for dim in range(64, MOST_DIMS + 1, 64):
         for n_q, l_q, own in ((1, 8, False), (1, 128, False), (9, 100, False), (4000, 32, False), (3, 300, True)):
             for shared in (101376, 166912, tiles.SHARED_MEMORY[90]):
-                rows, stages, parts, _, _ = emulator.plan(n_q, l_q, dim, own, shared, 132)
-                if rows:
-                    found.add((stages, parts))
+                plan = emulator.planner(shared, 132).plan(n_q, 1000, l_q, 300, dim, own)
+                if plan["rows"]:
+                    found.add((plan["stages"], plan["parts"]))
     return found
 
 

@@ -70,7 +70,7 @@ def test_random_tensors(device, data):  # noqa: F811
     for x, keep in ((q, q_mask), (d, d_mask)):
         if keep is not None:
             x[~keep] = math.nan
-    device(seed, multiprocessors, shared)
+    device(seed, multiprocessors, shared, data.draw(st.sampled_from([0, 4000])))
     assert_right(q, d, q_mask, d_mask, normalize=data.draw(st.booleans()), empty_score=-2.0)
 
 
@@ -92,10 +92,10 @@ def test_random_ragged_and_rerank(device, data):  # noqa: F811
     offsets, q_offsets = torch.tensor([0, *l_d]).cumsum(0), torch.tensor([0, *l_q]).cumsum(0)
     n_c = len(l_d) if candidates is None else 3
     scores, argmax = torch.full((len(l_q), n_c), math.nan), torch.full((n_c, len(q)), -9, dtype=torch.int32)
-    device(seed, multiprocessors, shared)
+    device(seed, multiprocessors, shared, data.draw(st.sampled_from([0, 4000])))
     forward(
         q, d, scores, argmax, q_mask=q_mask, d_mask=d_mask, q_offsets=q_offsets, d_offsets=offsets,
-        candidates=candidates, normalize=normalize, empty_score=-2.0, longest=max(l_q),
+        candidates=candidates, normalize=normalize, empty_score=-2.0,
     )  # fmt: skip
     for i in range(len(l_q)):
         rows = slice(q_offsets[i], q_offsets[i + 1])

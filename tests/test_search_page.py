@@ -3,8 +3,6 @@
 import base64
 import html.parser
 import json
-import re
-from pathlib import Path
 
 import browser
 import pytest
@@ -157,6 +155,21 @@ class TestText:
         big = make(store, k=1, images=lambda i: image.effect_noise((3000, 2000), 50), pixels=300)
         (shown,) = [attributes for tag, attributes in Parsed(big).tags if tag == "img"]
         assert (shown["width"], shown["height"]) == ("300", "200") and len(big) < 100_000
+
+    def test_tokens_that_know_their_words(self, store):
+        """As those by hand; padding is left out."""
+        pad = torch.full((1, 2, 4), 9.0)
+        text = latemax.TextTokens(
+            torch.cat([Q[None], pad], 1), torch.arange(6)[None] < 4, [["re", "d", "fox", "?"]],
+            torch.tensor([[*WORD_OF, -1, -1]]),
+        )  # fmt: skip
+        text.words = [WORDS]
+        found = topk(text, store, 4, return_argmax=True)
+        by_hand = make(store)
+        assert search_page(text, found, store, query="red fox", images=blank) == by_hand
+        assert search_page(text, found.row(0), store, query="red fox", images=blank) == by_hand
+        with pytest.raises(ValueError, match="words and word_of must be None with TextTokens"):
+            search_page(text, found, store, words=WORDS)
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),
@@ -319,9 +332,10 @@ class TestBrowser:
     def test_without_javascript(self, shown):
         page = shown(360)
         page.call("Emulation.setScriptExecutionDisabled", value=True)
-        page.call("Page.reload")
+        page.reload()
         page.call("Emulation.setScriptExecutionDisabled", value=False)
         assert page.run("document.querySelectorAll('tbody tr').length") == 3 * 4
+        assert page.run("document.querySelectorAll('.hit').length") == 0
 
     def test_200_results_and_a_long_query(self, page, tmp_path):
         torch.manual_seed(0)
@@ -339,8 +353,3 @@ class TestBrowser:
         assert page.run("document.querySelector('.query').getBoundingClientRect().height <= innerHeight / 2")
         page.hover(".chip:nth-child(2)")
         assert page.run("document.querySelectorAll('.hit').length") == 200
-
-
-def test_the_files_of_the_page_are_installed():
-    text = (Path(__file__).parents[1] / "setup.py").read_text()
-    assert re.search(r'package_data=\{"": \[.*"\*\.css".*"\*\.js"', text)

@@ -112,7 +112,8 @@ def inspect(cubin: bytes) -> dict[str, int]:
         usage, code = sass.resource_usage(file.name), sass.disassembly(file.name)
     loop = sass.hottest_loop(code)
     return dict(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]), spills=sass.spills(code),
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=sass.spills(code), loop_spills=sass.spills("\n".join(loop)),
         wgmma=sass.count("HGMMA", code), mma=sass.count("[HD]MMA", code), utcmma=sass.count(r"UTC\w*MMA", code),
         loop=len(loop), loop_mma=sum("MMA" in name for name in sass.opcodes(loop)),
         vector_loads=sass.count(r"LDG\S*\.128", code),

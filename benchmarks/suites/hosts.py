@@ -28,7 +28,7 @@ from benchmarks import harness
 from benchmarks.shapes import unit
 from benchmarks.tables import Table, markdown
 
-ROUNDS = 9
+ROUNDS = 7
 
 
 class Call(NamedTuple):

@@ -21,28 +21,37 @@ __device__ inline float query_weight(const Forward &f, const Segment &segment, c
     return a.normalize ? query_scale(f, segment.query, tokens, token) : 1.0f;
 }
 
+/* A segment and where the tokens of its query are. */
+struct Part {
+    Segment segment;
+    Query tokens;
+};
+__device__ inline Part part_of(const Forward &f, int64_t block, int i) {
+    const Segment segment = segment_of(f, block, i);
+    return {segment, segment.exists ? query_of(f.a, segment.query) : Query{0, 0}};
+}
+
 /* Scores and argmax of a query block against document c. Warp `worker` of `workers` takes every `workers`-th segment;
- * maxima.value(row, where) and maxima.weight(row, ...) are those of a row of the block; `first` is the lowest valid token
+ * maxima.value(row, where) and maxima.weight(row, ...) are those of a row of the block, maxima.part(i) is segment i; `first` is the lowest valid token
  * of the document, which is the argmax where all similarities are -inf, and NONE in an empty document.
  *
  * In pieces of CHUNK tokens a lane adds tokens lane and lane + 32, the lanes meet in a fixed tree, and the pieces are
  * added in order, here or in launch_sum: a score depends neither on where its query is in the block nor on the others. */
 template <bool ARGMAX, class Maxima>
-__device__ inline void finish(const Forward &f, int64_t block, int64_t c, int first, int worker, int workers, int lane,
+__device__ inline void finish(const Forward &f, int64_t c, int first, int worker, int workers, int lane,
                               const Maxima &maxima) {
     const maxsim_args &a = f.a;
     const Plan &p = f.plan;
     for (int i = worker; i < p.segments; i += workers) {
-        const Segment segment = segment_of(f, block, i);
+        const auto [segment, tokens] = maxima.part(i);
         if (!segment.exists) break;
         const int64_t query = segment.query;
-        const Query tokens = query_of(a, query);
         float total = 0;
         for (int piece = 0; piece < p.slot; piece += CHUNK) {
             float sum = 0;
 #pragma unroll
             for (int half = 0; half < CHUNK; half += 32) {
-                const int row = piece + half + lane, token = segment.chunk * CHUNK + row;
+                const int row = piece + half + lane, token = segment.chunk * p.slot + row;
                 if (row >= p.slot || token >= tokens.length) continue;
                 const float weight = maxima.weight(i * p.slot + row, segment, tokens, token);
                 const bool counts = first != NONE && !(weight < 0);
@@ -63,8 +72,8 @@ __device__ inline void finish(const Forward &f, int64_t block, int64_t c, int fi
             if (broken_candidate(a, query, c)) total = nanf("");
         }
         if (lane == 0) {
-            float *scores = p.chunks > 1 ? f.work.partial + segment.chunk * a.n_q * a.n_c : a.scores;
-            scores[query * a.n_c + c] = total;
+            if (in_parts(a, p)) f.work.partial[segment.unit * a.n_c + c] = total;
+            else a.scores[query * a.n_c + c] = total;
         }
     }
 }

@@ -16,78 +16,12 @@ struct Forward {
 
 constexpr int NONE = 0x7fffffff;
 
-/* The (query block, document) items of one thread block, in order.
- *
- * Full rounds: every thread block has a query block of its own and walks all documents, so that all read the same
- * document at about the same time, from L2. The query blocks left over are shared out, either interleaved (neighbours
- * have different query blocks and the same document) or, where too many would be idle, as contiguous ranges of
- * (query block, document).
- */
-struct Walk {
-    const Plan &plan;
-    int64_t n_c;
-    int64_t block = -1, document = 0;
-    bool moved = false;  // the query block is another than before
-
-    __device__ Walk(const Forward &f, int index, int grid)
-        : plan(f.plan), n_c(f.a.n_c), index_(index), grid_(grid), rest_(f.plan.blocks % grid) {
-        if (rest_ && plan.contiguous) {
-            from_ = rest_ * n_c * index / grid;
-            to_ = rest_ * n_c * (index + 1) / grid;
-        }
-    }
-    __device__ bool next() {
-        document += step_;
-        moved = false;
-        if (document < last_) return true;
-        moved = true;
-        const int64_t full = plan.blocks / grid_;
-        if (round_ < full) {
-            block = index_ + round_++ * grid_;
-            document = 0, last_ = n_c, step_ = 1;
-            return true;
-        }
-        if (!rest_) return false;
-        if (plan.contiguous) {
-            if (from_ == to_) return false;
-            block = full * grid_ + from_ / n_c;
-            document = from_ % n_c;
-            last_ = n_c < document + to_ - from_ ? n_c : document + to_ - from_;
-            from_ += last_ - document, step_ = 1;
-            return true;
-        }
-        const int64_t sharers = grid_ / rest_;
-        if (round_++ > full || index_ >= rest_ * sharers) return false;
-        block = full * grid_ + index_ % rest_;
-        document = index_ / rest_, last_ = n_c, step_ = sharers;
-        return document < last_;
-    }
-
-  private:
-    int index_, grid_;
-    int64_t rest_, round_ = 0, step_ = 0, last_ = 0, from_ = 0, to_ = 0;
-};
-
-/* One query, or one chunk of it, in a query block. */
+/* One query, or one chunk of it, in a query block. `unit` counts the segments of all queries. */
 struct Segment {
-    int64_t query;
+    int64_t query, unit;
     int chunk;
     bool exists;
 };
-
-__device__ inline Segment segment_of(const Forward &f, int64_t block, int i) {
-    const Plan &p = f.plan;
-    if (f.a.own) {
-        const int64_t per = (p.chunks + p.segments - 1) / p.segments;
-        const int chunk = static_cast<int>(block % per) * p.segments + i;
-        return {block / per, chunk, chunk < p.chunks};
-    }
-    const int64_t index = block * p.segments + i;
-    if (p.chunks == 1) return {index, 0, index < f.a.n_q};
-    return {index / p.chunks, static_cast<int>(index % p.chunks), index < f.a.n_q * p.chunks};
-}
-/* The query whose documents a block walks: its only one where queries have their own, else any. */
-__device__ inline int64_t owner_of(const Forward &f, int64_t block) { return f.a.own ? segment_of(f, block, 0).query : 0; }
 
 /* Where a query's tokens are. */
 struct Query {
@@ -106,6 +40,38 @@ __device__ inline Query span(const int64_t *offsets, int64_t i, int64_t tokens) 
 __device__ inline Query query_of(const maxsim_args &a, int64_t query) {
     if (!a.q.offsets) return {0, static_cast<int>(a.q.l)};
     return span(a.q.offsets, query, a.q.total);
+}
+
+/* Segment i of a query block. The segments of a ragged query follow one another from work.units[query] on. */
+__device__ inline Segment segment_of(const Forward &f, int64_t block, int i) {
+    const maxsim_args &a = f.a;
+    const Plan &p = f.plan;
+    const int64_t index = block * p.segments + i;
+    if (a.q.offsets) {
+        int64_t low = 0, high = a.n_q - 1;
+        while (low < high) {
+            const int64_t middle = (low + high + 1) / 2;
+            if (f.work.units[middle] <= index) low = middle;
+            else high = middle - 1;
+        }
+        const int chunk = static_cast<int>(index - f.work.units[low]);
+        // with own documents the last block of a query may have segments without tokens
+        return {low, index, chunk, index < f.work.units[a.n_q] && (chunk == 0 || chunk * p.slot < query_of(a, low).length)};
+    }
+    if (a.own) {
+        const int64_t per = (p.chunks + p.segments - 1) / p.segments, query = block / per;
+        const int chunk = static_cast<int>(block % per) * p.segments + i;
+        return {query, query * p.chunks + chunk, chunk, chunk < p.chunks};
+    }
+    if (p.chunks == 1) return {index, index, 0, index < a.n_q};
+    return {index / p.chunks, index, static_cast<int>(index % p.chunks), index < a.n_q * p.chunks};
+}
+/* The query whose documents a block walks: its only one where queries have their own, else any. */
+__device__ inline int64_t owner_of(const Forward &f, int64_t block) { return f.a.own ? segment_of(f, block, 0).query : 0; }
+
+/* Query blocks: of ragged queries the host knows only the most there can be. */
+__device__ inline int64_t blocks_of(const Forward &f) {
+    return f.a.q.offsets ? ceil_div(f.work.units[f.a.n_q], f.plan.segments) : f.plan.blocks;
 }
 __device__ inline bool query_keeps(const maxsim_args &a, int64_t query, const Query &q, int token) {
     if (!a.q.mask) return true;

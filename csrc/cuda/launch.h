@@ -2,7 +2,7 @@
 #pragma once
 
 #include "runtime.h"
-#include "items.h"
+#include "walk.h"
 
 namespace latemax {
 
@@ -11,14 +11,19 @@ void prepare_sm80(const Device &device);
 void prepare_sm90(const Device &device);
 void prepare_shared(const Device &device);
 
-/* Plan, and launch. */
-void launch_sm80(Forward &f, const Device &device, Stream stream);
-void launch_sm90(Forward &f, const Device &device, Stream stream);
+Plan plan_sm80(const maxsim_args &a, const Device &device);
+Plan plan_sm90(const maxsim_args &a, const Device &device);
+void launch_sm80(const Forward &f, const Device &device, Stream stream);
+void launch_sm90(const Forward &f, const Device &device, Stream stream);
 
 /* 1 / max(norm, 1e-12) of every token of q, and of d where the kernel does not take them from its tiles. */
-void launch_norms(const Forward &f, bool documents, Stream stream);
+void launch_norms(const Forward &f, Stream stream);
 /* d_lengths of masked documents. */
 void launch_lengths(const Forward &f, Stream stream);
+/* The segments of ragged queries. */
+void launch_units(const Forward &f, Stream stream);
+/* Scores and argmax of the documents that thread blocks shared. */
+void launch_pieces(const Forward &f, Stream stream);
 /* scores = the sum of the partial ones, in order. */
 void launch_sum(const Forward &f, Stream stream);
 

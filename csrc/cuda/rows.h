@@ -51,7 +51,6 @@ using Accumulator = float[32];  // a thread's part of 64 query tokens x 64 docum
 /* A thread's part of 64 query tokens: rows 16 warp + lane / 4 and + 8, of each the columns 8 j + 2 (lane % 4) + (0, 1). */
 template <bool ARGMAX>
 struct Rows {
-    static constexpr int COUNT = 16;
     float best[2];
     int where[2];
 
@@ -60,34 +59,61 @@ struct Rows {
         where[0] = where[1] = NONE;
     }
 
-    /* An accumulator, whose columns are the document's tokens from `start`. A similarity is multiplied with its
-     * token's scale; where that is negative the token is out. */
-    template <bool SCALED>
-    __device__ __forceinline__ void take(const Accumulator &acc, int start, const float *scales, int lane) {
-        const int column = 2 * (lane % 4);
+    /* COLUMNS columns from FIRST on of an accumulator that begins with the document's token `start`; value(h, k, at) is the
+     * similarity of row h in column `at`, the k-th of this thread. */
+    template <int FIRST, int COLUMNS, class Value>
+    __device__ __forceinline__ void columns(int start, int lane, const Value &value) {
+        constexpr int COUNT = COLUMNS / 4, BITS = Tree<COUNT, ARGMAX>::BITS;
+        const int column = FIRST + 2 * (lane % 4);
         float line[2][COUNT];
 #pragma unroll
-        for (int k = 0; k < COUNT; ++k) {
-            const float scale = SCALED ? scales[8 * (k / 2) + column + k % 2] : 1.0f;
+        for (int k = 0; k < COUNT; ++k)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float x = acc[4 * (k / 2) + 2 * h + k % 2];
-                line[h][k] = !SCALED ? x : scale < 0 ? -INFINITE : x * scale;
-            }
-        }
+            for (int h = 0; h < 2; ++h) line[h][k] = value(h, k + FIRST / 4, column + 8 * (k / 2) + k % 2);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            bool bits[4];
+            bool bits[BITS];
             const float most = Tree<COUNT, ARGMAX>::run(line[h], bits);
             if constexpr (ARGMAX) {
+                int at = bits[BITS - 1];
+#pragma unroll
+                for (int i = 0; i < BITS - 1; ++i) at += bits[i] << (BITS + 1 - i);
                 // greater, or the first NaN
                 const bool moved = !(most <= best[h]) && best[h] == best[h];
                 best[h] = moved ? most : best[h];
-                where[h] = moved ? start + column + (bits[0] << 5 | bits[1] << 4 | bits[2] << 3 | bits[3]) : where[h];
+                where[h] = moved ? start + column + at : where[h];
             } else {
                 best[h] = ptx::max_nan(best[h], most);
             }
         }
+    }
+
+    __device__ static __forceinline__ float element(const Accumulator &acc, int h, int k) {
+        return acc[4 * (k / 2) + 2 * h + k % 2];
+    }
+
+    /* All 64 columns. */
+    __device__ __forceinline__ void take(const Accumulator &acc, int start, int lane) {
+        columns<0, 64>(start, lane, [&](int h, int k, int) { return element(acc, h, k); });
+    }
+    /* A similarity is multiplied with its token's scale; where that is negative the token is out. */
+    __device__ __forceinline__ void take_scaled(const Accumulator &acc, int start, const float *scales, int lane) {
+        columns<0, 64>(start, lane, [&](int h, int k, int at) {
+            const float scale = scales[at];
+            return scale < 0 ? -INFINITE : element(acc, h, k) * scale;
+        });
+    }
+    /* The last `tokens` of a document, in groups of 16 columns, which leaves out most of those without a token. */
+    template <int FIRST = 0>
+    __device__ __forceinline__ void take_tail(const Accumulator &acc, int start, int tokens, int lane) {
+        if (tokens < FIRST + 16) {
+            columns<FIRST, 16>(start, lane,
+                               [&](int h, int k, int at) { return at < tokens ? element(acc, h, k) : -INFINITE; });
+            return;
+        }
+        columns<FIRST, 16>(start, lane, [&](int h, int k, int) { return element(acc, h, k); });
+        if constexpr (FIRST < 48)
+            if (tokens > FIRST + 16) take_tail<FIRST + 16>(acc, start, tokens, lane);
     }
 
     /* Over the four lanes of a row, to the tables of the query block; ready for the next document. */

@@ -6,18 +6,25 @@
  */
 #pragma once
 
+#include <type_traits>
+
 #include "running.h"
+#include "walk.h"
 
 namespace latemax {
 namespace sm80 {
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 128, STAGES = 3, STAGE_BYTES = ROWS * 128, LEAST_COLUMNS = 32, MOST_COLUMNS = 64;
 
-template <int N, bool ARGMAX>
-constexpr int table_bytes() {
-    return sizeof(Tables<N, ARGMAX, WARPS>);
+inline int shared_bytes(const Plan &p, bool argmax) {
+    const auto tables = [&](auto columns) {
+        constexpr int N = decltype(columns)::value;
+        return argmax ? sizeof(Tables<N, true, WARPS>) : sizeof(Tables<N, false, WARPS>);
+    };
+    using std::integral_constant;
+    const size_t bytes = p.rows == 32 ? tables(integral_constant<int, 32>{}) : tables(integral_constant<int, 64>{});
+    return STAGES * STAGE_BYTES + p.slabs * p.rows * 128 + static_cast<int>(bytes);
 }
-inline int shared_bytes(const Plan &p, int tables) { return STAGES * STAGE_BYTES + p.slabs * p.rows * 128 + tables; }
 
 __device__ inline uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
@@ -30,7 +37,7 @@ struct Loader {
     int row = 0, slab = 0, thread;
     bool more;
 
-    __device__ Loader(const Forward &f, int index, int grid, int thread) : f(f), walk(f, index, grid), thread(thread) {
+    __device__ Loader(const Forward &f, const Walk &walk, int thread) : f(f), walk(walk), thread(thread) {
         seek();
     }
     /* To the next document that has tokens. */
@@ -74,7 +81,7 @@ __device__ inline void load_queries(const Forward &f, int64_t block, uint32_t to
     for (int i = thread; i < f.plan.slabs * N * 8; i += THREADS) {
         const int chunk = i % 8, column = i / 8 % N, slab = i / 8 / N, p = column / f.plan.slot;
         const Segment segment = segment_of(f, block, p);
-        const int token = segment.chunk * CHUNK + column % f.plan.slot;
+        const int token = segment.chunk * f.plan.slot + column % f.plan.slot;
         const uint16_t *from = static_cast<const uint16_t *>(a.q.tokens);
         bool there = p < f.plan.segments && segment.exists && slab * 64 + chunk * 8 < a.dim;
         if (there) {
@@ -114,9 +121,11 @@ __device__ __forceinline__ void multiply(float (&acc)[2][N / 2], uint32_t docume
 template <int N, bool ARGMAX>
 struct Maxima {
     const Forward &f;
+    int64_t block;
     const float (*values)[N];
     const int (*wheres)[N];
 
+    __device__ Part part(int i) const { return part_of(f, block, i); }
     __device__ float value(int column, int &where) const {
         float best = values[0][column];
         if constexpr (ARGMAX) where = wheres[0][column];
@@ -132,19 +141,19 @@ struct Maxima {
 };
 
 template <class T, int N, bool ARGMAX>
-__global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Forward f) {
+__global__ void __launch_bounds__(THREADS, 2) forward(const __grid_constant__ Forward f) {
     const maxsim_args &a = f.a;
     const int thread = ptx::thread_index(), warp = thread / 32, lane = thread % 32;
     char *shared = ptx::dynamic_shared();
     const uint32_t ring = ptx::shared_address(shared), queries = ring + STAGES * STAGE_BYTES;
     auto &tables = *reinterpret_cast<Tables<N, ARGMAX, WARPS> *>(shared + STAGES * STAGE_BYTES + f.plan.slabs * N * 128);
 
-    Loader loader(f, ptx::block_index(), ptx::grid_size(), thread);
+    Walk walk(f, ptx::block_index(), ptx::grid_size());
+    Loader loader(f, walk, thread);
     int stage = 0, buffer = 0;
     for (int s = 0; s < STAGES - 1; ++s) loader.load(ring + s * STAGE_BYTES);
 
     Running<N, ARGMAX> running;
-    Walk walk(f, ptx::block_index(), ptx::grid_size());
     while (walk.next()) {
         if (walk.moved) {
             // the last queries are read no more: the barrier after the tiles came later
@@ -179,8 +188,8 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Forwa
         ptx::block_barrier();
         int first = NONE;
         for (int w = 0; w < WARPS; ++w) first = tables.firsts[buffer][w] < first ? tables.firsts[buffer][w] : first;
-        finish<ARGMAX>(f, walk.block, walk.document, first, warp, WARPS, lane,
-                       Maxima<N, ARGMAX>{f, tables.values[buffer], tables.wheres[buffer]});
+        finish<ARGMAX>(f, walk.document, first, warp, WARPS, lane,
+                       Maxima<N, ARGMAX>{f, walk.block, tables.values[buffer], tables.wheres[buffer]});
         buffer ^= 1;
     }
 }

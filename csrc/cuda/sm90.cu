@@ -79,9 +79,10 @@ void prepare_blocks(const Device &device) {
 
 void prepare_sm90(const Device &device) { prepare_blocks<1>(device), prepare_blocks<2>(device); }
 
-void launch_sm90(Forward &f, const Device &device, Stream stream) {
-    f.plan = sm90::plan(f.a, device.shared_block, device.multiprocessors);
-    const sm90::Maps maps{map_of_queries(f.a, f.plan.slot), map_of_documents(f.a, sm90::TOKENS),
+Plan plan_sm90(const maxsim_args &a, const Device &device) { return sm90::plan(a, device); }
+
+void launch_sm90(const Forward &f, const Device &, Stream stream) {
+    const sm90::Maps maps{map_of_queries(f.a, f.plan.slot), map_of_documents(f.a, f.plan.tile),
                           map_of_documents(f.a, sm90::TAIL_BOX)};
     const Launch90 launch{f, maps, stream};
     if (f.plan.rows == sm90::MOST_ROWS) launch.of_blocks<2>();

@@ -67,7 +67,9 @@ struct Consumer {
         }
     }
 
-    /* Issues one part of 64 query tokens against a tile, as a group of its own. */
+    /* Issues one part of 64 query tokens against a tile, as a group of its own; without REGISTERS its first COUNT_K x 16
+     * dims. */
+    template <int COUNT_K>
     __device__ __forceinline__ void issue(Accumulator &acc, int b, int part) {
         const uint64_t documents = descriptor(s.ring + ring.index * stage_slabs(f.plan) * SLAB_BYTES);
         ptx::wgmma_fence();
@@ -79,39 +81,46 @@ struct Consumer {
         } else {
             const uint64_t rows = descriptor(query_rows + (part * f.plan.rows + 64 * b) * 128);
 #pragma unroll
-            for (int k = 0; k < 4; ++k)
+            for (int k = 0; k < COUNT_K; ++k)
                 ptx::wgmma(T{}, acc, rows + 2 * k, documents + 2 * k, part + k > 0);
         }
         ptx::wgmma_commit();
     }
 
-    /* A tile against the first COUNT blocks. While the maximum of block 0 is taken the tensor cores work on block 1, and
+    /* A tile against the first COUNT blocks; LAST: the steps of 16 dims in its last slab. While the maximum of block 0 is taken the tensor cores work on block 1, and
      * while that of block 1 is, for the other warpgroup. */
-    template <int COUNT>
+    template <int COUNT, int LAST>
     __device__ __forceinline__ void tile() {
         Accumulator acc[COUNT ? COUNT : 1];
         Ring at = ring;
-        for (int part = 0;; ++part) {
+        const int parts = REGISTERS ? 1 : f.plan.slabs;
+        // the steps of a slab are known here: a branch between wgmma would serialise them
+        for (int part = 0; part < parts - 1; ++part) {
 #pragma unroll
-            for (int b = 0; b < COUNT; ++b) issue(acc[b], b, part);
-            if constexpr (!REGISTERS) {
-                // the part before is read no more when only this one's groups are unfinished
-                if (part) ptx::wgmma_wait<COUNT>(), release(at);
-            }
+            for (int b = 0; b < COUNT; ++b) issue<4>(acc[b], b, part);
+            // the part before is read no more when only this one's groups are unfinished
+            if (part) ptx::wgmma_wait<COUNT>(), release(at);
             at = ring;
             ring.advance();
-            if (REGISTERS || part == f.plan.slabs - 1) break;
             ptx::mbarrier_wait(Shared::at(s.meta->full[ring.index]), ring.lap);
         }
+#pragma unroll
+        for (int b = 0; b < COUNT; ++b) issue<LAST>(acc[b], b, parts - 1);
+        // dims beyond the registers are of two parts at least
+        if constexpr (!REGISTERS) ptx::wgmma_wait<COUNT>(), release(at);
+        at = ring;
+        ring.advance();
         const Tile &tile = s.meta->tiles[at.index];
         const bool scaled = ptx::uniform(tile.scaled), last = ptx::uniform(tile.last);
+        const int tokens = ptx::uniform(tile.tokens);
         if (scaled) wait_scaled(at);
 #pragma unroll
         for (int b = 0; b < COUNT; ++b) {
             if (b < COUNT - 1) ptx::wgmma_wait<1>(acc[b]);
             else ptx::wgmma_wait<0>(acc[b]);
-            if (scaled) maxima[b].template take<true>(acc[b], tile.start, s.meta->scales[at.index], lane);
-            else maxima[b].template take<false>(acc[b], tile.start, nullptr, lane);
+            if (scaled) maxima[b].take_scaled(acc[b], tile.start, s.meta->scales[at.index], lane);
+            else if (tokens == TOKENS) maxima[b].take(acc[b], tile.start, lane);
+            else maxima[b].take_tail(acc[b], tile.start, tokens, lane);
         }
         if (last) store<COUNT>(tile);
         release(at);
@@ -125,18 +134,28 @@ struct Consumer {
 #pragma unroll
         for (int b = 0; b < COUNT; ++b) maxima[b].store(lane, table.values + row + 64 * b, table.wheres + row + 64 * b);
         if (warpgroup == 0 && warp == 0 && lane == 0)
-            table.block = tile.block, table.document = tile.document, table.first = tile.first, table.stop = tile.kind == STOP;
+            table.block = tile.block, table.document = tile.document, table.first = tile.first, table.piece = tile.piece,
+            table.stop = tile.kind == STOP;
         Shared::arrive(s.meta->done[results.index], lane);
         results.advance();
     }
 
     __device__ __forceinline__ void run() {
+        const int last = ptx::uniform((static_cast<int>(f.a.dim) - 64 * (f.plan.slabs - 1) + 15) / 16);
+        if (REGISTERS || last == 4) loop<4>();
+        else if (last == 3) loop<3>();
+        else if (last == 2) loop<2>();
+        else loop<1>();
+    }
+
+    template <int LAST>
+    __device__ __forceinline__ void loop() {
         for (;;) {
             const int kind = look();
             if (kind == TILE) {
-                if (BLOCKS == 2 && blocks == 2) tile<BLOCKS>();
-                else if (blocks) tile<1>();
-                else tile<0>();
+                if (BLOCKS == 2 && blocks == 2) tile<BLOCKS, LAST>();
+                else if (blocks) tile<1, LAST>();
+                else tile<0, LAST>();
                 continue;
             }
             if (kind == QUERIES) switch_queries(s.meta->tiles[ring.index].rows);

@@ -19,7 +19,7 @@ __device__ inline void load_queries(const Forward &f, const Shared &s, const Map
     ptx::mbarrier_arrive_expect(full, segments * p.slabs * p.slot * 128);
     for (int i = 0; i < segments; ++i) {
         const Segment segment = segment_of(f, block, i);
-        const int row = static_cast<int>(query_of(a, segment.query).start) + segment.chunk * CHUNK;
+        const int row = static_cast<int>(query_of(a, segment.query).start) + segment.chunk * p.slot;
         const int query = a.q.offsets || a.q.stride_n == 0 ? 0 : static_cast<int>(segment.query);
         for (int slab = 0; slab < p.slabs; ++slab)
             ptx::tensor_load(to + (slab * p.rows + i * p.slot) * 128, &maps.queries, full, 64 * slab, row, query, 0);
@@ -48,26 +48,38 @@ __device__ inline void produce(const Forward &f, const Shared &s, const Maps &ma
         ptx::prefetch_map(&maps.tails);
     }
     Walk walk(f, ptx::block_index(), ptx::grid_size());
+    int base = 0, its_start = 0, its_length = 0, owner = 0;  // lane i has start and length of document base + i
     while (walk.next()) {
         if (walk.moved) {
             int rows = 0;
             for (int i = 0; i < p.segments && segment_of(f, walk.block, i).exists; ++i) rows += p.slot;
             // before the wait: consumers give the last queries back when they see this
-            post({QUERIES, 0, 0, 0, 0, NONE, rows, walk.block, 0});
+            post({QUERIES, 0, 0, 0, 0, NONE, rows, walk.block, 0, -1});
             ptx::mbarrier_wait(Shared::at(s.meta->query_empty[buffers.index]), buffers.lap - 1);
             ptx::warp_barrier();
             if (lane == 0) load_queries(f, s, maps, walk.block, buffers.index);
             buffers.advance();
         }
-        const Document document = document_of(f, owner_of(f, walk.block), walk.document);
-        const int number = a.d.stride_n == 0 ? 0 : static_cast<int>(document.number);
-        const int owner = a.own && a.d.stride_q != 0 ? static_cast<int>(document.owner) : 0;
-        const int length = document.length;
-        if (length == 0) post({DOCUMENT, 0, 0, 1, 0, NONE, 0, walk.block, walk.document});
+        if (walk.moved || walk.document == base + 32) {
+            base = walk.document;
+            owner = static_cast<int>(owner_of(f, walk.block));
+            if (base + lane < walk.last) {
+                const Document mine = document_of(f, owner, base + lane);
+                its_start = static_cast<int>(mine.start), its_length = mine.length;
+            }
+        }
+        const int at = walk.document - base;
+        const Document document{owner, walk.document, ptx::shuffle(its_start, at), ptx::shuffle(its_length, at)};
+        // with offsets, documents are rows of one matrix
+        const int number = a.d.offsets || a.d.stride_n == 0 ? 0 : walk.document;
+        const int along = a.own && !a.d.offsets && a.d.stride_q != 0 ? owner : 0;
+        const int piece = walk.piece(), length = document.length;
+        const int end = walk.until < ceil_div(length, TOKENS) ? walk.until * TOKENS : length;
+        if (length == 0) post({DOCUMENT, 0, 0, 1, 0, NONE, 0, walk.block, walk.document, -1});
         int first = a.d.mask ? NONE : 0;
-        for (int start = 0; start < length; start += TOKENS) {
-            const int tokens = length - start < TOKENS ? length - start : TOKENS;
-            const int scaled = a.normalize || a.d.mask || tokens < TOKENS;
+        for (int start = walk.from * TOKENS; start < end; start += TOKENS) {
+            const int tokens = end - start < TOKENS ? end - start : TOKENS;
+            const int scaled = a.normalize || a.d.mask;
             float kept[TOKENS / 32];
             if (scaled) {
 #pragma unroll
@@ -90,8 +102,8 @@ __device__ inline void produce(const Forward &f, const Shared &s, const Maps &ma
 #pragma unroll
                     for (int i = 0; i < TOKENS / 32; ++i) s.meta->scales[ring.index][32 * i + lane] = kept[i];
                 if ((part == 0 || part == parts - 1) && lane == 0)
-                    s.meta->tiles[ring.index] = {TILE,  tokens, start,      start + TOKENS >= length, scaled,
-                                                 first, 0,      walk.block, walk.document};
+                    s.meta->tiles[ring.index] = {TILE,  tokens, start,      start + TOKENS >= end, scaled,
+                                                 first, 0,      walk.block, walk.document,         piece};
                 ptx::warp_barrier();
                 if (lane == 0) {
                     const int rows = (tokens + TAIL_BOX - 1) / TAIL_BOX * TAIL_BOX;
@@ -99,17 +111,17 @@ __device__ inline void produce(const Forward &f, const Shared &s, const Maps &ma
                     for (int slab = 0; slab < slabs; ++slab) {
                         const uint32_t to = s.ring + (ring.index * slabs + slab) * SLAB_BYTES;
                         const int column = 64 * (part + slab), from = static_cast<int>(document.start) + start;
-                        if (rows == TOKENS) ptx::tensor_load(to, &maps.documents, full, column, from, number, owner);
+                        if (rows == TOKENS) ptx::tensor_load(to, &maps.documents, full, column, from, number, along);
                         else
                             for (int row = 0; row < rows; row += TAIL_BOX)
-                            ptx::tensor_load(to + row * 128, &maps.tails, full, column, from + row, number, owner);
+                            ptx::tensor_load(to + row * 128, &maps.tails, full, column, from + row, number, along);
                     }
                 }
                 ring.advance();
             }
         }
     }
-    post({STOP, 0, 0, 0, 0, NONE, 0, 0, 0});
+    post({STOP, 0, 0, 0, 0, NONE, 0, 0, 0, -1});
 }
 
 /* Inverse norms from the tile in shared memory; a lane has one of its 64 tokens. */
@@ -156,7 +168,9 @@ __device__ inline void scale(const Forward &f, const Shared &s, int warp, int la
 struct Maxima {
     const Table &table;
     const float *weights;
+    const Part *parts;
 
+    __device__ Part part(int i) const { return parts[i]; }
     __device__ float value(int row, int &where) const {
         where = table.wheres[row];
         return table.values[row];
@@ -176,15 +190,24 @@ __device__ inline void finish_documents(const Forward &f, const Shared &s, int w
         if (table.block != block) {
             block = table.block;
             for (int i = worker; i < p.segments; i += workers) {
-                const Segment segment = segment_of(f, block, i);
-                if (!segment.exists) break;
-                const Query tokens = query_of(f.a, segment.query);
+                const Part part = part_of(f, block, i);
+                if (lane == 0) s.meta->parts[i] = part;
+                if (!part.segment.exists) break;
                 for (int row = lane; row < p.slot; row += 32)
-                    s.meta->weights[i * p.slot + row] = query_weight(f, segment, tokens, segment.chunk * CHUNK + row);
+                    s.meta->weights[i * p.slot + row] =
+                        query_weight(f, part.segment, part.tokens, part.segment.chunk * p.slot + row);
             }
             ptx::warp_barrier();
         }
-        finish<ARGMAX>(f, block, table.document, table.first, worker, workers, lane, Maxima{table, s.meta->weights});
+        if (table.piece < 0) {
+            finish<ARGMAX>(f, table.document, table.first, worker, workers, lane,
+                           Maxima{table, s.meta->weights, s.meta->parts});
+        } else {
+            for (int row = 32 * worker + lane; row < p.rows; row += 32 * workers) {
+                f.work.piece_values[table.piece * p.rows + row] = table.values[row];
+                if constexpr (ARGMAX) f.work.piece_wheres[table.piece * p.rows + row] = table.wheres[row];
+            }
+        }
         Shared::arrive(s.meta->free[results.index], lane);
         results.advance();
     }

@@ -5,6 +5,8 @@
 #include <string>
 
 #include "finish.h"
+#include "runtime.h"
+#include "walk.h"
 
 namespace latemax {
 namespace sm90 {
@@ -27,6 +29,7 @@ struct Tile {
     int first;          // the lowest valid token of the document up to here
     int rows;           // QUERIES: rows of the block that hold a query
     int64_t block, document;
+    int piece;          // where the maxima of a part of a document go, -1: a whole document, see walk.h
 };
 
 /* Maxima of a document on their way from the consumers to the warps that finish it. */
@@ -34,7 +37,7 @@ struct Table {
     float values[MOST_ROWS];
     int wheres[MOST_ROWS];
     int64_t block, document;
-    int first, stop;
+    int first, piece, stop;
 };
 
 struct Meta {
@@ -44,6 +47,7 @@ struct Meta {
     float scales[MOST_STAGES][TOKENS];  // of document tokens, see Rows
     Table tables[TABLES];
     float weights[MOST_ROWS];  // of query tokens, see query_weight
+    Part parts[MOST_ROWS / 8];
 };
 static_assert(sizeof(Meta) <= 12288, "most_dims of latemax/ops/backends/cuda.py leaves room for this");
 
@@ -55,10 +59,30 @@ inline int shared_bytes(const Plan &p) {
     return p.stages * stage_slabs(p) * SLAB_BYTES + p.query_buffers * query_bytes(p) + static_cast<int>(sizeof(Meta));
 }
 
-/* Rows of a query block, query buffers, stages and grid, so that a block fits in `shared` bytes. */
-inline Plan plan(const maxsim_args &a, int shared, int multiprocessors) {
+/* The clocks of a tile on one multiprocessor: of the tensor cores, or of reading it while all others read too, at 13 bytes a
+ * clock (3 TB/s). */
+inline int64_t tile_clocks(const Plan &p) {
+    const int64_t dims = 64 * p.slabs, multiply = p.rows * p.tile * dims / 2048, read = p.tile * dims * 2 / 13;
+    return multiply > read ? multiply : read;
+}
+
+/* Whether documents are cut between thread blocks: where the time of the longest share shrinks by more than the launch that
+ * merges the pieces takes. Masked documents and candidates have lengths that only the device knows. */
+inline bool worth_a_split(const Plan &p, const maxsim_args &a, const Device &device) {
+    if (a.d.mask || a.candidates || !a.n_c) return false;
+    const int64_t grid = device.multiprocessors, rest = p.blocks % grid, tokens = a.d.offsets ? a.d.total / a.n_c : a.d.l;
+    if (!tokens) return false;
+    const int64_t tiles = ceil_div(tokens, p.tile), all = a.n_c * tiles;
+    // ragged documents: a share of whole ones ends within half a document of its even part
+    const int64_t whole = Sharing(rest, a.n_c, 1, grid).longest(rest, a.n_c) * tiles + (a.d.offsets ? tiles / 2 : 0);
+    return (whole - Sharing(rest, all, 1, grid).longest(rest, all)) * tile_clocks(p) > device.launch_clocks;
+}
+
+/* Rows of a query block, query buffers, stages and grid, so that a block fits in shared memory. */
+inline Plan plan(const maxsim_args &a, const Device &device) {
     Plan p = plan_queries(a, LEAST_ROWS, MOST_ROWS, LONGEST_SM90);
-    const auto fits = [&] { return shared_bytes(p) <= shared; };
+    p.tile = TOKENS;
+    const auto fits = [&] { return shared_bytes(p) <= device.shared_block; };
     // 256 rows halve what is read of documents, which is worth more than a ring of over three stages
     const auto least_stages = [&] { return p.rows == MOST_ROWS ? 3 : 2; };
     p.query_buffers = 1, p.stages = least_stages();
@@ -68,7 +92,7 @@ inline Plan plan(const maxsim_args &a, int shared, int multiprocessors) {
     }
     if (!fits()) throw std::runtime_error("dim " + std::to_string(a.dim) + " needs more shared memory than this GPU has");
     // queries in registers free their buffer at once; else a second buffer comes before a fifth stage
-    if (p.slabs > REGISTER_SLABS && p.blocks > multiprocessors) {
+    if (p.slabs > REGISTER_SLABS && p.blocks > device.multiprocessors) {
         const int stages = p.stages;
         p.stages = 4, p.query_buffers = MOST_QUERY_BUFFERS;
         if (!fits()) p.stages = stages, p.query_buffers = 1;
@@ -79,7 +103,8 @@ inline Plan plan(const maxsim_args &a, int shared, int multiprocessors) {
         --p.stages;
         break;
     }
-    plan_grid(p, a, multiprocessors);
+    p.split = worth_a_split(p, a, device);
+    plan_grid(p, a, device.multiprocessors);
     return p;
 }
 

@@ -13,7 +13,8 @@ from latemax import viz
 from latemax.analysis import ArgmaxShare, SimilarityDistribution, TokenNorms, grounding_map
 from latemax.demo.photos import Crop, Photo
 from latemax.demo.retrieval import CROP_SIZE, PHOTO_SIZE, Encoded
-from latemax.viz._style import percent
+from latemax.demo.words import Canvases, Words, shown_words
+from latemax.viz._style import INK, MUTED, as_uint8, percent, style
 
 DPI = 130
 # These photos are shown if they are installed; the worst-ranked crop is always shown too.
@@ -110,6 +111,53 @@ def draw_rankings(
         f"{grounding.wins().numel()} patches\n(frame: the place of the query crop)",
     )
     album.save("grounding.png", best)
+
+
+def draw_words(album: Album, photos: list[Photo], trained: dict[str, Words], canvases: Canvases) -> None:
+    """Draws ``words.png``: each shown word on the first held-out canvas with its photo, CLS dropped and kept."""
+    shown = shown_words(photos).tolist()
+    rows, cols = canvases.grid
+    side = canvases.images[0].width
+    with style() as plt:
+        figure, axes = plt.subplots(
+            len(trained),
+            len(shown),
+            figsize=(2.9 * len(shown), 3.2 * len(trained)),
+            layout="constrained",
+            squeeze=False,
+        )
+        figure.get_layout_engine().set(h_pad=0.12)
+        for row, how in enumerate(sorted(trained)):
+            words, first = trained[how], canvases.prefix if how == "kept" else 0
+            for ax, word in zip(axes[row], shown, strict=True):
+                # the first canvas that shows it; in a tiny run there may be none
+                at = int((canvases.photos == word).any(1).long().argmax())
+                tokens = words.project(canvases.tokens[at, canvases.prefix - first :])
+                similarity = tokens @ words.text(torch.tensor(word))
+                heat, best = similarity[first:].view(rows, cols), int(similarity.argmax()) - first
+                strength = ((heat - heat.min()) / (heat.max() - heat.min()).clamp_min(1e-6)) ** 2
+                # grey, so that the colour is the word's
+                ax.imshow(as_uint8(canvases.images[at].convert("L")), extent=(0, side, side, 0))
+                ax.imshow(
+                    torch.cat(
+                        [torch.tensor([0.84, 0.37, 0]).expand(rows, cols, 3), 0.8 * strength[..., None]], -1
+                    ).numpy(),
+                    extent=(0, side, side, 0),
+                    interpolation="nearest",
+                )
+                name, found = photos[word].name, "CLS is the best match"
+                if best >= 0:
+                    y, x = divmod(best, cols)
+                    corner = (x * side / cols, y * side / rows)
+                    for width, color in ((4, "white"), (2, INK)):
+                        box = plt.Rectangle(corner, side / cols, side / rows, fill=False, lw=width, ec=color)
+                        ax.add_patch(box)
+                    found = "frame: the best match"
+                ax.set_title(f"{name}, CLS {how}")
+                ax.set_xlabel(found, color=MUTED)
+                ax.set_xticks([])
+                ax.set_yticks([])
+        album.save("words.png", (figure, axes))
 
 
 def draw_study(

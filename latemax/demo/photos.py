@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 # (name, package, file inside the package). Opened directly, since the packages' own loaders may use the network.
 _FILES = (
@@ -126,3 +127,27 @@ def random_crops(photos: list[Photo], per_photo: int = 3, *, side: float = 0.5, 
             box = (left / full, top / full, right / full, bottom / full)
             crops.append(Crop(owner, box, photo.image.crop((left, top, right, bottom))))
     return crops
+
+
+def compose(photos: list[Photo], n: int, size: int, seed: int) -> tuple[list[Image], Tensor]:
+    """Makes n canvases of size x size pixels from random crops of four different photos each.
+
+    Returns:
+        (canvases, photos int64 [n, 4]): which photo is in which quadrant, row-major.
+    """
+    import torch
+    from PIL import Image
+
+    rng, half = random.Random(seed), size // 2
+    canvases, which = [], []
+    for _ in range(n):
+        canvas, four = Image.new("RGB", (size, size)), rng.sample(range(len(photos)), 4)
+        for quadrant, at in enumerate(four):
+            full = photos[at].image.width
+            side = round(full * rng.uniform(0.6, 1.0))
+            left, top = rng.randint(0, full - side), rng.randint(0, full - side)
+            crop = photos[at].image.crop((left, top, left + side, top + side)).resize((half, half))
+            canvas.paste(crop, (quadrant % 2 * half, quadrant // 2 * half))
+        canvases.append(canvas)
+        which.append(four)
+    return canvases, torch.tensor(which)

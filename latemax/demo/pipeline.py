@@ -15,19 +15,19 @@ import torch
 
 from latemax import maxsim
 from latemax._progress import Bar
-from latemax.demo import retrieval, study
+from latemax.demo import retrieval, study, words
 from latemax.demo.photos import load_photos, random_crops, require
 from latemax.demo.progress import Stages
-from latemax.demo.report import print_ranking, print_study
+from latemax.demo.report import print_ranking, print_study, print_words
 
 CROPS_PER_PHOTO = 3
 
 
 def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed: int = 0) -> dict[str, Any]:
-    """Ranks the bundled photos for random crops of them, studies CLS on the same tokens, and draws both.
+    """Ranks the bundled photos for crops of them, trains words that find their patch, studies CLS, and draws all.
 
     Args:
-        out_dir: folder for the PNGs and ``demo.json``; created if missing.
+        out_dir: folder for ``index.html``, the PNGs and ``demo.json``; created if missing.
         model: what `PatchEncoder.from_pretrained` takes (a folder or a hub name); None is DINOv2 ViT-S/14, downloaded
             once.
         seed: seed of the crops and of the simulation.
@@ -40,12 +40,12 @@ def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed
         OSError: the weights cannot be read.
         RuntimeError: the weights cannot be downloaded; the message says how to continue without a network.
     """
-    require("transformers", "PIL", "matplotlib", "skimage", "sklearn")
-    from latemax.demo import figures
+    require("transformers", "PIL", "matplotlib", "skimage", "sklearn", "safetensors")
+    from latemax.demo import figures, pages
 
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    stages, album = Stages(6), figures.Album(out)
+    stages, album = Stages(7), figures.Album(out)
 
     with stages("model", f"loading {model or 'DINOv2 ViT-S/14 (downloaded on first use)'}"):
         encoder, before_norm, source = _encoders(model)
@@ -81,6 +81,10 @@ def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed
     }
     print_ranking(result)
 
+    with stages("words", "training words and a projection through MaxSim on the frozen ViT"):
+        result["words"], trained, canvases = words.study(encoder, photos, seed)
+    print_words(result["words"])
+
     has_cls = encoded.d_prefix.shape[1] > 0
     with stages("study", "counting which tokens hold the maximum, and measuring token norms"):
         if has_cls:
@@ -102,11 +106,15 @@ def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed
         if has_cls:
             figures.draw_study(album, photos, encoded, shares, distribution, norms)
         figures.draw_simulation(album, panels)
+        figures.draw_words(album, photos, trained, canvases)
+        pages.write_words(out / pages.WORDS_PAGE, trained["dropped"], canvases, photos)
+        (out / "index.html").write_text(pages.index_page(result, album.files), encoding="utf-8")
     result["seconds"] = stages.seconds
-    result["files"] = [*album.files, "demo.json"]
+    result["files"] = ["index.html", pages.WORDS_PAGE, *album.files, "demo.json"]
     (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     total = sum(stages.seconds.values())
-    print(f"\n{len(result['files'])} files in {out}/ after {total:.0f} s: {', '.join(result['files'])}")
+    others = ", ".join(result["files"][1:])
+    print(f"\n{out / 'index.html'} after {total:.0f} s, with {len(result['files']) - 1} more files: {others}")
     return result
 
 

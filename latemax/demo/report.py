@@ -35,6 +35,20 @@ def print_ranking(result: dict[str, Any]) -> None:
     )
 
 
+def print_words(numbers: dict[str, Any]) -> None:
+    """Prints how often a word's best match is a patch of its photo."""
+    print(
+        f"\n{numbers['photos']} words trained through MaxSim on {numbers['train']} canvases; their best match on "
+        f"{numbers['test']} canvases of other crops is in their photo (all photos were seen in training)"
+    )
+    for how, value in numbers["trained"].items():
+        print(
+            f"  CLS {how:<8} {value['pointing']:.3f}  (untrained {numbers['untrained'][how]['pointing']:.3f}, chance "
+            f"{numbers['chance'][how]:.3f}; the best match is CLS {100 * value['cls']:.1f} %)"
+        )
+    print(flush=True)
+
+
 def print_study(result: dict[str, Any]) -> None:
     """Prints CLS win rates and chance, mean similarities, token norms and the main curve of the simulation."""
     if "cls_share" not in result:

@@ -137,8 +137,9 @@ def backward_tile(dim: int, l_q: int, itemsize: int) -> BackwardTile:
     """The grad_d tile: its accumulator [block_d, block_k] stays in registers, its rows in 64 KB of shared memory."""
     block_k = min(256, 1024 // itemsize, padded_dim(dim))
     if itemsize == 4 and dim > 256:
-        # No program holds all columns, and 64 x 32 x 128 (sm_90: wgmma, 214 issue slots) beats 32 x 32 x 256 (mma, 259),
-        # which reads every query row twice as often and at dim 1030, not 16-byte aligned, spills 6 to 11 registers.
+        # No program holds all columns, and on sm_90 64 x 32 x 128 (wgmma, 214 issue slots) beats 32 x 32 x 256 (mma,
+        # 259), which reads every query row twice as often and spills 6 to 11 registers if rows are
+        # not 16-byte aligned.
         block_k = 128
     block_d = min(64, max(16, 32768 // (block_k * itemsize)))
     # sm_100 builds of float32 up to dim 256: a block of 128 columns spills with 32 query tokens, one of 256 with 16

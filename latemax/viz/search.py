@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latemax.encoders.images import load_image
 from latemax.encoders.records import picture_of
+from latemax.encoders.tokens import TextTokens
 from latemax.search import TopK
 from latemax.store import PatchStore
 from latemax.viz import _search_html as html
@@ -38,11 +39,12 @@ class _Part(NamedTuple):
 
 
 def search_page(
-    q: Tensor,
+    q: Tensor | TextTokens,
     found: TopK,
     store: PatchStore,
     *,
     query: str = "",
+    about: str | None = None,
     words: Sequence[str] | None = None,
     word_of: Tensor | Sequence[int] | None = None,
     normalize: bool = False,
@@ -57,13 +59,13 @@ def search_page(
     its score by word. The page needs no network; without JavaScript it still has pictures, ranks and scores by word.
 
     Args:
-        q: [l_q, dim], the tokens of one query.
+        q: [l_q, dim], the tokens of one query; or the `TextTokens` of one text, which know their words.
         found: its ranking, by ``topk(q, store, k, return_argmax=True)`` (``found.row(i)`` of several queries).
         store: where it was found. A document with a grid or regions shows its patches; a grid covers the part of the
             image that the metadata calls ``"crop"``, else all of it.
         query: text of the heading.
-        words: the query's words, such as ``TextTokens.words[0]``. None makes a word of each token of a query of up to
-            64, and none of a longer one.
+        about: the line under it; None says which store was searched.
+        words: the query's words. None makes a word of each token of a query of up to 64, and none of a longer one.
         word_of: the word of each token, int [l_q], -1 for tokens of no word; None where each token is a word.
         normalize: as in the search: score by cosine.
         images: document number -> its image (Pillow image, path, array or tensor). None opens the file that
@@ -81,11 +83,14 @@ def search_page(
 
     Example:
         >>> text = retriever.encode_queries(["total revenue"])
-        >>> q, word_of = text.tokens[0][text.mask[0]], text.word_of[0][text.mask[0]]
-        >>> found = latemax.topk(q, store, 10, return_argmax=True)
-        >>> page = latemax.viz.search_page(q, found, store, words=text.words[0], word_of=word_of)
+        >>> found = latemax.topk(text, store, 10, return_argmax=True)
+        >>> page = latemax.viz.search_page(text, found, store, query="total revenue")
         >>> Path("out.html").write_text(page, encoding="utf-8")
     """
+    if isinstance(q, TextTokens):
+        if words is not None or word_of is not None:
+            raise ValueError("words and word_of must be None with TextTokens, which know theirs")
+        q, found, words, word_of = _of_text(q, found)
     argmax = _check(q, found, store, pixels)
     labels, word = _words(q, words, word_of)
     rows, heats = [], []
@@ -116,10 +121,23 @@ def search_page(
     scales = [_scale([heat[key] for heat in heats], zero=key == 0) for key in range(len(labels) + 1)]
     coded = [[_coded(heat, *scale) for heat, scale in zip(row, scales, strict=True)] for row in heats]
     shown = None if query_image is None else _jpeg(load_image(query_image, "query_image"), 200)[0]
-    about = f"{len(rows)} of {len(store):,} documents in {store.path}"
-    if "model" in store.meta:
-        about += f", model {store.meta['model']}"
+    if about is None:
+        about = f"{len(rows)} of {len(store):,} documents in {store.path}"
+        model = store.model_id or store.meta.get("model")
+        about += f", model {model}" if model else ""
     return html.page(query or "Search", about, labels, len(q), rows, coded, scales, shown)
+
+
+def _of_text(q: TextTokens, found: TopK) -> tuple[Tensor, TopK, list[str], Tensor]:
+    """Returns the tokens of one text without padding, their ranking, the words, and the word of each token."""
+    if len(q.tokens) != 1:
+        raise ValueError(f"q must be the tokens of one text, got those of {len(q.tokens)}")
+    mask = q.mask[0]
+    if isinstance(found, TopK) and found.indices.dim() == 2 and len(found.indices) == 1:
+        found = found.row(0)
+    if isinstance(found, TopK) and found.argmax is not None and found.argmax.shape[-1:] == mask.shape:
+        found = TopK(found.scores, found.indices, found.argmax[..., mask.to(found.argmax.device)])
+    return q.tokens[0][mask], found, q.words[0], q.word_of[0][mask.to(q.word_of.device)]
 
 
 def _check(q: Tensor, found: TopK, store: PatchStore, pixels: int) -> Tensor:

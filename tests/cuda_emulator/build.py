@@ -55,14 +55,14 @@ def built():
     )
     loader.exec_module(module)
     configure = ctypes.CDLL(str(library)).latemax_emulator
-    configure.argtypes = [ctypes.c_uint, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    configure.argtypes = [ctypes.c_uint] + 4 * [ctypes.c_int]
     return module, configure
 
 
 def program(source: Path) -> Path:
     """A program over the kernels, without Python."""
     folder = Path(built()[0].__spec__.origin).parent
-    objects = [folder / f"{name}.o" for name in ("forward", "shared", "sm80", "sm90", "emulator")]
+    objects = [folder / f"{name}.o" for name in ("forward", "backward", "shared", "sm80", "sm90", "emulator")]
     out = folder / source.stem
     subprocess.run(
         ["g++", *FLAGS, f"-I{HERE}", f"-I{CSRC}", str(source), *map(str, objects), "-o", str(out)], check=True
@@ -70,10 +70,52 @@ def program(source: Path) -> Path:
     return out
 
 
-def plan(n_q: int, l_q: int, dim: int, own: bool, shared: int, multiprocessors: int) -> tuple[int, ...]:
-    """Rows, stages, parts of a tile, query buffers and warpgroups of a call on sm_90; zeros where it does not fit."""
-    out = (ctypes.c_int * 5)()
-    ask = ctypes.CDLL(built()[0].__spec__.origin).latemax_plan
-    ask.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 3 + [ctypes.c_void_p]
-    ask(n_q, l_q, dim, own, shared, multiprocessors, out)
-    return tuple(out)
+def products() -> int:
+    """wgmma that were issued since the device was set."""
+    count = ctypes.CDLL(built()[0].__spec__.origin).latemax_products
+    count.restype = ctypes.c_int64
+    return count()
+
+
+PLAN = (
+    "rows", "stages", "parts", "query_buffers", "warpgroups", "segments", "chunks", "blocks", "grid", "tile", "split",
+)  # fmt: skip
+ALL = 0x7FFFFFFF  # of a document's tiles
+
+
+class Planner:
+    """The plan of the sm_90 kernel, and the documents of its thread blocks, from a library with plan.cpp."""
+
+    def __init__(self, library: ctypes.CDLL, shared: int, multiprocessors: int, launch_clocks: int = 4000) -> None:
+        self._library, self._device = library, (shared, multiprocessors, launch_clocks)
+        library.latemax_walk.restype = ctypes.c_int64
+
+    def _call(self, n_q, n_d, l_q, l_d, dim, own, d_offsets):
+        given = (ctypes.c_int64 * 9)(n_q, n_d, l_q, l_d, dim, own, *self._device)
+        return given, None if d_offsets is None else (ctypes.c_int64 * len(d_offsets))(*d_offsets)
+
+    def plan(self, n_q, n_d, l_q, l_d, dim, own=False, d_offsets=None) -> dict[str, int]:
+        """Zeros where the call does not fit."""
+        out = (ctypes.c_int64 * len(PLAN))()
+        self._library.latemax_plan(*self._call(n_q, n_d, l_q, l_d, dim, own, d_offsets), out)
+        return dict(zip(PLAN, out, strict=True))
+
+    def walk(self, index: int, n_q, n_d, l_q, l_d, dim, own=False, d_offsets=None) -> list[tuple[int, ...]]:
+        """Query block, document, first tile, end, piece of each document of a thread block."""
+        most = 2 * n_d * max(1, n_q * -(-l_q // 8))
+        out = (ctypes.c_int64 * (5 * most))()
+        given = self._call(n_q, n_d, l_q, l_d, dim, own, d_offsets)
+        count = self._library.latemax_walk(*given, index, out, ctypes.c_int64(most))
+        return [tuple(out[5 * i : 5 * i + 5]) for i in range(count)]
+
+
+def planner(shared: int, multiprocessors: int, launch_clocks: int = 4000) -> Planner:
+    return Planner(ctypes.CDLL(built()[0].__spec__.origin), shared, multiprocessors, launch_clocks)
+
+
+def planner_alone(folder: Path, shared: int, multiprocessors: int) -> Planner:
+    """Without the kernels and Python's headers, which take a minute."""
+    library = folder / "plan.so"
+    command = ["g++", *FLAGS, f"-I{HERE}", f"-I{CSRC}", "-shared", str(HERE / "plan.cpp"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return Planner(ctypes.CDLL(str(library)), shared, multiprocessors)

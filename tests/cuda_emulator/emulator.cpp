@@ -21,7 +21,7 @@ constexpr int STACK = 128 << 10, CANARY = 4096, MOST_THREADS = 1024;
 
 struct {
     unsigned seed = 0;
-    Device device{90, 3, 232448, 233472};
+    Device device{90, 3, 232448, 233472, 0};
     int changes = 1;
     std::map<void *, int> prepared;
 } config;
@@ -82,6 +82,7 @@ std::map<int, Products> products;  // by the warpgroup's first thread
 std::vector<Load> loads;
 std::mt19937 random_;
 int current, block_, grid_, threads_;
+int64_t products_ = 0;  // wgmma since the device was set
 jmp_buf scheduler;
 std::string failure;
 const std::function<void()> *kernel_;
@@ -345,6 +346,7 @@ void wgmma(float *d, const uint32_t *registers, uint64_t a, uint64_t b, int accu
             if (!x.accumulate) std::fill(x.d, x.d + x.n / 2, NAN);
         }
         products[current / 128 * 128].open.push_back(p);
+        ++products_;
     });
 }
 void wgmma_fence() { meet("wgmma.fence", current / 128 * 128, 128, nullptr, [](void **) {}); }
@@ -373,6 +375,20 @@ float widen(uint16_t x, bool bf16) {
     float value;
     memcpy(&value, &bits, 4);
     return value;
+}
+
+/* Rounds to nearest, ties to even. */
+uint16_t narrow(float x, bool bf16) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (bf16) return x != x ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    const uint16_t sign = bits >> 16 & 0x8000;
+    const float size = fabsf(x);
+    if (x != x) return 0x7fff;
+    if (size >= 65520) return sign | 0x7c00;
+    if (size < 6.103515625e-5f) return sign | static_cast<uint16_t>(nearbyintf(ldexpf(size, 24)));
+    bits = (bits & 0x7fffffff) - (112u << 23);
+    return sign | static_cast<uint16_t>((bits + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
 struct Fragments {
@@ -449,9 +465,11 @@ void run(const std::function<void()> &kernel, int blocks, int threads, int share
 
 /* seed 0: always the same order, and copies land at once; other seeds: random orders and moments. */
 extern "C" __attribute__((visibility("default"))) void latemax_emulator(unsigned seed, int capability, int multiprocessors,
-                                                                        int shared) {
+                                                                        int shared, int launch_clocks) {
     latemax::config.seed = seed;
-    latemax::config.device = {capability, multiprocessors, shared, shared + 1024};
+    latemax::config.device = {capability, multiprocessors, shared, shared + 1024, launch_clocks};
     ++latemax::config.changes;
+    latemax::products_ = 0;
     latemax::config.prepared.clear();
 }
+extern "C" __attribute__((visibility("default"))) int64_t latemax_products() { return latemax::products_; }

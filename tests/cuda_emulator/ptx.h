@@ -52,6 +52,7 @@ void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
 float widen(uint16_t x, bool bf16);
+uint16_t narrow(float x, bool bf16);
 void mma(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16);
 void ldmatrix(uint32_t (&r)[4], uint32_t from);
 void may_yield();
@@ -77,7 +78,7 @@ inline void warp_barrier() {
 template <class T>
 struct Shuffle {
     T value, result;
-    int mask;
+    int lane;  // the one that is read, or for shuffle_xor its difference
 };
 template <class T>
 inline T shuffle_xor(T x, int mask) {
@@ -85,7 +86,18 @@ inline T shuffle_xor(T x, int mask) {
     emulator::meet("shuffle", emulator::thread() / 32 * 32, 32, &mine, [](void **all) {
         for (int i = 0; i < 32; ++i) {
             auto &lane = *static_cast<Shuffle<T> *>(all[i]);
-            lane.result = static_cast<Shuffle<T> *>(all[i ^ lane.mask])->value;
+            lane.result = static_cast<Shuffle<T> *>(all[i ^ lane.lane])->value;
+        }
+    });
+    return mine.result;
+}
+template <class T>
+inline T shuffle(T x, int from) {
+    Shuffle<T> mine{x, x, from};
+    emulator::meet("shuffle", emulator::thread() / 32 * 32, 32, &mine, [](void **all) {
+        for (int i = 0; i < 32; ++i) {
+            auto &lane = *static_cast<Shuffle<T> *>(all[i]);
+            lane.result = static_cast<Shuffle<T> *>(all[lane.lane & 31])->value;
         }
     });
     return mine.result;
@@ -107,9 +119,48 @@ inline bool warp_any(bool x) {
     return x;
 }
 
+inline uint32_t ballot(bool x) {
+    uint32_t mine = x;
+    emulator::meet("ballot", emulator::thread() / 32 * 32, 32, &mine, [](void **all) {
+        uint32_t yes = 0;
+        for (int i = 0; i < 32; ++i) yes |= *static_cast<uint32_t *>(all[i]) << i;
+        for (int i = 0; i < 32; ++i) *static_cast<uint32_t *>(all[i]) = yes;
+    });
+    return mine;
+}
+inline uint32_t match(int x) {
+    struct {
+        int value;
+        uint32_t same;
+    } mine{x, 0};
+    using Mine = decltype(mine);
+    emulator::meet("match", emulator::thread() / 32 * 32, 32, &mine, [](void **all) {
+        for (int i = 0; i < 32; ++i)
+            for (int j = 0; j < 32; ++j)
+                if (static_cast<Mine *>(all[i])->value == static_cast<Mine *>(all[j])->value)
+                    static_cast<Mine *>(all[i])->same |= 1u << j;
+    });
+    return mine.same;
+}
+inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
+
 inline float max_nan(float x, float y) { return x != x || y != y ? NAN : x > y ? x : y; }
 inline float to_float(F16, uint16_t x) { return emulator::widen(x, false); }
 inline float to_float(BF16, uint16_t x) { return emulator::widen(x, true); }
+
+inline uint16_t from_float(F16, float x) { return emulator::narrow(x, false); }
+inline uint16_t from_float(BF16, float x) { return emulator::narrow(x, true); }
+
+template <int COUNT>
+inline void load_words(uint32_t (&to)[COUNT], const void *from) {
+    if (reinterpret_cast<uintptr_t>(from) % sizeof to) emulator::fail("an access that is not aligned");
+    memcpy(to, from, sizeof to);
+}
+template <int COUNT>
+inline void store_words(void *to, const uint32_t (&x)[COUNT]) {
+    if (reinterpret_cast<uintptr_t>(to) % sizeof x) emulator::fail("an access that is not aligned");
+    memcpy(to, x, sizeof x);
+}
 
 struct Eight {
     uint16_t values[8];

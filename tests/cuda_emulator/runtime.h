@@ -13,6 +13,7 @@ using Stream = void *;
 
 struct Device {
     int capability, multiprocessors, shared_block, shared_multiprocessor;
+    int launch_clocks;  // what one kernel more on a stream takes
 };
 const Device &device_of(int index);
 inline void use(int) {}

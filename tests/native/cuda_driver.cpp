@@ -2,7 +2,7 @@
  * loops on the host. For the first minute on a GPU, and under compute-sanitizer:
  *
  *     nvcc -std=c++17 -O3 -Icsrc/cuda/device -Icsrc -gencode arch=compute_90a,code=sm_90a [-DLATEMAX_WATCHDOG] \
- *         -x cu csrc/cuda/forward.cu csrc/cuda/shared.cu csrc/cuda/sm80.cu csrc/cuda/sm90.cu tests/native/cuda_driver.cpp -o cuda_driver
+ *         -x cu csrc/cuda/*.cu tests/native/cuda_driver.cpp -o cuda_driver
  *     ./cuda_driver [capability] [seconds a case]        all cases; capability 0 (the device's), 80 or 90
  *     compute-sanitizer ./cuda_driver 90 case 17         one case, in this process
  *
@@ -19,6 +19,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/maxsim_cuda.h"
@@ -28,7 +29,7 @@ namespace {
 
 struct Case {
     int n_q, n_c, l_q, l_d, dim;
-    bool own, ragged, argmax, masked, normalize;
+    bool own, ragged, argmax, masked, normalize, backward = false;
 };
 
 std::vector<Case> cases() {
@@ -40,6 +41,13 @@ std::vector<Case> cases() {
             for (int form = 0; form < 6; ++form)
                 all.push_back({n_q, 3, l_q, form % 2 ? 300 : 130, dim, form == 1 || form == 4, form == 2 || form == 5, form != 0,
                                form == 3 || form == 5, form > 3});
+    // the gradient: each number of elements in a lane, documents in several parts and batches, every form of documents
+    for (int dim : {64, 128, 256, 320, 704, 1024})
+        for (const auto &[n_q, l_q] : {std::pair{3, 40}, {1, 200}, {400, 100}})
+            for (int form = 0; form < 4; ++form)
+                if (n_q < 400 || (dim == 128 && form != 1))
+                    all.push_back({n_q, 3, l_q, form % 2 ? 700 : 130, dim, form == 1 || form == 3, form > 1, true, dim == 256,
+                                   form > 1, true});
     return all;
 }
 
@@ -121,12 +129,8 @@ double run(const Case &c, int capability) {
     std::vector<int32_t> argmax(static_cast<size_t>(c.n_q) * c.n_c * c.l_q, -9);
     a.scores = to_device(scores);
     if (c.argmax) a.argmax = to_device(argmax);
-    latemax::Workspace work{};
-    work.q_inverse_norms = to_device(std::vector<float>(c.n_q * c.l_q));
-    work.d_inverse_norms = to_device(std::vector<float>(rows));
-    work.d_lengths = c.masked ? to_device(std::vector<int32_t>(documents)) : nullptr;
-    work.partial = to_device(std::vector<float>(static_cast<size_t>(latemax::parts(c.l_q, 0, capability)) * scores.size()));
-    latemax::forward(a, work, 0, nullptr, capability);
+    const std::vector<char> scratch(latemax::scratch_bytes(a, 0, capability));
+    latemax::forward(a, to_device(scratch), 0, nullptr, capability);
     to_host(scores, a.scores);
     if (c.argmax) to_host(argmax, a.argmax);
 
@@ -160,9 +164,98 @@ double run(const Case &c, int capability) {
     return worst;
 }
 
+uint16_t narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* The error of a gradient of one side over its largest element: sums of weight · row, through the norm. */
+double compare(const std::vector<double> &units, const std::vector<uint16_t> &x, const std::vector<uint16_t> &ours, int dim,
+               bool normalize) {
+    double worst = 0, largest = 1e-9;
+    for (size_t row = 0; row < x.size() / dim; ++row) {
+        const double inverse = normalize ? inverse_norm(&x[row * dim], dim) : 1;
+        double along = 0;
+        for (int k = 0; normalize && k < dim; ++k) along += units[row * dim + k] * widen(x[row * dim + k]) * inverse;
+        for (int k = 0; k < dim; ++k) {
+            const double truth = (units[row * dim + k] - along * widen(x[row * dim + k]) * inverse) * inverse;
+            largest = std::fmax(largest, std::fabs(truth));
+            const double error = std::fabs(truth - widen(ours[row * dim + k]));
+            worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
+        }
+    }
+    return worst / largest;
+}
+
+/* The backward from a random argmax. Ragged with own documents: candidates, which name documents several times or not at all.
+ * The largest error over the largest gradient; gradients that differ when they are computed again are an error of 1. */
+double run_backward(const Case &c) {
+    std::mt19937 random(1);
+    const bool named = c.own && c.ragged, own = c.own && !c.ragged;
+    const int documents = own ? c.n_q * c.n_c : c.n_c;
+    std::vector<int64_t> offsets{0};
+    for (int i = 0; i < documents; ++i) offsets.push_back(offsets.back() + (c.ragged ? c.l_d - 60 * (i % 3) : c.l_d));
+    const int64_t rows = offsets.back(), q_rows = static_cast<int64_t>(c.n_q) * c.l_q;
+    const auto q = tokens(q_rows * c.dim, random), d = tokens(rows * c.dim, random);
+    std::vector<int64_t> names(c.n_q * c.n_c), pairs, starts;
+    for (int64_t &x : names) x = static_cast<int64_t>(random() % (c.n_c + 1)) - 1;
+    for (int i = 0; i <= c.n_c; ++i) {
+        starts.push_back(pairs.size());
+        for (size_t pair = 0; pair < names.size(); ++pair)
+            if (names[pair] == i) pairs.push_back(pair);
+    }
+    std::vector<float> g(c.n_q * c.n_c);
+    for (float &x : g) x = static_cast<float>(static_cast<int>(random() % 2001) - 1000) / 500;
+    std::vector<int32_t> argmax(q_rows * c.n_c, -1);
+    std::vector<double> q_units(q.size()), d_units(d.size());
+    for (int i = 0; i < c.n_q; ++i)
+        for (int n = 0; n < c.n_c; ++n) {
+            const int64_t document = named ? names[i * c.n_c + n] : own ? i * c.n_c + n : n;
+            for (int t = 0; document >= 0 && t < c.l_q; ++t) {
+                if (c.masked && random() % 4 == 0) continue;
+                const int64_t length = offsets[document + 1] - offsets[document];
+                // half of them on one token
+                const int64_t at = random() % 2 ? length / 2 : random() % length, x = i * c.l_q + t, y = offsets[document] + at;
+                argmax[(static_cast<size_t>(i) * c.n_c + n) * c.l_q + t] = static_cast<int32_t>(at);
+                const double weight = g[i * c.n_c + n], q_scale = c.normalize ? inverse_norm(&q[x * c.dim], c.dim) : 1,
+                             d_scale = c.normalize ? inverse_norm(&d[y * c.dim], c.dim) : 1;
+                for (int k = 0; k < c.dim; ++k) {
+                    q_units[x * c.dim + k] += weight * d_scale * widen(d[y * c.dim + k]);
+                    d_units[y * c.dim + k] += weight * q_scale * widen(q[x * c.dim + k]);
+                }
+            }
+        }
+
+    maxsim_args a{};
+    a.n_q = c.n_q, a.n_c = c.n_c, a.dim = c.dim, a.own = c.own, a.normalize = c.normalize;
+    a.q.tokens = to_device(q), a.q.dtype = a.d.dtype = MAXSIM_BF16;
+    a.q.n = c.n_q, a.q.l = c.l_q, a.q.total = q_rows, a.q.stride_n = c.l_q * c.dim, a.q.stride_l = c.dim, a.q.stride_k = 1;
+    a.d.tokens = to_device(d), a.d.n = c.n_c, a.d.l = c.ragged ? rows : c.l_d, a.d.total = rows;
+    a.d.stride_q = own ? static_cast<int64_t>(c.n_c) * c.l_d * c.dim : 0;
+    a.d.stride_n = c.l_d * c.dim, a.d.stride_l = c.dim, a.d.stride_k = 1;
+    if (c.ragged) a.d.offsets = to_device(offsets);
+    if (named) a.candidates = to_device(names);
+    a.argmax = to_device(argmax);
+    latemax::Gradient out{to_device(g), c.n_c, 1};
+    if (named) out.pairs = to_device(pairs), out.pair_starts = to_device(starts);
+    out.parts = to_device(std::vector<float>(latemax::splits(q_rows, c.n_c, 0) * q.size()));
+    std::vector<uint16_t> found[2][2];
+    for (auto &[grad_q, grad_d] : found) {
+        grad_q.assign(q.size(), narrow(NAN)), grad_d.assign(d.size(), narrow(NAN));
+        auto *on_q = to_device(grad_q), *on_d = to_device(grad_d);
+        out.q = on_q, out.d = on_d;
+        latemax::backward(a, out, 0, nullptr);
+        to_host(grad_q, on_q), to_host(grad_d, on_d);
+    }
+    if (found[0][0] != found[1][0] || found[0][1] != found[1][1]) return 1;
+    return std::fmax(compare(q_units, q, found[0][0], c.dim, c.normalize),
+                     compare(d_units, d, found[0][1], c.dim, c.normalize));
+}
+
 std::string name(const Case &c) {
     char text[200];
-    snprintf(text, sizeof text, "dim %d, %d x %d query tokens, %d documents of %d%s%s%s%s%s", c.dim, c.n_q, c.l_q, c.n_c, c.l_d,
+    snprintf(text, sizeof text, "%sdim %d, %d x %d query tokens, %d documents of %d%s%s%s%s%s", c.backward ? "gradient, " : "", c.dim, c.n_q, c.l_q, c.n_c, c.l_d,
              c.own ? ", own" : "", c.ragged ? ", ragged" : "", c.argmax ? ", argmax" : "", c.masked ? ", masked" : "",
              c.normalize ? ", normalize" : "");
     return text;
@@ -170,10 +263,12 @@ std::string name(const Case &c) {
 
 int one(int index, int capability) {
     try {
-        const double error = run(cases()[index], capability);
+        const Case c = cases()[index];
+        const double error = c.backward ? run_backward(c) : run(c, capability);
         std::printf("error %.1e ", error);
         std::fflush(stdout);
-        return error < 1e-5 ? 0 : 1;
+        // a gradient is rounded to bfloat16 once, by half of its last digit
+        return error < (c.backward ? 1.0 / 256 : 1e-5) ? 0 : 1;
     } catch (const std::exception &failed) {
         std::printf("%s ", failed.what());
         std::fflush(stdout);

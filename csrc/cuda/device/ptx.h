@@ -47,6 +47,10 @@ __device__ inline T shuffle_xor(T x, int mask) {
 /* The first lane's value, which tells the compiler that the warp agrees. */
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 __device__ inline bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
+/* The lanes that say yes, and those that hold the same value, one bit each. */
+__device__ inline uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+__device__ inline uint32_t match(int x) { return __match_any_sync(0xffffffffu, x); }
+__device__ inline int count_bits(uint32_t x) { return __popc(x); }
 
 /* NaN if either is. */
 __device__ inline float max_nan(float x, float y) {
@@ -57,6 +61,25 @@ __device__ inline float max_nan(float x, float y) {
 
 __device__ inline float to_float(F16, uint16_t x) { return __half2float(__ushort_as_half(x)); }
 __device__ inline float to_float(BF16, uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
+
+__device__ inline uint16_t from_float(F16, float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ inline uint16_t from_float(BF16, float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+
+/* 2 or 4 words of global memory that no kernel writes, by one access aligned to their size. */
+__device__ inline void load_words(uint32_t (&to)[2], const void *from) {
+    const uint2 x = __ldg(static_cast<const uint2 *>(from));
+    to[0] = x.x, to[1] = x.y;
+}
+__device__ inline void load_words(uint32_t (&to)[4], const void *from) {
+    const uint4 x = __ldg(static_cast<const uint4 *>(from));
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+__device__ inline void store_words(void *to, const uint32_t (&x)[2]) {
+    *static_cast<uint2 *>(to) = make_uint2(x[0], x[1]);
+}
+__device__ inline void store_words(void *to, const uint32_t (&x)[4]) {
+    *static_cast<uint4 *>(to) = make_uint4(x[0], x[1], x[2], x[3]);
+}
 
 /* Eight elements of a row in shared memory, by one access. */
 struct __align__(16) Eight {

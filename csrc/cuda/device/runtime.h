@@ -25,6 +25,7 @@ inline void check(cudaError_t status, const char *what) {
 
 struct Device {
     int capability, multiprocessors, shared_block, shared_multiprocessor;
+    int launch_clocks;  // what one kernel more on a stream takes
 };
 
 constexpr int MOST_DEVICES = 64;
@@ -53,7 +54,7 @@ inline const Device &device_of(int index) {
         };
         known[index] = {10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor),
                         get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                        get(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+                        get(cudaDevAttrMaxSharedMemoryPerMultiprocessor), 4000};
     });
     return known[index];
 }

@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels (csrc/cuda): float16 and bfloat16 forward, where the extension was built.
+"""The CUDA C++ kernels (csrc/cuda): float16 and bfloat16, where the extension was built.
 
-Triton runs the backward, from the argmax that these kernels record.
+The backward is theirs too, or Triton's where ``no_gradient`` says why.
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ DEVICE = "cuda"  # the emulator in the tests runs on the CPU
 DTYPES = (torch.float16, torch.bfloat16)
 ARCHITECTURES = "sm_90a (wgmma), sm_80 and PTX for later chips (mma.sync)"
 
+MOST_GRADIENT_DIMS = 1024  # as in csrc/cuda/backward.h
+# Where auto leaves the gradient to Triton. Its one-hot products take l_d / 64 / 32 blocks of 235 issue slots (128 dims,
+# sm_90) for a query token and a document; the CUDA kernel reads the query token from L2, 256 bytes at 24 a clock and
+# multiprocessor: 0.115 l_d clocks and 10.7, both in proportion to dim. Equal at 93 tokens. The gradient of rerank is
+# always the CUDA kernel's: torch's index_put would sort every query token's argmax. Predicted: neither ran on a GPU.
+SHORT_DOCUMENT = 96
+
 
 class Launch(NamedTuple):
     capability: int = 0  # 80 or 90: that architecture's kernel; 0: the device's
-    longest_query: int = 0  # tokens of the longest query, with ragged queries
+    by_name: bool = True  # the caller asked for this backend
 
 
 @functools.cache
@@ -41,7 +48,7 @@ def status() -> Status:
         return Status(
             False, f"built with CUDA {_version(runtime)}, which the driver (CUDA {_version(driver)}) is too old for"
         )
-    return Status(True, f"built for {ARCHITECTURES}; forward only, Triton runs the backward; not yet timed on a GPU")
+    return Status(True, f"built for {ARCHITECTURES}; not yet timed on a GPU")
 
 
 def _version(number: int) -> str:
@@ -67,8 +74,6 @@ def why_not(p: Problem, by_name: bool) -> str:
         return f"compute capability {arch / 10} is below 8.0"
     if p.q_dtype != p.d_dtype or p.q_dtype not in DTYPES:
         return f"the CUDA kernels take q and d both float16 or both bfloat16, not {p.q_dtype} and {p.d_dtype}"
-    if p.q_ragged:
-        return "the CUDA kernels take ragged documents, but queries of one length"
     if p.dim % 8:
         return f"the CUDA kernels copy 16 bytes at a time: dim must be a multiple of 8, not {p.dim}"
     if p.dim > most_dims(arch):
@@ -84,7 +89,13 @@ def _faster(p: Problem) -> str:
 
 def plan(p: Problem, by_name: bool) -> Plan:
     why = _faster(p) or "asked for by name; auto takes Triton, against which this was not timed"
-    return Plan(name, why, ("Triton's kernels compute the gradient, from the recorded argmax",), Launch())
+    if p.q_ragged or p.dim > MOST_GRADIENT_DIMS:
+        gradient = "Triton's kernels compute the gradient, from the recorded argmax"
+    elif by_name:
+        gradient = "these kernels compute the gradient too; their backward has never run on a GPU"
+    else:
+        gradient = f"Triton's kernels compute the gradient of documents of under {SHORT_DOCUMENT} tokens, else these"
+    return Plan(name, why, (gradient,), Launch(by_name=by_name))
 
 
 def _stream(device: torch.device) -> int:
@@ -108,30 +119,61 @@ def forward(b: Batch, plan: Plan, out: Outputs) -> None:
     kernels stay inside the tokens, and an invalid candidate scores NaN."""
     if not out.scores.numel():
         return
-    launch = plan.launch
     b = b._replace(q=_side(b.q), d=_side(b.d))
-    q, d, d_mask, q_offsets, d_offsets = b.q.tokens, b.d.tokens, b.d.mask, b.q.offsets, b.d.offsets
-    device = q.device.index or 0
-    longest = b.q.length if q_offsets is None else launch.longest_query
-    if q_offsets is not None and out.argmax is not None:
+    device, capability = b.q.tokens.device, plan.launch.capability
+    index = device.index or 0
+    if b.q.offsets is not None and out.argmax is not None:
         # no program owns the rows after the last offset
         out.argmax.fill_(-1)
-    with pointers.on(q.device):
-        floats = functools.partial(q.new_empty, dtype=torch.float32)
-        norms = [floats(x[..., 0].numel()) if b.normalize else None for x in (q, d)]
-        # documents' lengths up to their last kept token, which the kernels find out
-        documents = b.d.items if d_offsets is not None else d.shape[:-2].numel()
-        lengths = None if d_mask is None else q.new_empty(documents, dtype=torch.int32)
-        parts = _cuda.parts(longest, device, launch.capability)
-        partial = floats(parts, *out.scores.shape) if parts > 1 else None
-        _cuda.forward(
-            device, _stream(q.device), launch.capability, *pointers.forward_call(b, out),
-            longest, *(pointers.address(x) for x in (lengths, *norms, partial)),
-        )  # fmt: skip
+    with pointers.on(device):
+        call = pointers.forward_call(b, out)
+        needed = _cuda.scratch_bytes(index, capability, *call)
+        scratch = b.q.tokens.new_empty(needed, dtype=torch.uint8) if needed else None
+        _cuda.forward(index, _stream(device), capability, pointers.address(scratch), *call)
+
+
+def no_gradient(b: Batch, by_name: bool) -> str:
+    """Why Triton's kernels compute the gradient of this batch; empty if the CUDA kernels do."""
+    if b.q.offsets is not None:
+        return "the CUDA kernels compute the gradient of queries of one length"
+    if b.dim > MOST_GRADIENT_DIMS:
+        return f"the CUDA kernels compute gradients of up to {MOST_GRADIENT_DIMS} dims"
+    tokens = b.d.length if b.d.offsets is None else -(-b.d.length // max(1, b.d.items))
+    if not by_name and b.candidates is None and tokens < SHORT_DOCUMENT:
+        return "predicted to be slower than Triton's for short documents"
+    return ""
 
 
 def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
-    return triton.backward(b, plan, argmax, g, needs)
+    if no_gradient(b, plan.launch.by_name):
+        return triton.backward(b, plan, argmax, g, needs)
+    b = b._replace(q=_side(b.q), d=_side(b.d))
+    q, d = b.q.tokens, b.d.tokens
+    empty = not g.numel() or not b.q.length or not b.d.length
+    allocate = torch.zeros_like if empty else torch.empty_like
+    grads = Gradients(
+        *(
+            allocate(x, memory_format=torch.contiguous_format) if needed else None
+            for x, needed in zip((q, d), needs, strict=True)
+        )
+    )
+    if empty:
+        return grads
+    g = g.resolve_neg()
+    device = q.device.index or 0
+    with pointers.on(q.device):
+        pairs = starts = parts = None
+        if b.candidates is not None and needs.d:
+            # stable: equal documents in the order of their pairs, so that sums repeat bit for bit
+            documents, pairs = torch.sort(b.candidates.reshape(-1), stable=True)
+            starts = torch.searchsorted(documents, torch.arange(b.d.items + 1, device=q.device))
+        if needs.q and (splits := _cuda.splits(len(q) * b.q.length, b.n_d, device)) > 1:
+            parts = q.new_empty(splits, *q.shape, dtype=torch.float32)
+        _cuda.backward(
+            device, _stream(q.device), *pointers.call(b, g.shape, None, argmax), pointers.address(g), g.stride(),
+            *(pointers.address(x) for x in (pairs, starts, *grads, parts)),
+        )  # fmt: skip
+    return grads
 
 
 def _side(s: Side) -> Side:
