@@ -189,4 +189,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
+    import torchvision_shim
+
+    torchvision_shim.install()
     print(table())
