@@ -37,11 +37,11 @@ def check_options(
         raise ValueError(f"empty_score must be infinite or within the range of float32, got {empty_score}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if type(reduce) is str and reduce in REDUCTIONS:
+        return empty_score
     if not isinstance(reduce, str):
         raise TypeError(f"reduce must be a str, {' or '.join(map(repr, REDUCTIONS))}; got {type(reduce).__name__}")
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be {' or '.join(map(repr, REDUCTIONS))}; got {reduce!r}")
-    return empty_score
+    raise ValueError(f"reduce must be {' or '.join(map(repr, REDUCTIONS))}; got {reduce!r}")
 
 
 def check_tau(tau: Any) -> float:

@@ -191,8 +191,9 @@ def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
 
     A tangent of forward-mode differentiation would be dropped in silence.
     """
-    given = (x for x in tensors if x is not None)
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
         raise NotImplementedError(f"{name} has no forward-mode derivative (jvp); use reverse mode")
     level = torch._C._functorch.peek_interpreter_stack()
     if level is not None and level.key() == torch._C._functorch.TransformType.Grad:
@@ -233,7 +234,7 @@ def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | 
     train = torch.is_grad_enabled() and needs_gradient(b)
     if not torch.compiler.is_compiling():
         refuse_transforms("maxsim", q, d, weights)
-        plain = _plain(q, d, weights, b.q.mask, b.d.mask)
+        plain = _plain(q, d, b.q.mask, b.d.mask) and (weights is None or _plain(weights))
         if plain and not train:
             return dispatch.forward(b, want_argmax, backend)[0]
     b = b.joined()
