@@ -18,7 +18,7 @@ class Page:
 
     def __init__(self, read, write):
         self._read, self._write, self._numbers, self._session = read, write, itertools.count(1), None
-        self._buffer = b""
+        self._buffer, self._loaded = b"", False
         self.messages, self.requests = [], []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -36,7 +36,9 @@ class Page:
 
     def _note(self, message):
         method, params = message.get("method"), message.get("params")
-        if method in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
+        if method == "Page.loadEventFired":
+            self._loaded = True
+        elif method in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
             self.messages.append(params)
         elif method == "Network.requestWillBeSent":
             url = params["request"]["url"]
@@ -58,12 +60,16 @@ class Page:
     def open(self, path, width, height=900):
         mobile = width < 600
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
-        self.call("Page.navigate", url=Path(path).as_uri())
-        while True:
-            message = self._message()
-            self._note(message)
-            if message.get("method") == "Page.loadEventFired":
-                return
+        self._load("Page.navigate", url=Path(path).as_uri())
+
+    def reload(self):
+        self._load("Page.reload")
+
+    def _load(self, method, **params):
+        self._loaded = False
+        self.call(method, **params)
+        while not self._loaded:
+            self._note(self._message())
 
     def run(self, expression):
         """The value of a JavaScript expression."""

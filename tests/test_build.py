@@ -126,7 +126,7 @@ def test_wheel_contains_only_the_package(built, source, kernels):
     package = {name for name in package if not name.startswith("latemax/kernels/")}
     python = {name for name in names if name.endswith(".py")}
     assert python == package | {f"latemax/kernels/{name}" for name in kernels}
-    assert "latemax/py.typed" in names
+    assert {"latemax/py.typed", "latemax/viz/search_page.css", "latemax/viz/search_page.js"} <= names
 
 
 def test_wheel_metadata(built):

@@ -68,3 +68,18 @@ def test_every_host_is_tested_and_pinned():
     assert {*folders} == {*HOSTS, "libs"} - {"vllm"}
     for folder, requirements in folders.items():
         assert all("==" in requirement for requirement in requirements.split()), folder
+
+
+def test_suites_without_hosts():
+    from benchmarks import harness
+    from benchmarks.suites import host_parity, hosts
+
+    parts = {host: hosts.measure_one(host, tiny=True) for host in ("vllm", "lists")}
+    rows = [row for part in parts.values() for row in part["rows"]]
+    versions = {host: part["version"] for host, part in parts.items()}
+    text = hosts.table(dict(machine=harness.machine(), versions=versions, rows=rows))
+    assert text.count("\n| stand-in for vLLM | ") == 1 and text.count("\n| latemax ") == 2
+    assert {*hosts.HOSTS} == {*HOSTS, "lists"}
+    counters = {"tried": {"maxsim": 7}, "refused": {"maxsim": 2}, "differs": {"why": 1, "never": 0}}
+    text = host_parity.table(dict(machine=harness.machine(), cases=5, hosts={"mteb": counters}))
+    assert "| mteb | maxsim | 7 | 2 | 0 |" in text and "| mteb | why |  |  | 1 |" in text and "never" not in text

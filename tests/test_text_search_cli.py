@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from pdf_files import pdf, words
 
 from latemax import PatchStore, StoreWriter, cli, maxsim
 
@@ -88,6 +89,48 @@ def test_an_image_query_of_the_same_model(clip, photos, tmp_path, capsys):
     assert found["results"][0][0]["id"].endswith("1.png")
     assert PatchStore(tmp_path / "store").grid(0) == (8, 8)
     assert "Picture of the query" in (tmp_path / "o").read_text(encoding="utf-8")
+
+
+def test_the_same_in_python(colpali, tmp_path):
+    """From a PDF to a page with the answer, without the command line."""
+    pytest.importorskip("pypdfium2", reason="PDF files are read with pypdfium2")
+    import latemax
+    from latemax.encoders import PdfPages
+
+    (tmp_path / "report.pdf").write_bytes(pdf([words("revenue"), words("a dog")]))
+    retriever = latemax.Retriever.from_pretrained(colpali)
+    meta = {"model_id": retriever.model_id, "space": retriever.space}
+    with PdfPages(tmp_path / "report.pdf") as pages:
+        with StoreWriter(tmp_path / "store", meta=meta) as writer:
+            for number, image in enumerate(pages, 1):
+                page = retriever.encode_images(image)
+                writer.add(page.tokens[0], f"report.pdf#page={number}", regions=page.regions[0])
+        store = PatchStore(tmp_path / "store")
+        text = retriever.encode_queries("a dog")
+        found = latemax.topk(text, store, 2, return_argmax=True)
+        html = latemax.viz.search_page(text, found, store, query="a dog", images=lambda i: pages[i])
+    assert html.count("data:image/jpeg") == 2 and "report.pdf#page=2" in html and "<bdi>dog</bdi>" in html
+
+
+def test_an_adapter_of_the_space_of_text(clip, photos, tmp_path, capsys):
+    """Images through the adapted tower, texts through the model's own."""
+    from latemax import PatchEncoder, TextEncoder, add_lora
+
+    torch.manual_seed(0)
+    encoder = PatchEncoder.from_pretrained(clip, projection="text")
+    lora = add_lora(encoder, rank=2)
+    for parameter in lora.parameters():
+        torch.nn.init.normal_(parameter)
+    lora.save(tmp_path / "lora.safetensors")
+    options = ["--adapter", tmp_path / "lora.safetensors", "--dtype", "float32", "--json"]
+    run(capsys, "index", photos, "--model", clip, "-o", tmp_path / "store", *options)
+    assert PatchStore(tmp_path / "store").space == "text"
+    found = run(capsys, "search", tmp_path / "store", "--text", "a dog", "--json")["results"][0]
+    with torch.no_grad():
+        pages = encoder.encode([photos / f"{i}.png" for i in range(3)])
+    expected = maxsim(TextEncoder.from_pretrained(clip).encode(["a dog"]).tokens[0], pages.tokens)
+    scores = torch.tensor([row["score"] for row in sorted(found, key=lambda row: row["index"])])
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
 
 
 def test_another_space_is_refused_with_both_names(photos, clip, tmp_path, capsys):

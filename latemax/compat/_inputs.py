@@ -80,25 +80,18 @@ def readable(x: Tensor) -> bool:
 def nonzero_rows(x: Tensor) -> Tensor | None:
     """The mask of the rows of x [..., dim] that are not all zero. None if that is all of them and x is on the CPU.
 
-    A row with a NaN is not zero. On the CPU only rows that start with 0 are read, a block in cache at a time: of 1,000
-    x 180 x 128 without a zero row that takes 1.3 ms, where the norms of all rows took 13 (32 in half precision).
+    A row with a NaN is not zero. On the CPU the first numbers are read first, a cache line of a row: that is all if no
+    row begins with 0. Next, few rows are copied; of many the largest and smallest numbers take half the time of a copy.
     """
     x = x.detach()
-    if not readable(x) or not x.shape[-1]:
+    if not readable(x) or x.shape[-1] == 0:
         return x.ne(0).any(dim=-1)
-    keep = x[..., 0].ne(0).contiguous()
-    if bool(keep.all()):
-        return None
-    found, rows = keep.view(-1), x.view(-1, x.shape[-1]) if x.is_contiguous() else None
-    unknown = (~found).nonzero().flatten()
-    buffer = x.new_empty(min(BLOCK_ROWS, len(unknown)), x.shape[-1])
-    for block in unknown.split(BLOCK_ROWS):
-        if rows is None:
-            read = x[torch.unravel_index(block, keep.shape)]
-        else:
-            read = torch.index_select(rows, 0, block, out=buffer[: len(block)])
-        # a sum of magnitudes is never below the largest of them, so it does not underflow
-        found[block] = read.abs_().sum(-1) != 0
+    keep = x[..., 0] != 0
+    begin_with_zero = keep.numel() - int(keep.sum())
+    if begin_with_zero * 16 <= keep.numel():
+        keep[~keep] = x[~keep].ne(0).any(dim=-1)
+    else:
+        keep = (x.amax(dim=-1) != 0) | (x.amin(dim=-1) != 0)
     return None if bool(keep.all()) else keep
 
 
@@ -128,15 +121,15 @@ def device_of(x: Any) -> torch.device | None:
 
 
 def to_device(x: Any, device: torch.device) -> Any:
-    if x is None:
-        return None
+    if x is None or device_of(x) == device:
+        return x
     return x.to(device) if isinstance(x, Tensor) else [item.to(device) for item in x]
 
 
 def with_zero_rows(items: Sequence[Tensor], longest: int | None = None) -> list[Tensor]:
     """A zero row after every item shorter than the longest: one row scores what a host's whole padding would."""
-    longest = max((len(item) for item in items), default=0) if longest is None else longest
-    return [item if len(item) >= longest else torch.cat([item, item.new_zeros(1, item.shape[1])]) for item in items]
+    longest = max((item.shape[0] for item in items), default=0) if longest is None else longest
+    return [item if item.shape[0] >= longest else torch.cat([item, item.new_zeros(1, item.shape[1])]) for item in items]
 
 
 def score_blocks(

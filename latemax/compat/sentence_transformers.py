@@ -338,7 +338,7 @@ def _documents(d: Items, mask: Tensor | None) -> _Documents:
             return _Documents(d, None, torch.ones(len(d), dtype=torch.bool, device=d.device))
         keep = nonzero_rows(d) if mask is None else mask != 0
         return _Documents(d, keep, None if keep is None else ~keep.any(dim=-1))
-    lengths = [len(item) for item in d]
+    lengths = [item.shape[0] for item in d]  # len(item) takes 1 µs
     if mask is None:
         empty = torch.tensor([n == 0 for n in lengths], device=d[0].device) if 0 in lengths else None
         return _Documents(d, None, empty)

@@ -12,6 +12,7 @@ from torch import nn
 from . import hub, processors
 from .pixels import ImageTransform
 from .preprocess import from_torchvision_transforms
+from .quiet import quiet
 from .weights import dinov2_small
 
 # The distribution that has MultiVectorEncoder.
@@ -66,7 +67,9 @@ def load_retriever(name_or_path: str | os.PathLike[str]) -> tuple[nn.Module, Any
             from sentence_transformers import MultiVectorEncoder
         except ImportError as error:
             raise ImportError(f"loading {name} needs sentence-transformers >= 6: pip install {ST}") from error
-        return MultiVectorEncoder(name), None
+        # Once more: it was imported just now.
+        with quiet():
+            return MultiVectorEncoder(name), None
     config = hub.find(name, "config.json")
     if config is None and hub.find(name, "adapter_config.json") is not None:
         raise ValueError(

@@ -97,7 +97,7 @@ inline T shuffle(T x, int from) {
     emulator::meet("shuffle", emulator::thread() / 32 * 32, 32, &mine, [](void **all) {
         for (int i = 0; i < 32; ++i) {
             auto &lane = *static_cast<Shuffle<T> *>(all[i]);
-            lane.result = static_cast<Shuffle<T> *>(all[lane.lane])->value;
+            lane.result = static_cast<Shuffle<T> *>(all[lane.lane & 31])->value;
         }
     });
     return mine.result;

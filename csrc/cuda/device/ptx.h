@@ -44,10 +44,6 @@ template <class T>
 __device__ inline T shuffle_xor(T x, int mask) {
     return __shfl_xor_sync(0xffffffffu, x, mask);
 }
-template <class T>
-__device__ inline T shuffle(T x, int lane) {
-    return __shfl_sync(0xffffffffu, x, lane);
-}
 /* The first lane's value, which tells the compiler that the warp agrees. */
 __device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 __device__ inline bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
