@@ -34,7 +34,7 @@ _built: dict = {}
 
 def _launch(
     kernel: Any, programs: int, pointers: tuple, numbers: tuple, constants: tuple, types: tuple,
-    warps: int = 4, stages: int = 3,
+    warps: int = 4, stages: int = 3, registers: int | None = None,
 ) -> Any:  # fmt: skip
     """``kernel[(programs,)](*pointers, *numbers, *constants, *types)`` without triton's binder once a build is known:
     3 µs instead of 40 (benchmarks, suite ``host``).
@@ -47,13 +47,16 @@ def _launch(
     """
     narrow = max(numbers) < 1 << 31
     key = (
-        kernel, pointers[0].device, constants, warps, stages, *[(x.dtype, x.data_ptr() % 16 == 0) for x in pointers]
+        kernel, pointers[0].device, constants, warps, stages, registers,
+        *[(x.dtype, x.data_ptr() % 16 == 0) for x in pointers],
     )  # fmt: skip
     built = _built.get(key) if narrow else None
     if built is not None:
         built[(programs, 1, 1)](*pointers, *numbers, *constants, *types)
         return built
-    built = kernel[(programs,)](*pointers, *numbers, *constants, *types, num_warps=warps, num_stages=stages)
+    built = kernel[(programs,)](
+        *pointers, *numbers, *constants, *types, num_warps=warps, num_stages=stages, maxnreg=registers
+    )
     # the interpreter builds nothing
     if built is None or not narrow:
         return None
@@ -326,7 +329,9 @@ def _grad_q(
          0 if d_offsets is None else b.d.items),
         (dim, block, columns, q_offsets is not None, d_offsets is not None, b.candidates is not None, b.normalize,
          _align(q, d)),
-        (_accumulator(dtype),),
+        # With 128 registers four programs share a multiprocessor, and no more are launched. Without a limit ptxas took
+        # 72 in some builds, so that seven fit, and spilled.
+        (_accumulator(dtype),), registers=128,
     )  # fmt: skip
     grad = (parts[0] if splits == 1 else parts.sum(0)).view(q.shape)
     weights, grad_weights = b.q.weights, None
