@@ -95,7 +95,8 @@ inline void read_side(Arguments &in, maxsim_side &side, int64_t *dim) {
     side.mask_stride_q = x[0], side.mask_stride_n = x[1], side.mask_stride_l = x[2];
 }
 
-/* The sides q and d, candidates, query numbers, own, the shape of the scores, scores, argmax, normalize, empty_score. */
+/* The sides q and d, candidates, query numbers, own, the shape of the scores, scores, argmax, normalize, empty_score,
+ * weights, mean. */
 inline maxsim_args read_call(Arguments &in) {
     maxsim_args a{};
     read_side(in, a.q, &a.dim);
@@ -111,6 +112,8 @@ inline maxsim_args read_call(Arguments &in) {
     a.argmax = in.address<int32_t>();
     a.normalize = static_cast<int32_t>(in.integer());
     a.empty_score = in.real();
+    a.weights = in.address<const float>();
+    a.mean = static_cast<int32_t>(in.integer());
     return a;
 }
 

@@ -111,7 +111,7 @@ PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     return unlocked(a, [&] { latemax::forward(a, *t.level, t.threads); });
 }
 
-/* level, threads, the call (its argmax is read), g and its strides, grad_q, grad_d */
+/* level, threads, the call (its argmax is read), g and its strides, grad_q, grad_d, grad_weights */
 PyObject *backward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
     const Target t = target(in);
@@ -123,6 +123,7 @@ PyObject *backward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     out.g_stride_q = strides[0], out.g_stride_c = strides[1];
     out.grad_q = in.address<void>();
     out.grad_d = in.address<void>();
+    out.grad_weights = in.address<float>();
     if (!t.level || !in.ok()) return nullptr;
     return unlocked(a, [&] { latemax::backward(a, out, *t.level, t.threads); });
 }

@@ -1,6 +1,6 @@
 /* The interface between native MaxSim kernels and their callers: raw pointers, sizes and element strides.
  *
- *     scores[a, c] = sum over valid i of  max over valid j of  <q[a, i], d[a, c, j]>
+ *     scores[a, c] = sum over valid i of  weight[a, i]  max over valid j of  <q[a, i], d[a, c, j]>
  *
  * with query a < n_q, candidate c < n_c, query token i, document token j. Plain C, so that a kernel includes neither
  * torch nor Python: a binding checks the arguments, allocates the outputs, finds the stream and fills this in.
@@ -75,6 +75,10 @@ typedef struct {
     double empty_score;
     /* Nonzero: tokens are divided by max(their L2 norm, 1e-12), computed in float32. */
     int32_t normalize;
+    /* Contiguous, the leading shape of q.tokens; NULL: all 1. Those of masked tokens are not read in the forward pass. */
+    const float *weights;
+    /* Nonzero: the forward pass divides sums by the number of valid query tokens. The CUDA kernels take neither. */
+    int32_t mean;
 } maxsim_args;
 
 #ifdef __cplusplus

@@ -23,7 +23,7 @@ class Build(NamedTuple):
     Q_RAGGED: Any
     D_RAGGED: Any
     OWN: Any  # every query has documents of its own
-    NORM: Any
+    SCALED: Any  # q.inv holds a factor for every query token: its inverse norm, its weight, or both
     PROJECT: Any  # take the gradient through the norm in the same program, which then holds all columns
     PRECISION: Any  # of products of float32
     COMPUTE: Any  # dtype of the operands of products
@@ -193,7 +193,7 @@ def gather_block(query, token, weight, j, columns, q, GUARD: tl.constexpr, B):
     # One pointer moves and the offsets of the rows stay: 249 instructions a block instead of 272.
     base = query.base + wide(token) * q.stride_l
     rows = load_rows(base, i.to(tl.int64), ok, columns, q.stride_l, B.DIM, B.DIM % B.BLOCK_K == 0, False)
-    if B.NORM:
+    if B.SCALED:
         rows = rows.to(B.ACC) * tl.load(q.inv + query.row + token + i, mask=ok, other=0.0)[:, None]
     picked = argmax[None, :] == j[:, None]
     part = tl.dot(picked.to(B.COMPUTE), rows.to(B.COMPUTE), input_precision=B.PRECISION, out_dtype=B.ACC) * weight
@@ -263,8 +263,9 @@ def grad_d(pid, q, d, scores, out_ptr, blocks, B):
 )  # fmt: skip
 def grad_d_kernel(
     q_ptr,  # [n_q, l_q, dim], or if Q_RAGGED [l_q, dim]
-    d_ptr,  # [n_q, n_d, l_d, dim], or if D_RAGGED [l_d, dim]; read only under NORM
-    q_inv_ptr, d_inv_ptr,
+    d_ptr,  # [n_q, n_d, l_d, dim], or if D_RAGGED [l_d, dim]; read only if PROJECT
+    q_inv_ptr,  # [n_q * l_q], or [l_q]: factors of the query tokens, if SCALED
+    d_inv_ptr,  # inverse norms, if PROJECT
     argmax_ptr,  # [n_q, n_d, l_q] int32, or if Q_RAGGED [n_d, l_q]
     g_ptr,  # [n_q, n_d]
     out_ptr,  # [n_q, n_d, l_d, dim] contiguous ([n_d, l_d, dim] where shared), or [l_d, dim]
@@ -273,7 +274,7 @@ def grad_d_kernel(
     q_stride_n, q_stride_l, d_stride_n, d_stride_k, d_stride_l, g_stride_n, g_stride_k,
     n_q, n_d, l_q, l_d, blocks,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    Q_RAGGED: tl.constexpr, D_RAGGED: tl.constexpr, OWN: tl.constexpr, NORM: tl.constexpr, PROJECT: tl.constexpr,
+    Q_RAGGED: tl.constexpr, D_RAGGED: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, PROJECT: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Each program owns BLOCK_D tokens of one document, BLOCK_K columns of them, and walks over all the query tokens
@@ -299,7 +300,7 @@ def grad_d_kernel(
         ),
         Scores(argmax_ptr, g_ptr, g_stride_n, g_stride_k, n_q, n_d),
         out_ptr, blocks,
-        Build(DIM, BLOCK_D, BLOCK_R, BLOCK_K, Q_RAGGED, D_RAGGED, OWN, NORM, PROJECT, PRECISION, COMPUTE, ACC),
+        Build(DIM, BLOCK_D, BLOCK_R, BLOCK_K, Q_RAGGED, D_RAGGED, OWN, SCALED, PROJECT, PRECISION, COMPUTE, ACC),
     )  # fmt: skip
 
 

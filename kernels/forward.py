@@ -162,16 +162,33 @@ def sum_of_queries(x, B):
 
 
 @triton.jit
+def count_valid(item, q, n_q, q_mask_stride, B):
+    """[PACK] int32: the valid tokens of the whole query, of which a chunk holds some."""
+    L: tl.constexpr = B.BLOCK_Q // B.PACK
+    counted = tl.zeros([B.PACK], tl.int32)
+    for start in range(0, item.length, L):
+        token = start + tl.arange(0, B.BLOCK_Q) % L
+        ok = (q.query < n_q) & (token < item.length)
+        keep = tl.load(q.mask + token.to(tl.int64) * q_mask_stride, mask=ok, other=0) != 0
+        counted += sum_of_queries(keep.to(tl.int32), B)
+    return counted
+
+
+@triton.jit
+def divide_by_valid(total, item, q, n_q, q_mask_stride, B):
+    """A part of a mean from a part of a sum. In float64: a division of float32 is off by up to 2 ulp."""
+    if B.Q_MASKED:
+        count = count_valid(item, q, n_q, q_mask_stride, B)
+    else:
+        count = tl.zeros([B.PACK], tl.int32) + item.length
+    return (total.to(tl.float64) / tl.maximum(count, 1).to(tl.float64)).to(B.ACC)
+
+
+@triton.jit
 def empty_scores(item, q, n_q, q_mask_stride, empty_score, B):
     """[PACK] scores with an empty document. The first chunk answers for the whole query, the others add nothing."""
     if B.Q_MASKED:
-        L: tl.constexpr = B.BLOCK_Q // B.PACK
-        counted = tl.zeros([B.PACK], tl.int32)
-        for start in range(0, item.length, L):
-            token = start + tl.arange(0, B.BLOCK_Q) % L
-            ok = (q.query < n_q) & (token < item.length)
-            keep = tl.load(q.mask + token.to(tl.int64) * q_mask_stride, mask=ok, other=0) != 0
-            counted += sum_of_queries(keep.to(tl.int32), B)
+        counted = count_valid(item, q, n_q, q_mask_stride, B)
         return tl.where((counted > 0) & (item.chunk == 0), empty_score, 0.0).to(B.ACC)
     else:
         return tl.zeros([B.PACK], B.ACC) + tl.where(item.chunk == 0, empty_score, 0.0).to(B.ACC)
@@ -179,7 +196,8 @@ def empty_scores(item, q, n_q, q_mask_stride, empty_score, B):
 
 @triton.jit
 def score_item(
-    pid, q, d, scores_ptr, argmax_ptr, candidates_ptr, items_ptr, n_q, n_d, chunks, documents, empty_score, B
+    pid, q, d, scores_ptr, argmax_ptr, candidates_ptr, items_ptr, weights_ptr,
+    n_q, n_d, chunks, documents, empty_score, B,
 ):  # fmt: skip
     """Scores one tile of query tokens with one document."""
     item = find_item(pid, q, n_q, chunks, B)
@@ -202,7 +220,12 @@ def score_item(
             tl.store(argmax_ptr + (rows.query * n_d + item.doc) * q.length + rows.token, argmax, mask=rows.ok)
     if B.NORM != NO_NORM:
         value *= q_inv
+    if B.WEIGHTED:
+        first = item.begin if B.Q_RAGGED else rows.query * item.length
+        value *= tl.load(weights_ptr + first + rows.token, mask=keep, other=0.0)
     total = sum_of_queries(tl.where(keep, value, 0.0), B)
+    if B.MEAN:
+        total = divide_by_valid(total, item, rows, n_q, q.mask_stride_l, B)
     if kept.hi == 0:
         total = empty_scores(item, rows, n_q, q.mask_stride_l, empty_score, B)
     if B.CANDIDATES:
@@ -224,7 +247,7 @@ def score_item(
         "d_inv_stride_n", "n_q", "n_d", "l_q", "l_d", "chunks", "documents",
     ],
     do_not_specialize_on_alignment=[
-        "q_mask_ptr", "d_mask_ptr", "q_offsets_ptr", "d_offsets_ptr", "candidates_ptr", "items_ptr",
+        "q_mask_ptr", "d_mask_ptr", "q_offsets_ptr", "d_offsets_ptr", "candidates_ptr", "items_ptr", "weights_ptr",
     ],
 )  # fmt: skip
 def forward_kernel(
@@ -240,6 +263,7 @@ def forward_kernel(
     d_offsets_ptr,  # [documents + 1] int64, if D_RAGGED
     candidates_ptr,  # [n_q, n_d] int64, if CANDIDATES: which documents, -1 for none
     items_ptr,  # [documents, 3] int64, if D_SEPARATE: addresses of tokens and mask, stride from token to token
+    weights_ptr,  # [n_q, l_q] in ACC, or if Q_RAGGED [l_q], if WEIGHTED
     q_stride_n, q_stride_l, d_stride_n, d_stride_k, d_stride_l,
     q_mask_stride_n, q_mask_stride_l, d_mask_stride_n, d_mask_stride_k, d_mask_stride_l, d_inv_stride_n,
     n_q, n_d, l_q, l_d, chunks, documents, empty_score: tl.float64,
@@ -247,6 +271,7 @@ def forward_kernel(
     PACK: tl.constexpr, SWAP: tl.constexpr,
     Q_RAGGED: tl.constexpr, D_RAGGED: tl.constexpr, D_SEPARATE: tl.constexpr, CANDIDATES: tl.constexpr,
     Q_MASKED: tl.constexpr, D_MASKED: tl.constexpr, NORM: tl.constexpr, ARGMAX: tl.constexpr,
+    WEIGHTED: tl.constexpr, MEAN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The launch signature; Build, Side and score_item say what it means.
@@ -271,10 +296,10 @@ def forward_kernel(
             stride_k=aligned(d_stride_k, ALIGN), stride_l=aligned(d_stride_l, ALIGN), mask_stride_n=d_mask_stride_n,
             mask_stride_k=d_mask_stride_k, mask_stride_l=d_mask_stride_l, inv_stride_n=d_inv_stride_n, length=l_d,
         ),
-        scores_ptr, argmax_ptr, candidates_ptr, items_ptr, n_q, n_d, chunks, documents, empty_score,
+        scores_ptr, argmax_ptr, candidates_ptr, items_ptr, weights_ptr, n_q, n_d, chunks, documents, empty_score,
         Build(
             DIM, BLOCK_Q, BLOCK_D, BLOCK_K, PACK, SWAP, Q_RAGGED, D_RAGGED, D_SEPARATE, CANDIDATES, Q_MASKED, D_MASKED,
-            NORM, ARGMAX, PRECISION, ALIGN, COMPUTE, ACC,
+            NORM, ARGMAX, WEIGHTED, MEAN, PRECISION, ALIGN, COMPUTE, ACC,
         ),
     )  # fmt: skip
 

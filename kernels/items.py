@@ -30,6 +30,8 @@ class Build(NamedTuple):
     D_MASKED: Any
     NORM: Any  # one of the NORM_ constants
     ARGMAX: Any
+    WEIGHTED: Any
+    MEAN: Any  # sums are divided by the number of valid query tokens
     PRECISION: Any  # of products of float32
     ALIGN: Any  # every row starts at a multiple of this many elements
     COMPUTE: Any  # dtype of the operands of products

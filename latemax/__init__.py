@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 
 from latemax import reference
-from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, warmup
+from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, smooth_maxsim, warmup
 from latemax.module import MaxSim
 from latemax.ops.dispatch import Choice
 
@@ -37,6 +37,7 @@ __all__ = [
     "merge_stores",
     "reference",
     "rerank",
+    "smooth_maxsim",
     "topk",
     "two_stage",
     "warmup",

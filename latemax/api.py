@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from latemax.arguments.batch import batch_of, corpus_batch, rerank_batch, varlen_batch
-from latemax.arguments.check import check_options
-from latemax.ops import dispatch, operator
+from latemax.arguments.check import check_options, check_tau
+from latemax.ops import dispatch, operator, smooth
 from latemax.ops.dispatch import Choice
 
-__all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "warmup"]
+__all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "smooth_maxsim", "warmup"]
 
 # an array is a tensor on the CPU
 Array = Tensor | np.ndarray
 # a dense or jagged tensor, or a list of [l_i, dim]
 Tokens = Array | Sequence[Array]
 Masks = Array | Sequence[Array | None] | None
+Weights = Array | Sequence[Array] | None
 # a tensor; with return_argmax (scores, argmax). Not the union of both, which every caller would have to narrow
 Scores = Any
 
@@ -35,12 +36,14 @@ def maxsim(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
     backend: str = "auto",
 ) -> Scores:
-    """Late interaction: ``score = Σ_{i valid} max_{j valid} <q_i, d_j>``.
+    """Late interaction: ``score = Σ_{i valid} w_i max_{j valid} <q_i, d_j>``, with all w_i = 1 by default.
 
     The formula is ColBERT's (Khattab and Zaharia, SIGIR 2020, eq. 3). The [l_q, l_d] similarities are never written to
-    memory. Differentiable once in q and d; the gradient of every maximum goes to its recorded argmax.
+    memory. Differentiable once in q, d and q_weights; the gradient of every maximum goes to its recorded argmax.
 
     Args:
         q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor
@@ -58,18 +61,21 @@ def maxsim(
         normalize: score unit vectors: every token divided by ``max(‖token‖₂, 1e-12)``, in float32.
         empty_score: the score of a document without a valid token.
         return_argmax: also return the index of the best document token for each query token.
+        q_weights: the factors w, float of any sign and of shape ``q.shape[:-1]``; with a list or a nested tensor a list
+            of [l_i]. Computed with in the dtype of the scores. Those of masked tokens influence nothing.
+        reduce: "sum", or "mean": the sum divided by the number of valid query tokens, whatever their weights.
         backend: "auto", "triton", "cuda", "cpu" or "reference". There is no silent fallback: see ``explain``.
 
     Returns:
         scores, float32 (float64 if the promoted dtype is): [n_q, n_d], or [n_q, k] for own candidates; the axis of a
         2-D side is dropped. With return_argmax also int32 [..., l_q]: ties go to the lowest index; -1 for masked query
         tokens, for documents without a valid token and after the end of a list's shorter queries. A query without a
-        valid token scores 0.
+        valid token scores 0. Weights and the mean do not apply to ``empty_score``.
 
     Raises:
-        TypeError: q, d or a mask is neither a tensor nor an array, or has an unsupported dtype, byte order or layout;
-            an option of another type.
-        ValueError: shapes, devices or dims that do not match; an unknown backend.
+        TypeError: q, d, a mask or weights are neither a tensor nor an array, or have an unsupported dtype, byte order
+            or layout; an option of another type.
+        ValueError: shapes, devices or dims that do not match; an unknown backend or reduction.
         RuntimeError: the backend asked for cannot run here (the message says why).
 
     Example:
@@ -77,15 +83,16 @@ def maxsim(
         >>> best = scores.topk(5).indices
     """
     empty_score = check_options(
-        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
-    if q_mask is None and d_mask is None and not return_argmax:
+    if q_mask is None and d_mask is None and not return_argmax and q_weights is None and reduce == "sum":
         scores = operator.fast_path(q, d, normalize, empty_score, backend)
         if scores is not None:
             return scores
     batch, finish = batch_of(
-        q, d, q_mask, d_mask, normalize=normalize, empty_score=empty_score, return_argmax=return_argmax
-    )
+        q, d, q_mask, d_mask, normalize=normalize, empty_score=empty_score, return_argmax=return_argmax,
+        q_weights=q_weights, reduce=reduce,
+    )  # fmt: skip
     return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
 
 
@@ -98,6 +105,8 @@ def maxsim_pairs(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
     backend: str = "auto",
 ) -> Scores:
     """Row b of q against row b of d only: the diagonal of ``maxsim``, without the b × b product.
@@ -105,17 +114,18 @@ def maxsim_pairs(
     Args:
         q: [b, l_q, dim], or a list of b tensors [l_i, dim], or a jagged nested tensor.
         d: [b, l_d, dim], or a list of b tensors [l_j, dim], or a jagged nested tensor.
-        q_mask, d_mask, normalize, empty_score, return_argmax, backend: as ``maxsim``.
+        q_mask, d_mask, normalize, empty_score, return_argmax, q_weights, reduce, backend: as ``maxsim``.
 
     Returns:
         scores [b]; with return_argmax also int32 [b, l_q]. Dtypes and errors as ``maxsim``.
     """
     empty_score = check_options(
-        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
     batch, finish = batch_of(
-        q, d, q_mask, d_mask, pairs=True, normalize=normalize, empty_score=empty_score, return_argmax=return_argmax
-    )
+        q, d, q_mask, d_mask, pairs=True, normalize=normalize, empty_score=empty_score, return_argmax=return_argmax,
+        q_weights=q_weights, reduce=reduce,
+    )  # fmt: skip
     return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
 
 
@@ -130,11 +140,13 @@ def maxsim_varlen(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
     backend: str = "auto",
 ) -> Scores:
     """``maxsim`` of ragged queries and documents, concatenated in FlashAttention's convention.
 
-    Nothing is padded: the cost follows the real tokens. Differentiable once in q and d.
+    Nothing is padded: the cost follows the real tokens. Differentiable once in q, d and q_weights.
 
     Args:
         q: query tokens [t_q, dim]. Query a holds rows ``cu_seqlens_q[a]`` to ``cu_seqlens_q[a + 1]``.
@@ -143,8 +155,9 @@ def maxsim_varlen(
             belong to no query. An empty query scores 0, an empty document ``empty_score``.
         cu_seqlens_d: likewise [n_d + 1].
         q_mask: bool, int or float [t_q]; nonzero = keep. d_mask: [t_d].
-        normalize, empty_score, backend: as ``maxsim``.
+        normalize, empty_score, reduce, backend: as ``maxsim``.
         return_argmax: also return the index of the best token in each document for each query token.
+        q_weights: float [t_q], as in ``maxsim``.
 
     Returns:
         scores [n_q, n_d], float32 (float64 if the promoted dtype is). With return_argmax also int32 [t_q, n_d], counted
@@ -159,9 +172,12 @@ def maxsim_varlen(
         >>> scores = maxsim_varlen(q, d, torch.tensor([0, 12, 40]), torch.tensor([0, 196, 452, 1476]))  # [2, 3]
     """
     empty_score = check_options(
-        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
-    batch = varlen_batch(q, d, cu_seqlens_q, cu_seqlens_d, q_mask, d_mask, normalize=normalize, empty_score=empty_score)
+    batch = varlen_batch(
+        q, d, cu_seqlens_q, cu_seqlens_d, q_mask, d_mask, normalize=normalize, empty_score=empty_score,
+        q_weights=q_weights, reduce=reduce,
+    )  # fmt: skip
     scores, argmax = operator.maxsim(batch, return_argmax, backend)
     return (scores, argmax.T) if return_argmax and argmax is not None else scores
 
@@ -177,6 +193,8 @@ def rerank(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
     backend: str = "auto",
 ) -> Scores:
     """Score every query against its own candidates, in place in a ragged corpus: no document is gathered or copied.
@@ -194,12 +212,13 @@ def rerank(
             ``query_ids[r]``. A list of pairs has k = 1. The native CPU kernel reads each query in place; elsewhere, and
             for a gradient, the tokens of the queries are gathered, [n, l_q, dim]. Ragged queries on a GPU cost a device
             sync, but for a list.
-        normalize, empty_score, backend: as ``maxsim``.
+        normalize, empty_score, q_weights, reduce, backend: as ``maxsim``; q_weights [t_q] with concatenated queries.
         return_argmax: also return the index of the best token in each document for each query token.
 
     Returns:
         scores [n_q, k], or [k] with a 2-D q, or [n, k] with query_ids; with return_argmax also int32 [..., l_q],
-        counted from the document's first token. Dtypes and -1 as ``maxsim``. Differentiable once in q and tokens.
+        counted from the document's first token. Dtypes and -1 as ``maxsim``. Differentiable once in q, tokens
+        and q_weights.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``maxsim``; offsets or candidates of another dtype or shape; on the CPU
@@ -212,13 +231,52 @@ def rerank(
         >>> pairs = rerank(queries, tokens, offsets, pages.unsqueeze(1), query_ids=asked)  # [n, 1]
     """
     empty_score = check_options(
-        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
     batch, finish = rerank_batch(
         q, tokens, offsets, candidates, q_mask, normalize=normalize, empty_score=empty_score,
-        return_argmax=return_argmax, query_ids=query_ids,
+        return_argmax=return_argmax, query_ids=query_ids, q_weights=q_weights, reduce=reduce,
     )  # fmt: skip
     return finish(operator.maxsim(batch, return_argmax, backend), return_argmax)
+
+
+def smooth_maxsim(
+    q: Tokens,
+    d: Tokens,
+    q_mask: Masks = None,
+    d_mask: Masks = None,
+    *,
+    tau: float,
+    normalize: bool = False,
+    empty_score: float = -math.inf,
+    backend: str = "auto",
+) -> Tensor:
+    """``maxsim`` with a smooth maximum: ``score = Σ_{i valid} m_i + tau · log Σ_{j valid} exp((s_ij - m_i) / tau)``.
+
+    s_ij are the similarities and m_i their maxima. Every document token gets a gradient, by its softmax weight. The
+    [l_q, l_d] similarities are never written to memory: they are computed in blocks, and again in the backward pass.
+    Differentiable once in q and d. Lists are padded, a block at a time.
+
+    Args:
+        q, d, q_mask, d_mask, normalize, empty_score: as ``maxsim``, own candidates and lists included.
+        tau: temperature, a Python float >= 1e-6. A score approaches that of ``maxsim`` from above as tau falls.
+        backend: as ``maxsim``. "cpu" is blocked torch matmul, which "auto" also runs on CUDA where Triton cannot;
+            "cuda" has no smooth maximum.
+
+    Returns:
+        scores, of the shapes and dtypes of ``maxsim``. A query token with only similarities of -inf makes the score
+        -inf, and has no gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``maxsim``; a tau of another type, or below 1e-6, or not finite.
+
+    Example:
+        >>> loss = torch.nn.functional.cross_entropy(smooth_maxsim(q, d, tau=0.05), torch.arange(len(q)))
+    """
+    empty_score = check_options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
+    tau = check_tau(tau)
+    batch, finish = batch_of(q, d, q_mask, d_mask, normalize=normalize, empty_score=empty_score)
+    return finish((smooth.smooth_maxsim(batch, tau, backend), None), False)
 
 
 def explain(
@@ -229,6 +287,8 @@ def explain(
     *,
     normalize: bool = False,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
     backend: str = "auto",
 ) -> Choice:
     """Which backend and tile ``maxsim`` would run for these arguments, and why. Runs nothing.
@@ -240,9 +300,9 @@ def explain(
     Raises:
         As ``maxsim``.
     """
-    check_options(normalize=normalize, empty_score=0.0, return_argmax=return_argmax, backend=backend)
-    batch, _ = batch_of(q, d, q_mask, d_mask, normalize=normalize)
-    train = torch.is_grad_enabled() and (batch.q.tokens.requires_grad or batch.d.tokens.requires_grad)
+    check_options(normalize=normalize, empty_score=0.0, return_argmax=return_argmax, backend=backend, reduce=reduce)
+    batch, _ = batch_of(q, d, q_mask, d_mask, normalize=normalize, q_weights=q_weights, reduce=reduce)
+    train = torch.is_grad_enabled() and operator.needs_gradient(batch)
     return dispatch.explain(batch, backend, argmax=return_argmax or train)
 
 
@@ -259,6 +319,8 @@ def warmup(
     layout: str = "dense",
     normalize: bool = False,
     return_argmax: bool = False,
+    q_weighted: bool = False,
+    reduce: str = "sum",
     train: bool = False,
     backend: str = "auto",
 ) -> Choice:
@@ -268,10 +330,12 @@ def warmup(
     Args:
         dim, l_q, n_q: as in q [n_q, l_q, dim]; of layout "varlen" l_q is the mean length.
         dtype: of q and d. device: where to compile and run one tiny problem.
-        q_masked, d_masked: whether calls will pass q_mask, d_mask. own: whether d will be [n_q, k, l_d, dim].
+        q_masked, d_masked, q_weighted: whether calls will pass q_mask, d_mask, q_weights.
+        own: whether d will be [n_q, k, l_d, dim].
         layout: "dense" for ``maxsim`` and ``maxsim_pairs`` of tensors, "list" for a list of documents, "varlen" for
             ``maxsim_varlen``, "rerank" for ``rerank``.
-        normalize, return_argmax, backend: as the calls will pass. train: also the backward kernels of both sides.
+        normalize, return_argmax, reduce, backend: as the calls will pass.
+        train: also the backward kernels of both sides.
 
     Returns:
         The choice, as ``explain`` returns it.
@@ -293,15 +357,17 @@ def warmup(
     slots = torch.zeros(n_q, 1, dtype=torch.int64, device=device)
     q_mask = q.new_ones(q.shape[:-1], dtype=torch.bool) if q_masked else None
     d_mask = d.new_ones(d.shape[:-1], dtype=torch.bool) if d_masked else None
+    q_weights = q.new_ones(q.shape[:-1]) if q_weighted else None
+    options: dict[str, Any] = dict(normalize=normalize, q_weights=q_weights, reduce=reduce)
     with torch.set_grad_enabled(train):
         if layout == "dense":
-            batch, _ = batch_of(q, d, q_mask, d_mask, normalize=normalize)
+            batch, _ = batch_of(q, d, q_mask, d_mask, **options)
         elif layout == "list":
-            batch, _ = batch_of(q, [d], q_mask, None if d_mask is None else [d_mask], normalize=normalize)
+            batch, _ = batch_of(q, [d], q_mask, None if d_mask is None else [d_mask], **options)
         elif layout == "varlen":
-            batch = varlen_batch(q, d, q_offsets, d_offsets, q_mask, d_mask, normalize=normalize)
+            batch = varlen_batch(q, d, q_offsets, d_offsets, q_mask, d_mask, **options)
         else:
-            batch, _ = rerank_batch(q, d, d_offsets, slots, q_mask, normalize=normalize)
+            batch, _ = rerank_batch(q, d, d_offsets, slots, q_mask, **options)
         scores, _ = operator.maxsim(batch, return_argmax, backend)
         if train:
             scores.sum().backward()
@@ -312,8 +378,10 @@ def warmup(
 
 def score_corpus(
     q: Tokens, tokens: Tensor, offsets: Tensor, q_mask: Masks = None, *, normalize: bool = False,
-    empty_score: float = -math.inf, backend: str = "auto",
+    empty_score: float = -math.inf, q_weights: Weights = None, reduce: str = "sum", backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """``maxsim`` of q, in any form, against ragged documents. Their offsets, int64 [n_d + 1], are known to be right."""
-    batch, finish = corpus_batch(q, tokens, offsets, q_mask, normalize=normalize, empty_score=empty_score)
+    batch, finish = corpus_batch(
+        q, tokens, offsets, q_mask, normalize=normalize, empty_score=empty_score, q_weights=q_weights, reduce=reduce
+    )
     return finish(operator.maxsim(batch, False, backend), False)

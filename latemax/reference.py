@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["maxsim"]
+__all__ = ["maxsim", "smooth_maxsim"]
 
 Tokens = Tensor | Sequence[Tensor]
 Mask = Tensor | Sequence[Tensor | None] | None
+Weights = Tensor | Sequence[Tensor] | None
 Scores = Tensor | tuple[Tensor, Tensor]
 
 
@@ -29,8 +30,10 @@ def maxsim(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
 ) -> Scores:
-    """Score queries against documents: ``score = Σ_{i valid} max_{j valid} <q_i, d_j>``.
+    """Score queries against documents: ``score = Σ_{i valid} w_i max_{j valid} <q_i, d_j>``.
 
     The formula is ColBERT's late interaction (Khattab and Zaharia, SIGIR 2020, eq. 3). Inputs are not checked: a wrong
     shape raises whatever torch raises.
@@ -44,6 +47,8 @@ def maxsim(
         normalize: divide every token by ``max(‖token‖₂, 1e-12)`` first, as ``torch.nn.functional.normalize`` does.
         empty_score: the score of a document without a valid token.
         return_argmax: also return the index of the best document token of each query token.
+        q_weights: the factors ``w``, float ``q.shape[:-1]``; for a list of queries a list of ``[l_i]``. None is 1.
+        reduce: "sum", or "mean", which divides the sum by the number of valid query tokens.
 
     Returns:
         Scores ``[n_q, n_d]`` or ``[n_q, k]``, without the axis of a 2-D side; float64 if the promoted dtype of ``q``
@@ -55,10 +60,11 @@ def maxsim(
         tensor(2.)
     """
     if not (isinstance(q, Tensor) and isinstance(d, Tensor)):
-        return _lists(q, d, q_mask, d_mask, normalize, empty_score, return_argmax)
+        return _lists(q, d, q_mask, d_mask, normalize, empty_score, return_argmax, q_weights, reduce)
     masks = cast("tuple[Tensor | None, Tensor | None]", (q_mask, d_mask))
+    weights = cast("Tensor | None", q_weights)
     with torch.autocast(q.device.type, enabled=False):
-        return _dense(q, d, *masks, normalize, empty_score, return_argmax)
+        return _dense(q, d, *masks, normalize, empty_score, return_argmax, weights, reduce)
 
 
 def _dense(
@@ -69,7 +75,41 @@ def _dense(
     normalize: bool,
     empty_score: float,
     return_argmax: bool,
+    weights: Tensor | None,
+    reduce: str,
 ) -> Scores:
+    sims, q_keep, valid = _similarities(q, d, q_mask, d_mask, normalize)
+    dtype, one_query, one_document = sims.dtype, q.dim() == 2, d.dim() == 2
+    best = sims.detach().amax(-1, keepdim=True)
+    positions = torch.arange(sims.shape[-1], device=sims.device)
+    hit = ((sims == best) | sims.isnan()) & valid
+    index = torch.where(hit, positions, sims.shape[-1]).amin(-1)  # [n_q, n_d, l_q]; l_d where no token is valid
+    found = index < sims.shape[-1]
+    value = sims.gather(-1, torch.where(found, index, 0).unsqueeze(-1)).squeeze(-1)
+
+    counted = q_keep.unsqueeze(1) & found
+    value = torch.where(counted, value, 0.0)
+    if weights is not None:
+        weights = torch.where(q_keep, weights.to(dtype), 0.0)
+        value = torch.where(counted, value * weights.unsqueeze(1), 0.0)
+    scores = value.sum(-1)
+    if reduce == "mean":
+        scores = scores / q_keep.sum(-1, keepdim=True).clamp(min=1)
+    empty = ~valid.any(-1).squeeze(-1) & q_keep.any(-1, keepdim=True)  # [n_q, n_d]
+    scores = torch.where(empty, empty_score, scores)
+    argmax = torch.where(counted, index, -1).to(torch.int32)
+    if one_document:
+        scores, argmax = scores.squeeze(1), argmax.squeeze(1)
+    if one_query:
+        scores, argmax = scores.squeeze(0), argmax.squeeze(0)
+    return (scores, argmax) if return_argmax else scores
+
+
+def _similarities(
+    q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Similarities [n_q, n_d, l_q, l_d], -inf where a document token is masked; valid query tokens [n_q, l_q]; valid
+    document tokens [n_q or 1, n_d, 1, l_d]."""
     dtype = torch.float64 if torch.promote_types(q.dtype, d.dtype) == torch.float64 else torch.float32
     one_query, one_document, own = q.dim() == 2, d.dim() == 2, d.dim() == 4
     q_keep = torch.ones(q.shape[:-1], dtype=torch.bool, device=q.device) if q_mask is None else q_mask != 0
@@ -86,48 +126,42 @@ def _dense(
     if normalize:
         q, d = F.normalize(q, dim=-1, eps=1e-12), F.normalize(d, dim=-1, eps=1e-12)
 
-    sims = torch.einsum("qic,qkjc->qkij" if own else "qic,kjc->qkij", q, d)  # [n_q, n_d, l_q, l_d]
+    sims = torch.einsum("qic,qkjc->qkij" if own else "qic,kjc->qkij", q, d)
     valid = (d_keep if own else d_keep.unsqueeze(0)).unsqueeze(2)  # [n_q or 1, n_d, 1, l_d]
-    sims = torch.where(valid, sims, -math.inf)
-    best = sims.detach().amax(-1, keepdim=True)
-    positions = torch.arange(sims.shape[-1], device=sims.device)
-    hit = ((sims == best) | sims.isnan()) & valid
-    index = torch.where(hit, positions, sims.shape[-1]).amin(-1)  # [n_q, n_d, l_q]; l_d where no token is valid
-    found = index < sims.shape[-1]
-    value = sims.gather(-1, torch.where(found, index, 0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(valid, sims, -math.inf), q_keep, valid
 
-    counted = q_keep.unsqueeze(1) & found
-    scores = torch.where(counted, value, 0.0).sum(-1)
-    empty = ~valid.any(-1).squeeze(-1) & q_keep.any(-1, keepdim=True)  # [n_q, n_d]
-    scores = torch.where(empty, empty_score, scores)
-    argmax = torch.where(counted, index, -1).to(torch.int32)
-    if one_document:
-        scores, argmax = scores.squeeze(1), argmax.squeeze(1)
-    if one_query:
-        scores, argmax = scores.squeeze(0), argmax.squeeze(0)
-    return (scores, argmax) if return_argmax else scores
+
+def _items(tokens: Tokens, mask: Mask) -> tuple[Sequence[Tensor], Sequence[Tensor | None], bool]:
+    """Items, their masks, and whether they are a single one without an axis of items."""
+    if isinstance(tokens, Tensor) and tokens.dim() == 2:
+        return [tokens], [cast("Tensor | None", mask)], True
+    return list(tokens), [None] * len(tokens) if mask is None else list(mask), False
 
 
 def _lists(
-    q: Tokens, d: Tokens, q_mask: Mask, d_mask: Mask, normalize: bool, empty_score: float, return_argmax: bool
+    q: Tokens,
+    d: Tokens,
+    q_mask: Mask,
+    d_mask: Mask,
+    normalize: bool,
+    empty_score: float,
+    return_argmax: bool,
+    q_weights: Weights,
+    reduce: str,
 ) -> Scores:
     """A list on either side: scores each pair separately, so that padding cannot be a source of error."""
-
-    def items(tokens: Tokens, mask: Mask) -> tuple[Sequence[Tensor], Sequence[Tensor | None], bool]:
-        if isinstance(tokens, Tensor) and tokens.dim() == 2:
-            return [tokens], [cast("Tensor | None", mask)], True
-        return list(tokens), [None] * len(tokens) if mask is None else list(mask), False
-
-    queries, q_masks, one_query = items(q, q_mask)
-    documents, d_masks, one_document = items(d, d_mask)
+    queries, q_masks, one_query = _items(q, q_mask)
+    documents, d_masks, one_document = _items(d, d_mask)
+    _, weights, _ = _items(q, q_weights)
     l_q = max([len(query) for query in queries], default=1)
     rows = []
-    for query, qm in zip(queries, q_masks, strict=True):
+    for query, qm, weight in zip(queries, q_masks, weights, strict=True):
         cells = []
         for document, dm in zip(documents, d_masks, strict=True):
             score, argmax = maxsim(
-                query, document, qm, dm, normalize=normalize, empty_score=empty_score, return_argmax=True
-            )
+                query, document, qm, dm, normalize=normalize, empty_score=empty_score, return_argmax=True,
+                q_weights=weight, reduce=reduce,
+            )  # fmt: skip
             cells.append((score, F.pad(argmax, (0, l_q - len(query)), value=-1)))
         rows.append(cells)
     either = (list(queries) + list(documents))[0]
@@ -141,3 +175,55 @@ def _lists(
     scores, argmax = (x.squeeze(1) if one_document else x for x in (scores, argmax))
     scores, argmax = (x.squeeze(0) if one_query else x for x in (scores, argmax))
     return (scores, argmax) if return_argmax else scores
+
+
+def smooth_maxsim(
+    q: Tokens,
+    d: Tokens,
+    q_mask: Mask = None,
+    d_mask: Mask = None,
+    *,
+    tau: float,
+    normalize: bool = False,
+    empty_score: float = -math.inf,
+) -> Tensor:
+    """``maxsim`` with every maximum replaced by ``tau · log Σ_j exp(<q_i, d_j> / tau)``.
+
+    Args:
+        tau: temperature; the smooth maximum is at most ``tau · log l_d`` above the maximum.
+        q, d, q_mask, d_mask, normalize, empty_score: as ``maxsim``.
+
+    Returns:
+        Scores as ``maxsim``.
+
+    Example:
+        >>> smooth_maxsim(torch.eye(2), torch.eye(2), tau=0.1)
+        tensor(2.0000)
+    """
+    if not (isinstance(q, Tensor) and isinstance(d, Tensor)):
+        queries, q_masks, one_query = _items(q, q_mask)
+        documents, d_masks, one_document = _items(d, d_mask)
+        options: dict[str, Any] = dict(tau=tau, normalize=normalize, empty_score=empty_score)
+        pairs = [
+            smooth_maxsim(x, y, x_mask, y_mask, **options)
+            for x, x_mask in zip(queries, q_masks, strict=True)
+            for y, y_mask in zip(documents, d_masks, strict=True)
+        ]
+        either = (list(queries) + list(documents))[0]
+        scores = torch.stack(pairs) if pairs else either.new_zeros(0).float()
+        scores = scores.view(len(queries), len(documents))
+        scores = scores.squeeze(1) if one_document else scores
+        return scores.squeeze(0) if one_query else scores
+    masks = cast("tuple[Tensor | None, Tensor | None]", (q_mask, d_mask))
+    with torch.autocast(q.device.type, enabled=False):
+        sims, q_keep, valid = _similarities(q, d, *masks, normalize)
+        # a row of -inf has no gradient: torch's logsumexp would give it NaN
+        nothing = (sims == -math.inf).all(-1)
+        smooth = tau * torch.where(nothing.unsqueeze(-1), 0.0, sims / tau).logsumexp(-1)
+        smooth = torch.where(nothing, -math.inf, smooth)
+        found = valid.any(-1).squeeze(-1)  # [n_q or 1, n_d]
+        counted = q_keep.unsqueeze(1) & found.unsqueeze(-1)
+        scores = torch.where(counted, smooth, 0.0).sum(-1)
+        scores = torch.where(~found & q_keep.any(-1, keepdim=True), empty_score, scores)
+        scores = scores.squeeze(1) if d.dim() == 2 else scores
+        return scores.squeeze(0) if q.dim() == 2 else scores

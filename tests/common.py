@@ -66,8 +66,9 @@ def run_forward(backend, q, d, scores, argmax, *, q_mask=None, d_mask=None, laun
 
 
 def run_backward(backend, g, q, d, argmax, *, needs_q, needs_d, launch=None, **options):
+    """(grad_q, grad_d)"""
     b = batch(q, d, None, None, **options)
-    return backend.backward(b, Plan(backend.name, "", launch=launch), argmax, g, Needs(needs_q, needs_d))
+    return backend.backward(b, Plan(backend.name, "", launch=launch), argmax, g, Needs(needs_q, needs_d))[:2]
 
 
 def batch(

@@ -73,12 +73,13 @@ def test_only_the_side_that_needs_a_gradient_costs_one(where, monkeypatch):
         "backward",
         lambda *args: seen.append(tuple(args[-1])) or original(*args),
     )
-    for q_needs, d_needs in ((True, False), (False, True), (True, True)):
-        q, d = problem((2, 2, 4, 20, 16), device=device)
-        q.requires_grad_(q_needs), d.requires_grad_(d_needs)
-        latemax.maxsim(q, d, backend=backend).sum().backward()
-        assert (q.grad is not None, d.grad is not None) == (q_needs, d_needs)
-    assert seen == [(True, False), (False, True), (True, True)]
+    cases = [(True, False, False), (False, True, False), (True, True, False), (False, False, True)]
+    for needs in cases:
+        tensors = (*problem((2, 2, 4, 20, 16), device=device), torch.ones(2, 4, device=device))
+        q, d, weights = (x.requires_grad_(needed) for x, needed in zip(tensors, needs, strict=True))
+        latemax.maxsim(q, d, q_weights=weights if needs[2] else None, backend=backend).sum().backward()
+        assert tuple(x.grad is not None for x in tensors) == needs
+    assert seen == cases
 
 
 @pytest.mark.parametrize("where", BACKENDS)

@@ -113,20 +113,29 @@ def test_a_gradient_stays_with_its_own_tokens(device):
     """NaN and infinity, in tokens that are no argmax, in masked query tokens and in the gradient."""
     device(1)
     q, d = problem((2, 3, 5, 20, 16), dtype=torch.bfloat16)
-    argmax = random_argmax((2, 3, 5), 10, "anywhere")
-    argmax[0, :, 2] = -1
-    q[0, 2], d[:, 10:] = math.nan, math.inf
+    # the first rows too: entries that fill up a group of 32 are read there
+    argmax = 1 + random_argmax((2, 3, 5), 9, "anywhere")
+    argmax[0, :, 0] = -1
+    q[0, 0], d[:, 10:], d[:, 0] = math.nan, math.inf, math.nan
     g = gradient(2, 3)
     for normalize in (False, True):
         grad_q, grad_d = run(g, q, d, argmax, normalize=normalize)
         assert grad_q.isfinite().all() and grad_d.isfinite().all()
-        assert (grad_q[0, 2] == 0).all() and (grad_d[:, 10:] == 0).all()
+        assert (grad_q[0, 0] == 0).all() and (grad_d[:, 10:] == 0).all() and (grad_d[:, 0] == 0).all()
     g[1, 2] = math.nan
     grad_q, grad_d = run(g, q, d, argmax)
     assert grad_q[0].isfinite().all() and grad_q[1].isnan().all()
     hit = torch.zeros(3, 20, dtype=torch.bool)
     hit[2, argmax[1, 2].long()] = True
     assert grad_d[hit].isnan().all() and grad_d[~hit].isfinite().all()
+
+
+def test_a_clamped_norm_is_a_constant(device):
+    device(1)
+    q, d = problem((2, 2, 5, 20, 32), dtype=torch.bfloat16)
+    q *= 1e-13  # norms of about 0.6e-12
+    d *= 1e-13
+    assert_right(gradient(2, 2), q, d, random_argmax((2, 2, 5), 20, "few"), normalize=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4, 8), (2, 0, 3, 4, 8), (2, 2, 0, 4, 8), (2, 2, 3, 0, 8)], ids=str)

@@ -18,10 +18,12 @@ STACK = (
     ("latemax.kernels",),
     ("latemax.ops.backends.native", "latemax.ops.backends.gather"),
     ("latemax.ops.backends.blocks", "latemax.ops.backends.reference", "latemax.ops.backends.triton_launch"),
-    ("latemax.ops.backends.triton",),
+    ("latemax.ops.backends.triton", "latemax.ops.backends.smooth_triton"),
+    ("latemax.ops.backends.smooth",),
     ("latemax.ops.backends.cuda",),
     ("latemax.ops.dispatch",),
     ("latemax.ops.operator",),
+    ("latemax.ops.smooth",),
     ("latemax.arguments",),
     ("latemax.api",),
     ("latemax.module",),
@@ -147,7 +149,7 @@ def may_import(source: str, target: str, when: str) -> bool:
     if source in LEAVES or source == "latemax.kernels":
         return False
     if target == "latemax.kernels":
-        return source == "latemax.ops.backends.triton_launch"
+        return source in ("latemax.ops.backends.triton_launch", "latemax.ops.backends.smooth_triton")
     if source == "latemax.compat":
         return target in ("latemax", "latemax.store")
     if target == "latemax.encoders":

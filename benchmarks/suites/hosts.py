@@ -312,8 +312,8 @@ def table(result: dict) -> str:
         cells = [f"{row[key]:.3g}" for key in ("host_ms", "ours_ms")]
         lines.append([result["versions"][row["host"]], what, *cells, f"{row['ratio']:.1f}×"])
     return markdown(["host", "call", "host, ms", "latemax, ms", "ratio"], lines) + (
-        f"\nUnit tokens of dim 128, float32 unless it says otherwise; scores are compared first; median of {ROUNDS} "
-        f"interleaved rounds. {machine['cpu']} ({machine['capability']}), {machine['threads']} threads, torch "
+        f"\nUnit tokens of dim 128, float32 unless it says otherwise; scores are compared first; median of {ROUNDS} or "
+        f"more interleaved rounds. {machine['cpu']} ({machine['capability']}), {machine['threads']} threads, torch "
         f"{machine['torch']}, commit {machine['commit']}, {machine['date']}.\n"
     )
 

@@ -4,6 +4,8 @@
  *     grad_q[a, i]    = sum over c of                           g[a, c] d[c, argmax[a, c, i]]     a gather
  *     grad_d[c, j]    = sum over a, i with argmax[a, c, i] = j  g[a, c] q[a, i]                   by document
  *
+ * With weights w, grad_w[a, i] = <q[a, i], grad_q[a, i]>, and then grad_q[a, i] and q[a, i] above are multiplied by w[a, i].
+ *
  * With normalize the sums are over unit vectors, followed by the gradient of x / max(norm, EPS); a clamped norm is a
  * constant.
  */
@@ -72,7 +74,7 @@ class Backward {
     }
     void run() {
         if (args_.normalize) compute_query_norms();
-        if (out_.grad_q) queries();
+        if (out_.grad_q || out_.grad_weights) queries();
         if (out_.grad_d && args_.candidates) sort_pairs();
         if (out_.grad_d) documents();
     }
@@ -90,7 +92,7 @@ class Backward {
 
     float g(int64_t a, int64_t c) const { return out_.g[a * out_.g_stride_q + c * out_.g_stride_c]; }
     /* A row of q is numbered across all queries. */
-    int64_t query_begin(int64_t a) const { return args_.q.offsets ? args_.q.offsets[a] : a * args_.q.l; }
+    int64_t query_begin(int64_t a) const { return latemax::query_begin(args_, a); }
     const char *q(int64_t row) const {
         const int64_t a = args_.q.offsets ? 0 : row / args_.q.l, i = row - a * args_.q.l;
         return at(args_.q.tokens, args_.q.dtype, a * args_.q.stride_n + i * args_.q.stride_l);
@@ -178,10 +180,15 @@ void Backward::queries() {
             }
         for (int64_t r = first; r < end; ++r) {
             float *grad = sum + (r - first) * dim;
-            if (args_.normalize) {
-                level_.widen(args_.q.dtype, q(r), dim, wide);
-                through_norm(wide, q_norms_[r], grad);
+            if (args_.normalize || out_.grad_weights) level_.widen(args_.q.dtype, q(r), dim, wide);
+            if (out_.grad_weights) {
+                float dot = 0;
+                for (int64_t k = 0; k < dim; ++k) dot += (args_.normalize ? wide[k] / q_norms_[r] : wide[k]) * grad[k];
+                out_.grad_weights[r] = dot;
             }
+            if (!out_.grad_q) continue;
+            for (int64_t k = 0; args_.weights && k < dim; ++k) grad[k] *= args_.weights[r];
+            if (args_.normalize) through_norm(wide, q_norms_[r], grad);
             store(args_.q.dtype, grad, dim, static_cast<char *>(out_.grad_q) + r * dim * item_size(args_.q.dtype));
         }
     });
@@ -242,6 +249,7 @@ void Backward::documents() {
                 for (int64_t i = 0; i < query_length(args_, a); ++i) {
                     if (best[i] < 0) continue;
                     float scale = g(a, c);
+                    if (args_.weights) scale *= args_.weights[row + i];
                     if (args_.normalize) scale /= q_norms_[row + i];
                     level_.add_scaled(args_.q.dtype, scale, q(row + i), dim, sum + best[i] * dim);
                 }

@@ -300,12 +300,21 @@ void Forward::finish_empty(const Part &part, int64_t row, int64_t c) {
     if (!empty_.empty()) empty_[c] = 1;
 }
 
-/* Sums in float64, in the order of the tokens: rounded once, independent of the level's vector length. */
+/* Sums in float64, in the order of the tokens: rounded once, independent of the level's vector length. A weighted maximum
+ * is exact there. */
 void Forward::sum(int64_t query, int64_t row, int64_t c, const float *best) {
     double total = 0;
     const int64_t first = queries_.row_begin[query], n = queries_.row_begin[query + 1] - first;
     const float *scale = queries_.scale.empty() ? nullptr : queries_.scale.data() + first;
-    for (int64_t i = 0; i < n; ++i) total += scale ? best[i] * scale[i] : best[i];
+    if (args_.weights) {
+        const float *weights = args_.weights + query_begin(args_, query);
+        const int32_t *token = queries_.token.data() + first;
+        for (int64_t i = 0; i < n; ++i)
+            total += static_cast<double>(scale ? best[i] * scale[i] : best[i]) * weights[token[i]];
+    } else {
+        for (int64_t i = 0; i < n; ++i) total += scale ? best[i] * scale[i] : best[i];
+    }
+    if (args_.mean && n) total /= static_cast<double>(n);
     static_cast<float *>(args_.scores)[row * args_.n_c + c] = static_cast<float>(total);
 }
 

@@ -17,9 +17,11 @@ struct Gradients {
     int64_t g_stride_q, g_stride_c;
     void *grad_q; /* contiguous, shape and dtype of q, or NULL */
     void *grad_d; /* contiguous, shape and dtype of d, or NULL */
+    float *grad_weights; /* contiguous, shape of args.weights, or NULL */
 };
 
-/* Gradients from args.argmax. Tokens must have stride 1 along dim. Needs no masks: argmax names no masked token. */
+/* Gradients from args.argmax. Tokens must have stride 1 along dim. Needs no masks: argmax names no masked token. args.mean
+ * is not looked at: g is that of the sums. */
 void backward(const maxsim_args &args, const Gradients &out, const Level &level, int threads);
 
 }  // namespace latemax

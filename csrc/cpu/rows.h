@@ -49,6 +49,11 @@ inline int32_t *argmax_row(const maxsim_args &args, int64_t a, int64_t c) {
     return args.argmax + (ragged ? c * args.q.total + args.q.offsets[a] : (a * args.n_c + c) * args.q.l);
 }
 
+/* The number of query a's first token across all queries. */
+inline int64_t query_begin(const maxsim_args &args, int64_t a) {
+    return args.q.offsets ? args.q.offsets[a] : a * args.q.l;
+}
+
 /* The query of row a of candidates and outputs. */
 inline int64_t query_number(const maxsim_args &args, int64_t a) { return args.query_ids ? args.query_ids[a] : a; }
 

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from latemax.arguments import arrays, ragged
-from latemax.arguments.check import as_candidates, as_mask, as_offsets, as_query_ids, check_together, check_tokens
-from latemax.ops.problem import Batch, Side
+from latemax.arguments.check import (
+    as_candidates,
+    as_mask,
+    as_offsets,
+    as_query_ids,
+    as_weights,
+    check_together,
+    check_tokens,
+)
+from latemax.ops.problem import Batch, Side, score_dtype
 
 
 class Finish(NamedTuple):
@@ -54,6 +62,8 @@ def batch_of(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Any = None,
+    reduce: str = "sum",
 ) -> tuple[Batch, Finish]:
     """``maxsim`` and, with ``pairs``, ``maxsim_pairs``: row b of q meets only row b of d."""
     if type(q) is not Tensor or type(d) is not Tensor:
@@ -87,7 +97,9 @@ def batch_of(
             documents = _with_axis(documents, 1 if pairs else 0)
     elif pairs:
         candidates = torch.arange(documents.items, device=documents.tokens.device).unsqueeze(1)
-    batch = Batch(queries, documents, candidates, normalize, empty_score)
+    if q_weights is not None:
+        queries = _weighted(queries, q, q_weights, documents.tokens)
+    batch = Batch(queries, documents, candidates, normalize, empty_score, mean=reduce == "mean")
     if q_dims > 2 and d_dims > 2 and not pairs and queries.offsets is None:
         return batch, AS_IT_IS
     return batch, Finish(q_dims == 2, d_dims == 2 or pairs, queries.offsets, longest)
@@ -95,7 +107,7 @@ def batch_of(
 
 def varlen_batch(
     q: Any, d: Any, cu_seqlens_q: Any, cu_seqlens_d: Any, q_mask: Any, d_mask: Any, *, normalize: bool = False,
-    empty_score: float = -math.inf,
+    empty_score: float = -math.inf, q_weights: Any = None, reduce: str = "sum",
 ) -> Batch:  # fmt: skip
     """``maxsim_varlen``: both sides concatenated by the caller."""
     if type(q) is not Tensor or type(d) is not Tensor:
@@ -107,24 +119,31 @@ def varlen_batch(
     d_offsets = as_offsets("cu_seqlens_d", cu_seqlens_d, "n_d", "d", d)
     queries = Side(q, as_mask("q_mask", q_mask, "q", q), q_offsets)
     documents = Side(d, as_mask("d_mask", d_mask, "d", d), d_offsets)
-    return Batch(queries, documents, None, normalize, empty_score)
+    if q_weights is not None:
+        queries = _weighted(queries, q, q_weights, d)
+    return Batch(queries, documents, None, normalize, empty_score, mean=reduce == "mean")
 
 
 def corpus_batch(
-    q: Any, tokens: Tensor, offsets: Tensor, q_mask: Any, *, normalize: bool, empty_score: float
-) -> tuple[Batch, Finish]:
+    q: Any, tokens: Tensor, offsets: Tensor, q_mask: Any, *, normalize: bool, empty_score: float, q_weights: Any,
+    reduce: str,
+) -> tuple[Batch, Finish]:  # fmt: skip
     """q, in any of its forms, against every document of a corpus whose offsets are known to be right."""
     q = arrays.as_tensor("q", q)
     queries, longest = _queries(q, q_mask, tokens, "d", False)
+    documents = Side(tokens, None, offsets.to(tokens.device))
+    if q_weights is not None:
+        queries = _weighted(queries, q, q_weights, tokens)
     return (
-        Batch(queries, Side(tokens, None, offsets.to(tokens.device)), None, normalize, empty_score),
+        Batch(queries, documents, None, normalize, empty_score, mean=reduce == "mean"),
         Finish(not ragged.is_ragged(q) and q.dim() == 2, False, queries.offsets, longest),
     )
 
 
 def rerank_batch(
     q: Any, tokens: Any, offsets: Any, candidates: Any, q_mask: Any, *, normalize: bool = False,
-    empty_score: float = -math.inf, return_argmax: bool = False, query_ids: Any = None,
+    empty_score: float = -math.inf, return_argmax: bool = False, query_ids: Any = None, q_weights: Any = None,
+    reduce: str = "sum",
 ) -> tuple[Batch, Finish]:  # fmt: skip
     """``rerank``: the candidates of every query, where they are in a ragged corpus or a list."""
     q, tokens = arrays.as_tensor("q", q), arrays.as_tensor("tokens", tokens)
@@ -151,6 +170,9 @@ def rerank_batch(
     )  # fmt: skip
     if one_query:
         candidates = candidates.unsqueeze(0)
+    if q_weights is not None:
+        queries = _weighted(queries, q if pair is None else pair[0], q_weights, tokens)
+    mean = reduce == "mean"
     if query_ids is not None:
         query_ids = as_query_ids(query_ids, queries.items, tokens)
         if len(candidates) != len(query_ids):
@@ -158,14 +180,24 @@ def rerank_batch(
                 f"candidates must be [n, k] with the n of query_ids, {len(query_ids)}; "
                 f"got shape {list(candidates.shape)}"
             )
-        batch = Batch(queries, documents, candidates, normalize, empty_score, query_ids, max(1, longest))
+        batch = Batch(queries, documents, candidates, normalize, empty_score, query_ids, max(1, longest), mean)
         return batch, Finish(longest=longest, numbered=queries.offsets is not None)
     if len(candidates) != queries.items:
         raise ValueError(
             f"candidates must be [n_q, k] with the n_q of q, {queries.items}; got shape {list(candidates.shape)}"
         )
-    batch = Batch(queries, documents, candidates, normalize, empty_score)
+    batch = Batch(queries, documents, candidates, normalize, empty_score, mean=mean)
     return batch, Finish(one_query, False, queries.offsets, longest)
+
+
+def _weighted(queries: Side, q: Any, q_weights: Any, d: Tensor) -> Side:
+    """The side of the caller's q with its weights."""
+    tokens, dtype = queries.tokens, score_dtype(queries.tokens.dtype, d.dtype)
+    if ragged.is_ragged(q):
+        weights = ragged.as_weights("q_weights", q_weights, "q", q, tokens, dtype)
+    else:
+        weights = as_weights("q_weights", q_weights, "q", q, dtype).view(tokens.shape[:-1])
+    return queries._replace(weights=weights)
 
 
 def _pair(q: Any) -> tuple[Any, Any] | None:

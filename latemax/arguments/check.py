@@ -18,9 +18,13 @@ from latemax.ops.dispatch import BY_NAME
 BACKENDS = ("auto", *BY_NAME)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("sum", "mean")
+LEAST_TAU = 1e-6
 
 
-def check_options(*, normalize: Any, empty_score: Any, return_argmax: Any, backend: Any) -> float:
+def check_options(
+    *, normalize: Any, empty_score: Any, return_argmax: Any, backend: Any, reduce: Any = "sum"
+) -> float:  # fmt: skip
     """Checks the keyword options; returns empty_score as a float."""
     for name, value in (("normalize", normalize), ("return_argmax", return_argmax)):
         if not isinstance(value, bool):
@@ -33,7 +37,20 @@ def check_options(*, normalize: Any, empty_score: Any, return_argmax: Any, backe
         raise ValueError(f"empty_score must be infinite or within the range of float32, got {empty_score}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if not isinstance(reduce, str):
+        raise TypeError(f"reduce must be a str, {' or '.join(map(repr, REDUCTIONS))}; got {type(reduce).__name__}")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be {' or '.join(map(repr, REDUCTIONS))}; got {reduce!r}")
     return empty_score
+
+
+def check_tau(tau: Any) -> float:
+    if isinstance(tau, bool) or not isinstance(tau, numbers.Real):
+        raise TypeError(f"tau must be a Python float, got {type(tau).__module__}.{type(tau).__name__}")
+    tau = float(tau)
+    if not LEAST_TAU <= tau < math.inf:
+        raise ValueError(f"tau must be finite and at least {LEAST_TAU}, got {tau}")
+    return tau
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -90,6 +107,23 @@ def as_mask(name: str, m: Any, of: str, x: Tensor) -> Tensor | None:
             f"additive mask (0 = keep, -inf = mask): pass `{name} == 0` instead"
         )
     return m != 0
+
+
+def as_weights(name: str, w: Any, of: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor or array of exactly ``x.shape[:-1]``, of any float dtype → contiguous, in the dtype of the scores."""
+    if not isinstance(w, Tensor):
+        w = arrays.as_tensor(name, w)
+        if not isinstance(w, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or a numpy array, got {type(w).__name__}")
+    if w.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {w.layout}")
+    if w.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {w.dtype}")
+    if w.shape != x.shape[:-1]:
+        raise ValueError(f"{name} must have the leading shape of {of}, {list(x.shape[:-1])}; got shape {list(w.shape)}")
+    if w.device != x.device:
+        raise ValueError(f"{name} must be on the device of {of}, {x.device}; got {w.device}")
+    return w.to(dtype).resolve_neg().contiguous()
 
 
 def as_int64(name: str, x: Any, dims: tuple[int, ...], shape: str, of: Tensor) -> Tensor:

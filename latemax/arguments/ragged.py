@@ -121,6 +121,15 @@ def longest(x: Any) -> int:
     return max([item.shape[0] for item in x], default=0)  # len(item) takes 1 µs
 
 
+def as_weights(name: str, weights: Any, of: str, x: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """A list of weights [l_i] of ragged items x, whose side has these tokens → [t], in the dtype of the scores."""
+    items = x.unbind() if isinstance(x, Tensor) else x
+    _check_list(name, weights, "weights", len(items))
+    pairs = enumerate(zip(weights, items, strict=True))
+    found = [check.as_weights(f"{name}[{i}]", w, f"{of}[{i}]", item, dtype) for i, (w, item) in pairs]
+    return torch.cat(found) if found else tokens.new_empty(0, dtype=dtype)
+
+
 def pad_argmax(argmax: Tensor, offsets: Tensor, length: int) -> Tensor:
     """int32 [n_d, t_q] of ragged queries → [n_q, n_d, length], -1 after the end of each query."""
     n_q, t_q = len(offsets) - 1, argmax.shape[1]
@@ -151,10 +160,14 @@ def _checked(name: str, items: list[Any]) -> list[Tensor]:
 
 def _masks(name: str, mask: Any, items: list[Tensor]) -> list[Tensor]:
     """A bool mask for each item; None keeps all its tokens."""
-    if not isinstance(mask, (list, tuple)) or len(mask) != len(items):
-        came = f"a list of {len(mask)}" if isinstance(mask, (list, tuple)) else type(mask).__name__
-        raise ValueError(f"{name}_mask must be a list of {len(items)} masks for a list of {len(items)}; got {came}")
+    _check_list(f"{name}_mask", mask, "masks", len(items))
     pairs = enumerate(zip(mask, items, strict=True))
     masks = [check.as_mask(f"{name}_mask[{i}]", m, f"{name}[{i}]", item) for i, (m, item) in pairs]
     keep = items[0].new_ones(longest(items) if any(m is None for m in mask) else 0, dtype=torch.bool)
     return [keep[: item.shape[0]] if m is None else m for m, item in zip(masks, items, strict=True)]
+
+
+def _check_list(name: str, x: Any, what: str, n: int) -> None:
+    if not isinstance(x, (list, tuple)) or len(x) != n:
+        came = f"a list of {len(x)}" if isinstance(x, (list, tuple)) else type(x).__name__
+        raise ValueError(f"{name} must be a list of {n} {what} for a list of {n}; got {came}")

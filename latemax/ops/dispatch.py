@@ -108,7 +108,8 @@ def forward(b: Batch, want_argmax: bool, asked: str) -> tuple[tuple[Tensor, Tens
         key = (
             q.shape, q.stride(), q.dtype, d.shape, d.stride(), d.dtype, q.device, q.data_ptr() & 15, d.data_ptr() & 15,
             None if q_mask is None else q_mask.stride(), None if d_mask is None else d_mask.stride(),
-            b.normalize, want_argmax, asked, torch.get_float32_matmul_precision(), q.is_neg(), d.is_neg(),
+            b.normalize, b.mean, b.q.weights is None, want_argmax, asked, torch.get_float32_matmul_precision(),
+            q.is_neg(), d.is_neg(),
         )  # fmt: skip
         known = _prepared.get(key)
         if known is not None:
@@ -130,5 +131,14 @@ def forward(b: Batch, want_argmax: bool, asked: str) -> tuple[tuple[Tensor, Tens
 
 
 def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
-    """Gradients by the plan that ran forward. Masks are not needed: argmax names no masked token."""
-    return MODULES[plan.backend].backward(b, plan, argmax, g, needs)
+    """Gradients by the plan that ran forward. Only the mean needs a mask, that of q: argmax names no masked token."""
+    if b.mean:
+        g = g / b.q.valid().clamp_(min=1).unsqueeze(1)
+    backend, weights = MODULES[plan.backend], b.q.weights
+    if weights is None:
+        return backend.backward(b, plan, argmax, g, needs)
+    # a token that no document's maximum counts may have a weight, or tokens, of NaN or infinity: 0 times them is NaN
+    counted = (argmax >= 0).any(1 if b.q.offsets is None else 0)
+    b = b._replace(q=b.q._replace(weights=weights.where(counted, 0.0)))
+    grads = backend.backward(b, plan, argmax, g, needs)
+    return grads if grads.weights is None else grads._replace(weights=grads.weights.where(counted, 0.0))

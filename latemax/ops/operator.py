@@ -27,21 +27,24 @@ _library = torch.library.Library("latemax", "DEF")  # kept alive: the registrati
 # exported programs and inductor's cache hold these names: arguments are only ever appended
 _library.define(
     "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool normalize, float? empty_score, bool argmax, "
-    "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None) -> (Tensor, Tensor)"
+    "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None, Tensor? q_weights=None, "
+    "bool mean=False) -> (Tensor, Tensor)"
 )
 _library.define(
     "maxsim_backward(Tensor g, Tensor q, Tensor d, Tensor argmax, bool normalize, bool needs_q, bool needs_d, "
-    "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None) -> (Tensor, Tensor)"
+    "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None, Tensor? q_weights=None, "
+    "Tensor? q_mask=None, bool mean=False, bool needs_weights=False) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def _batch(
     q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, normalize: bool, empty_score: float | None,
     argmax: bool, backend: str, q_offsets: Tensor | None = None, d_offsets: Tensor | None = None,
-    candidates: Tensor | None = None,
+    candidates: Tensor | None = None, q_weights: Tensor | None = None, mean: bool = False,
 ) -> Batch:  # fmt: skip
     empty_score = -math.inf if empty_score is None else empty_score
-    return Batch(Side(q, q_mask, q_offsets), Side(d, d_mask, d_offsets), candidates, normalize, empty_score)
+    queries, documents = Side(q, q_mask, q_offsets, weights=q_weights), Side(d, d_mask, d_offsets)
+    return Batch(queries, documents, candidates, normalize, empty_score, mean=mean)
 
 
 def _flat(b: Batch, argmax: bool, backend: str) -> tuple:
@@ -49,15 +52,16 @@ def _flat(b: Batch, argmax: bool, backend: str) -> tuple:
     empty_score = None if b.empty_score == -math.inf else b.empty_score
     return (
         q.tokens, d.tokens, q.mask, d.mask, b.normalize, empty_score, argmax, backend, q.offsets, d.offsets,
-        b.candidates,
+        b.candidates, q.weights, b.mean,
     )  # fmt: skip
 
 
 def _for_backward(
-    q: Tensor, d: Tensor, normalize: bool, q_offsets: Tensor | None = None, d_offsets: Tensor | None = None,
-    candidates: Tensor | None = None,
+    q: Tensor, d: Tensor, normalize: bool, mean: bool, q_offsets: Tensor | None, d_offsets: Tensor | None,
+    candidates: Tensor | None, q_weights: Tensor | None, q_mask: Tensor | None,
 ) -> Batch:  # fmt: skip
-    return Batch(Side(q, None, q_offsets), Side(d, None, d_offsets), candidates, normalize)
+    queries = Side(q, q_mask, q_offsets, weights=q_weights)
+    return Batch(queries, Side(d, None, d_offsets), candidates, normalize, mean=mean)
 
 
 # an operator returns tensors, not None: an output that is not wanted has no element
@@ -69,13 +73,14 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(
     g: Tensor, q: Tensor, d: Tensor, argmax: Tensor, normalize: bool, needs_q: bool, needs_d: bool, backend: str,
-    *ragged: Tensor | None,
+    q_offsets: Tensor | None = None, d_offsets: Tensor | None = None, candidates: Tensor | None = None,
+    q_weights: Tensor | None = None, q_mask: Tensor | None = None, mean: bool = False, needs_weights: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    b = _for_backward(q, d, normalize, *ragged)
+    b = _for_backward(q, d, normalize, mean, q_offsets, d_offsets, candidates, q_weights, q_mask)
     # the same facts give the plan that ran forward
     plan = dispatch.plan_for(problem_of(b, argmax=True), backend)
-    grads = dispatch.backward(b, plan, argmax, g, Needs(needs_q, needs_d))
-    return tuple(x.new_empty(0) if grad is None else grad for grad, x in zip(grads, (q, d), strict=True))
+    grads = dispatch.backward(b, plan, argmax, g, Needs(needs_q, needs_d, needs_weights))
+    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
 
 for _key in ("CPU", "CUDA"):
@@ -92,28 +97,47 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("latemax::maxsim_backward", lib=_library)
 def _(
     g: Tensor, q: Tensor, d: Tensor, argmax: Tensor, normalize: bool, needs_q: bool, needs_d: bool, backend: str,
-    *ragged: Tensor | None,
+    q_offsets: Tensor | None = None, d_offsets: Tensor | None = None, candidates: Tensor | None = None,
+    q_weights: Tensor | None = None, q_mask: Tensor | None = None, mean: bool = False, needs_weights: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
-        for x, needed in ((q, needs_q), (d, needs_d))
+        q.new_empty(0) if x is None or not needed else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x, needed in ((q, needs_q), (d, needs_d), (q_weights, needs_weights))
     )
 
 
+def _save(ctx: Any, b: Batch, argmax: Tensor, backend: str) -> None:
+    q, d = b.q, b.d
+    # only the mean needs a mask: argmax names no masked token
+    mask = q.mask if b.mean else None
+    ctx.save_for_backward(q.tokens, d.tokens, argmax, q.offsets, d.offsets, b.candidates, q.weights, mask)
+    ctx.normalize, ctx.mean, ctx.backend = b.normalize, b.mean, backend
+    ctx.mark_non_differentiable(argmax)
+
+
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, d, _, _, ctx.normalize, _, argmax, ctx.backend, *ragged = inputs
-    if not argmax:
+    if not inputs[6]:
         raise RuntimeError("latemax::maxsim must be called with argmax=True where a gradient is needed")
-    ctx.save_for_backward(q, d, output[1], *ragged)
-    ctx.mark_non_differentiable(output[1])
+    _save(ctx, _batch(*inputs), output[1], inputs[7])
+
+
+def _gradients(ctx: Any, g: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
+    """By the registered operator, of q, d and the weights."""
+    q, d, argmax, *rest = ctx.saved_tensors
+    grads = torch.ops.latemax.maxsim_backward(
+        g, q, d, argmax, ctx.normalize, needs.q, needs.d, ctx.backend, *rest, ctx.mean, needs.weights
+    )
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+
+
+WEIGHTS = 11  # the place of q_weights among the arguments of the operator
 
 
 def _differentiate(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
-    q, d, argmax, *ragged = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:2]
-    grads = torch.ops.latemax.maxsim_backward(g, q, d, argmax, ctx.normalize, *needs, ctx.backend, *ragged)
-    inputs = len(ctx.needs_input_grad)
-    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * (inputs - 2))
+    needed = ctx.needs_input_grad  # arguments that are their defaults may be missing at the end
+    of_q, of_d, of_weights = _gradients(ctx, g, Needs(needed[0], needed[1], any(needed[WEIGHTS:])))
+    grads = (of_q, of_d, *[None] * (WEIGHTS - 2), of_weights, None)
+    return grads[: len(needed)]
 
 
 def _refuse(ctx: Any, *_: Any) -> None:
@@ -125,25 +149,27 @@ torch.library.register_autograd("latemax::maxsim_backward", _refuse, lib=_librar
 
 
 class _MaxSim(torch.autograd.Function):
-    """scores, argmax of a batch in eager mode. q and d are its tokens: autograd sees only tensors as arguments."""
+    """scores, argmax of a batch in eager mode. Its tensors that may need a gradient are arguments of their own, since
+    autograd sees no others."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, d: Tensor, b: Batch, backend: str) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, d: Tensor, weights: Tensor | None, b: Batch, backend: str
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         (scores, argmax), ctx.plan = dispatch.forward(b, True, backend)
         assert argmax is not None
-        ctx.save_for_backward(q, d, argmax, b.q.offsets, b.d.offsets, b.candidates)
-        ctx.normalize, ctx.backend = b.normalize, backend
-        ctx.mark_non_differentiable(argmax)
+        _save(ctx, b, argmax, backend)
         return scores, argmax
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
+        needs = Needs(*ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() or not _plain(g) or torch._C._functorch.is_legacy_batchedtensor(g):
             # the registered operator refuses a second derivative, and takes tensors that are not plain
-            return _differentiate(ctx, g, _)
-        q, d, argmax, *ragged = ctx.saved_tensors
-        b = _for_backward(q, d, ctx.normalize, *ragged)
-        return (*dispatch.backward(b, ctx.plan, argmax, g, Needs(*ctx.needs_input_grad[:2])), None, None)
+            return (*_gradients(ctx, g, needs), None, None)
+        q, d, argmax, *rest = ctx.saved_tensors
+        b = _for_backward(q, d, ctx.normalize, ctx.mean, *rest)
+        return (*dispatch.backward(b, ctx.plan, argmax, g, needs), None, None)
 
 
 def no_mode() -> bool:
@@ -160,18 +186,19 @@ def _plain(*tensors: Tensor | None) -> bool:
     return no_mode() and all(x is None or type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
 
 
-def _refuse_transforms(*tensors: Tensor) -> None:
+def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
     """Refuses transforms that an operator registered with torch.library cannot be differentiated by.
 
     A tangent of forward-mode differentiation would be dropped in silence.
     """
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError("maxsim has no forward-mode derivative (jvp); use reverse mode")
+    given = (x for x in tensors if x is not None)
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+        raise NotImplementedError(f"{name} has no forward-mode derivative (jvp); use reverse mode")
     level = torch._C._functorch.peek_interpreter_stack()
     if level is not None and level.key() == torch._C._functorch.TransformType.Grad:
         # torch's own error for any operator registered this way mentions a setup_context that no caller wrote
         raise NotImplementedError(
-            "maxsim runs under torch.func.vmap, not under torch.func.grad; use torch.autograd.grad"
+            f"{name} runs under torch.func.vmap, not under torch.func.grad; use torch.autograd.grad"
         )
 
 
@@ -193,19 +220,26 @@ def fast_path(q: Any, d: Any, normalize: bool, empty_score: float, backend: str)
     return native.score(q, d, normalize, empty_score)
 
 
+def needs_gradient(b: Batch) -> bool:
+    weights = b.q.weights
+    return (
+        b.q.tokens.requires_grad or b.d.tokens.requires_grad or (weights is not None and weights.requires_grad)
+    )  # fmt: skip
+
+
 def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | None]:
     """(scores, argmax); argmax is None or empty where it is not wanted."""
-    q, d = b.q.tokens, b.d.tokens
-    train = torch.is_grad_enabled() and (q.requires_grad or d.requires_grad)
+    q, d, weights = b.q.tokens, b.d.tokens, b.q.weights
+    train = torch.is_grad_enabled() and needs_gradient(b)
     if not torch.compiler.is_compiling():
-        _refuse_transforms(q, d)
-        plain = _plain(q, d, b.q.mask, b.d.mask)
+        refuse_transforms("maxsim", q, d, weights)
+        plain = _plain(q, d, weights, b.q.mask, b.d.mask)
         if plain and not train:
             return dispatch.forward(b, want_argmax, backend)[0]
     b = b.joined()
     if not torch.compiler.is_compiling():
         if plain:
-            return _MaxSim.apply(b.q.tokens, b.d.tokens, b, backend)
+            return _MaxSim.apply(b.q.tokens, b.d.tokens, b.q.weights, b, backend)
         # below a vmap, a tensor may require a gradient although none here does
         train = train or (torch.is_grad_enabled() and not no_mode())
     return torch.ops.latemax.maxsim(*_flat(b, want_argmax or train, backend))

@@ -33,6 +33,8 @@ class Side(NamedTuple):
     offsets: Tensor | None = None  # int64 [n + 1] contiguous: ragged items, concatenated in tokens
     # ragged items that are not concatenated: tokens is NaN, expanded, and says only shape [t, dim], dtype and device
     separate: Separate | None = None
+    # [n, l] or with offsets [t], contiguous, in the dtype of the scores: factors of the maxima; queries only
+    weights: Tensor | None = None
 
     @property
     def items(self) -> int:
@@ -49,7 +51,21 @@ class Side(NamedTuple):
         if self.separate is None:
             return self
         items, masks = self.separate.tokens, self.separate.masks
-        return Side(torch.cat(items), None if masks is None else torch.cat(masks), self.offsets)
+        mask = None if masks is None else torch.cat(masks)
+        return Side(torch.cat(items), mask, self.offsets, weights=self.weights)
+
+    def valid(self) -> Tensor:
+        """How many tokens of every item the mask keeps, int64 [n].
+
+        Offsets on a GPU are not checked: they are clamped to the tokens, as the kernels clamp them.
+        """
+        mask, offsets, length = self.mask, self.offsets, self.length
+        if offsets is None:
+            return self.tokens.new_full((self.items,), length, dtype=torch.int64) if mask is None else mask.sum(-1)
+        ends = offsets.clamp(0, length)
+        if mask is not None:
+            ends = F.pad(mask.cumsum(0), (1, 0))[ends]
+        return ends.diff().clamp_(min=0)
 
 
 class Batch(NamedTuple):
@@ -64,6 +80,7 @@ class Batch(NamedTuple):
     # int64 [n] contiguous: row r of candidates and scores belongs to query query_ids[r]; needs candidates
     query_ids: Tensor | None = None
     longest: int = 0  # with query_ids and ragged queries: tokens of the longest, at least 1
+    mean: bool = False  # scores are divided by the number of valid query tokens
 
     @property
     def own(self) -> bool:
@@ -129,20 +146,23 @@ def _with_rows_of(b: Batch, query_ids: Tensor) -> Batch:
     known = (query_ids >= 0) & (query_ids < b.q.items)
     candidates = torch.where(known.unsqueeze(1), candidates, NO_DOCUMENT)
     rows = torch.where(known, query_ids, 0)
-    tokens, mask, dtype = q.tokens, q.mask, q.tokens.dtype
+    tokens, mask, weights, dtype = q.tokens, q.mask, q.weights, q.tokens.dtype
     if tokens.requires_grad and dtype.itemsize == 2:
         # the gradients of all rows of a query are added in float32
         tokens = tokens.float()
     if q.offsets is None:
         tokens, mask = tokens.index_select(0, rows), None if mask is None else mask.index_select(0, rows)
+        weights = None if weights is None else weights.index_select(0, rows)
     else:
         if not len(tokens):
             tokens, mask = F.pad(tokens, (0, 0, 0, 1)), None
+            weights = None if weights is None else F.pad(weights, (0, 1))
         i = torch.arange(b.longest, device=rows.device)
         keep = i < q.offsets.diff().index_select(0, rows).unsqueeze(1)  # [n, longest]
         at = (q.offsets.index_select(0, rows).unsqueeze(1) + i).clamp(0, len(tokens) - 1)
         tokens, mask = tokens[at], keep if mask is None else keep & mask[at]
-    return b._replace(q=Side(tokens.to(dtype), mask), candidates=candidates, query_ids=None)
+        weights = None if weights is None else weights[at]
+    return b._replace(q=Side(tokens.to(dtype), mask, weights=weights), candidates=candidates, query_ids=None)
 
 
 class Outputs(NamedTuple):
@@ -152,17 +172,19 @@ class Outputs(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which sides need a gradient."""
+    """What needs a gradient."""
 
     q: bool
     d: bool
+    weights: bool = False
 
 
 class Gradients(NamedTuple):
-    """In the shapes and dtypes of q and d; None for a side that needs none."""
+    """In the shapes and dtypes of the tokens of q and d and of the weights; None for what needs none."""
 
     q: Tensor | None
     d: Tensor | None
+    weights: Tensor | None = None
 
 
 class Problem(NamedTuple):
@@ -180,6 +202,8 @@ class Problem(NamedTuple):
     candidates: bool  # they are named by number and scored in place
     normalize: bool
     argmax: bool
+    weighted: bool = False
+    mean: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -203,7 +227,7 @@ def problem_of(b: Batch, *, argmax: bool) -> Problem:
         l_q = max(1, -(-l_q // max(1, n_q)))
     return Problem(
         q.device, q.dtype, d.dtype, torch.get_float32_matmul_precision(), q.shape[-1], n_q, l_q, q_ragged,
-        b.own, b.candidates is not None, b.normalize, argmax,
+        b.own, b.candidates is not None, b.normalize, argmax, b.q.weights is not None, b.mean,
     )  # fmt: skip
 
 

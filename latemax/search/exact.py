@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latemax._progress import Bar
-from latemax.api import maxsim, rerank, score_corpus
+from latemax.api import Weights, maxsim, rerank, score_corpus
 from latemax.arguments import arrays, check, ragged
 from latemax.search import corpus as corpora
 from latemax.search import stream
@@ -34,6 +34,8 @@ def topk(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
     memory: int = 1 << 30,
     device: torch.device | str | None = None,
     progress: bool = False,
@@ -56,7 +58,7 @@ def topk(
         q_mask: as in `maxsim`. d_mask: [n_d, l_d], with a dense corpus only.
         within: the documents to rank, which alone are read: indices (an int64 tensor or array), a mask (a bool tensor
             or array [n_d]), or ids (a list or tuple, of a store). A document named twice counts once; None ranks all.
-        normalize, empty_score, backend: as in `maxsim`.
+        normalize, empty_score, q_weights, reduce, backend: as in `maxsim`.
         return_argmax: also find which token of its document each query token's maximum is, for the k best only.
         memory: bytes that chunks of tokens, their scores and what sorts them may take together, on the host and on the
             device each. Queries, results and corpora that are in memory already are not counted.
@@ -78,7 +80,7 @@ def topk(
         >>> found = latemax.topk(query_tokens, store, 3, within=["page-1", "page-2", "page-7"], return_argmax=True)
     """
     empty_score = check.check_options(
-        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
     check.check_positive("k", k)
     check.check_positive("memory", memory)
@@ -86,7 +88,7 @@ def topk(
     found = corpora.of(corpus, d_mask)
     documents = corpora.chosen(within, found)
     corpora.at_most(k, found, documents)
-    q, q_mask = on_device(q, q_mask, device)
+    q, q_mask, q_weights = on_device(q, q_mask, q_weights, device)
     one = q if isinstance(q, Tensor) else q[0]
     one_query = isinstance(q, Tensor) and not q.is_nested and q.dim() == 2
     n_q = 1 if one_query else len(q)
@@ -103,7 +105,7 @@ def topk(
     if memory <= merging:
         raise ValueError(f"memory must hold the {k} best of {n_q} queries, {merging} bytes; got {memory}")
     runs = corpora.runs(searched, memory - merging, row, n_q * SCORE_BYTES)
-    options = dict(normalize=normalize, empty_score=empty_score, backend=backend)
+    options = dict(normalize=normalize, empty_score=empty_score, q_weights=q_weights, reduce=reduce, backend=backend)
     kept, bar = None, Bar(len(searched), "searching ") if progress else None
     with torch.no_grad():
         for (a, b), tokens in stream.chunks(searched, runs, one.device):
@@ -161,9 +163,10 @@ def _argmax(
     return result
 
 
-def on_device(q: Any, q_mask: Any, device: torch.device | str | None) -> tuple[Any, Any]:
-    """q and its mask, checked, on the device that scores."""
+def on_device(q: Any, q_mask: Any, q_weights: Any, device: torch.device | str | None) -> tuple[Any, Any, Any]:
+    """q, which is checked, its mask and its weights, on the device that scores."""
     q, q_mask = arrays.as_tensors("q", q), arrays.as_tensors("q_mask", q_mask)
+    q_weights = arrays.as_tensors("q_weights", q_weights)
     if not ragged.is_ragged(q):
         check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
     elif isinstance(q, (list, tuple)):
@@ -172,11 +175,11 @@ def on_device(q: Any, q_mask: Any, device: torch.device | str | None) -> tuple[A
         for i, item in enumerate(q):
             check.check_tokens(f"q[{i}]", item, (2,), "[l_i, dim]")
     if device is None:
-        return q, q_mask
+        return q, q_mask, q_weights
 
     def move(x: Any) -> Any:
         if isinstance(x, (list, tuple)):
             return [None if item is None else item.to(device) for item in x]
         return x if x is None else x.to(device)
 
-    return move(q), move(q_mask)
+    return move(q), move(q_mask), move(q_weights)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latemax._progress import Bar
-from latemax.api import rerank
+from latemax.api import Weights, rerank
 from latemax.arguments import arrays, check
 from latemax.ops.problem import score_dtype
 from latemax.search import corpus as corpora
@@ -118,6 +118,8 @@ def two_stage(
     normalize: bool = False,
     empty_score: float = -math.inf,
     return_argmax: bool = False,
+    q_weights: Weights = None,
+    reduce: str = "sum",
     backend: str = "auto",
 ) -> TopK:
     """The k best of the candidates that ``first`` names, by their exact scores.
@@ -132,7 +134,7 @@ def two_stage(
             with a method ``first`` that is called, with ``within=`` (int64 indices) where two_stage was given it.
         n_candidates: how many to ask for; at most n_d are asked for.
         within: as in `topk`; candidates of a plain callable that are outside are dropped.
-        q_mask, normalize, empty_score, backend: as in `maxsim`.
+        q_mask, normalize, empty_score, q_weights, reduce, backend: as in `maxsim`; `first` is not given the weights.
         return_argmax: as in `topk`.
 
     Returns:
@@ -143,7 +145,7 @@ def two_stage(
         TypeError, ValueError: as `topk`; candidates of another shape, dtype or outside the corpus.
     """
     empty_score = check.check_options(
-        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend
+        normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
     q, q_mask = unwrapped(q, q_mask, corpus)
     q = arrays.as_tensor("q", q)
@@ -156,22 +158,28 @@ def two_stage(
     check.check_positive("n_candidates", n_candidates)
     documents = corpora.chosen(within, found)
     corpora.at_most(k, found, documents)
+    scores_in = score_dtype(q.dtype, found.dtype)
+    if q_weights is not None:
+        q_weights = check.as_weights("q_weights", q_weights, "q", q, scores_in).detach().to(found.device)
     n = min(n_candidates, len(found))
     if k > n:
         raise ValueError(f"k must be at most n_candidates and the number of documents, {n}; got {k}")
     one_query, device = q.dim() == 2, q.device
     if one_query:
         q, q_mask = q.unsqueeze(0), None if q_mask is None else q_mask.unsqueeze(0)
+        q_weights = None if q_weights is None else q_weights.unsqueeze(0)
     candidates = _candidates(first, q, q_mask, n, len(found), documents).to(found.device)
     candidates = F.pad(candidates, (0, max(0, k - candidates.shape[1])), value=-1)
     q, q_mask = q.detach().to(found.device), None if q_mask is None else q_mask.to(found.device)
 
     # empty slots stay NaN, so that they rank last whatever empty_score is
-    scores = torch.full(candidates.shape, math.nan, device=found.device, dtype=score_dtype(q.dtype, found.dtype))
+    scores = torch.full(candidates.shape, math.nan, device=found.device, dtype=scores_in)
     argmax = None
     if return_argmax:
         argmax = torch.full((*candidates.shape, q.shape[1]), -1, device=found.device, dtype=torch.int32)
-    options = dict(normalize=normalize, empty_score=empty_score, backend=backend)
+    options: dict[str, Any] = dict(
+        normalize=normalize, empty_score=empty_score, q_weights=q_weights, reduce=reduce, backend=backend
+    )
     for tokens, offsets, local in found.pieces(candidates):
         offsets = offsets.to(tokens.device)
         if argmax is None:

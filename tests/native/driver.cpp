@@ -84,6 +84,7 @@ struct Case {
     maxsim_args args{};
     Tensor q, d;
     std::vector<int64_t> q_offsets, d_offsets, candidates;
+    std::vector<float> weights;
 };
 
 int64_t offset(const std::vector<int64_t> &cu, int64_t n, int64_t length) { return cu.empty() ? n * length : cu[n]; }
@@ -104,6 +105,7 @@ double pair_score(const Case &c, int64_t a, int64_t slot, const int32_t *argmax,
     const int64_t first_token = offset(c.q_offsets, a, args.q.l);
     const int32_t *argmax_row = argmax + (c.q_offsets.empty() ? (a * args.n_c + slot) * args.q.l : slot * args.q.total + first_token);
     double total = 0;
+    int valid_tokens = 0;
     bool some_query = false, some_document = false;
     for (int64_t i = offset(c.q_offsets, a, args.q.l); i < offset(c.q_offsets, a + 1, args.q.l); ++i) {
         const int32_t at = argmax_row[i - first_token];
@@ -131,8 +133,10 @@ double pair_score(const Case &c, int64_t a, int64_t slot, const int32_t *argmax,
             wrong += at != first_nan;
         else
             wrong += !valid || !(at_similarity == best || at_similarity >= best - tolerance - 1e-5 * std::fabs(best));
-        total += best;
+        total += c.weights.empty() ? best : best * c.weights[i];
+        ++valid_tokens;
     }
+    if (args.mean && valid_tokens) total /= valid_tokens;
     return !some_query ? 0 : some_document ? total : args.empty_score;
 }
 
@@ -140,10 +144,11 @@ struct Results {
     std::vector<float> scores;
     std::vector<int32_t> argmax;
     std::vector<char> grad_q, grad_d;
+    std::vector<float> grad_weights;
 };
 
 Results forward(maxsim_args &args, const latemax::Level &level, int threads) {
-    Results r{std::vector<float>(args.n_q * args.n_c, 7), std::vector<int32_t>(args.q.total * args.n_c, -99), {}, {}};
+    Results r{std::vector<float>(args.n_q * args.n_c, 7), std::vector<int32_t>(args.q.total * args.n_c, -99), {}, {}, {}};
     args.scores = r.scores.data(), args.argmax = r.argmax.data();
     latemax::forward(args, level, threads);
     return r;
@@ -184,7 +189,9 @@ Results run(Case &c, const latemax::Level &level, int threads) {
     r.grad_q.assign(c.q.bytes.size(), 1), r.grad_d.assign(c.d.bytes.size(), 1);
     std::vector<float> g(args.n_q * args.n_c);
     for (size_t i = 0; i < g.size(); ++i) g[i] = static_cast<float>(i % 7) - 3;
-    latemax::backward(args, {g.data(), args.n_c, 1, r.grad_q.data(), r.grad_d.data()}, level, threads);
+    r.grad_weights.assign(c.weights.size(), 7);
+    float *grad_weights = c.weights.empty() ? nullptr : r.grad_weights.data();
+    latemax::backward(args, {g.data(), args.n_c, 1, r.grad_q.data(), r.grad_d.data(), grad_weights}, level, threads);
     return r;
 }
 
@@ -254,9 +261,13 @@ int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normali
     if (!c.d_offsets.empty()) a.d.offsets = c.d_offsets.data();
     if (!c.candidates.empty()) a.candidates = c.candidates.data();
     a.empty_score = -3, a.normalize = normalize;
+    /* half of the cases are weighted, half of these take the mean */
+    for (int64_t i = 0; masked && i < t_q; ++i)
+        c.weights.push_back(c.q.mask[i] ? static_cast<float>(i % 5 - 2) / 2 : NOT_A_NUMBER);
+    if (masked) a.weights = c.weights.data(), a.mean = normalize;
     const Results one = run(c, level, 1), three = run(c, level, 3);
     int wrong = !same(one.scores, three.scores) + !same(one.argmax, three.argmax) + !same(one.grad_q, three.grad_q) +
-                !same(one.grad_d, three.grad_d);
+                !same(one.grad_d, three.grad_d) + !same(one.grad_weights, three.grad_weights);
     const Separate queries(c.q, c.q_offsets, a.dim), items(c.d, c.d_offsets, a.dim);
     for (int sides = 1; sides < 4; ++sides) {
         maxsim_args args = a;

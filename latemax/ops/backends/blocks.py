@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from latemax.ops.backends import gather
 from latemax.ops.backends.base import Status, WrongDevice
 from latemax.ops.backends.gather import clamped_norms, groups, l2_bytes
-from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Plan, Problem
+from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Plan, Problem, Side
 
 name = "blocks"
 # query tokens that share one block: enough for the product to run at full rate
@@ -63,7 +63,7 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
 
 def _dense(b: Batch, out: Outputs) -> None:
     q, d, q_mask, d_mask = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask
-    scores, argmax = out
+    (scores, argmax), weights = out, b.q.weights
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
         q = q.to(scores.dtype)
         if q_mask is not None:
@@ -71,8 +71,10 @@ def _dense(b: Batch, out: Outputs) -> None:
         if b.normalize:
             q = q / clamped_norms(q)
         if d.shape[-2]:
-            for group in groups(d.dim() == 4, len(q), (d, d_mask), (q, q_mask, scores, argmax)):
+            for group in groups(d.dim() == 4, len(q), (d, d_mask), (q, q_mask, weights, scores, argmax)):
                 _forward_group(group, b.normalize)
+        if b.mean:
+            scores /= b.q.valid().clamp_(min=1).unsqueeze(1)
         _fill_empty(q_mask, d_mask, d.shape[-2], scores, argmax, b.empty_score)
 
 
@@ -95,7 +97,7 @@ def _fill_empty(
 
 def _forward_group(group: tuple, normalize: bool) -> None:
     """q [n_q, l_q, dim] in the dtype of scores, d [n_d, l_d, dim]; scores [n_q, n_d], argmax [n_q, n_d, l_q]."""
-    d, d_mask, q, q_mask, scores, argmax = group
+    d, d_mask, q, q_mask, weights, scores, argmax = group
     (n_q, l_q, dim), (n_d, l_d) = q.shape, d.shape[:2]
     per_block = min(n_q, max(1, ROWS // l_q))
     rows = per_block * l_q
@@ -145,6 +147,8 @@ def _forward_group(group: tuple, normalize: bool) -> None:
                     lead = d_mask[n : n + m].to(torch.uint8).argmax(-1).view(1, m, 1)
                     position = torch.where(best == -math.inf, lead, position)
                 argmax[first:last, n : n + m] = position
+            if weights is not None:
+                best = best * weights[first:last].unsqueeze(1)
             if q_mask is not None:
                 keep = q_mask[first:last].unsqueeze(1)
                 best = best.masked_fill(~keep, 0.0)
@@ -175,20 +179,28 @@ def _running(state: Running | None, sims: Tensor, start: int, want_position: boo
     return torch.where(new, best, old), torch.where(new, position, old_position)
 
 
-def _spans(offsets: Tensor) -> list[tuple[int, int]]:
+def spans_of(offsets: Tensor) -> list[tuple[int, int]]:
     return list(itertools.pairwise(offsets.tolist()))
 
 
-def _padded(x: Tensor, mask: Tensor | None, spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Rows of x and their mask, [n, longest, dim] and [n, longest], at least one token long."""
-    least = x.new_zeros(1, x.shape[1])
-    keep = torch.ones(len(x), dtype=torch.bool, device=x.device) if mask is None else mask
-    tokens = pad_sequence([x[first:last] for first, last in spans] + [least], batch_first=True)[:-1]
-    keep = pad_sequence([keep[first:last] for first, last in spans] + [keep.new_zeros(1)], batch_first=True)[:-1]
-    return tokens, keep
+def padded(s: Side, spans: list[tuple[int, int]]) -> Side:
+    """Ragged items as [n, longest, ...] with a mask, at least one token long."""
+
+    def pad(x: Tensor) -> Tensor:
+        least = x.new_zeros(1, *x.shape[1:])
+        return pad_sequence([x[first:last] for first, last in spans] + [least], batch_first=True)[:-1]
+
+    keep = torch.ones(len(s.tokens), dtype=torch.bool, device=s.tokens.device) if s.mask is None else s.mask
+    return Side(pad(s.tokens), pad(keep), weights=None if s.weights is None else pad(s.weights))
 
 
-def _blocks(numbers: list[int], spans: list[tuple[int, int]]) -> Iterator[list[int]]:
+def some(s: Side, at: slice) -> Side:
+    """Some of dense items."""
+    mask, weights = (None if x is None else x[at] for x in (s.mask, s.weights))
+    return Side(s.tokens[at], mask, weights=weights)
+
+
+def blocks_of(numbers: list[int], spans: list[tuple[int, int]]) -> Iterator[list[int]]:
     """Slots of ``numbers``, those of similar length together, RAGGED_TOKENS padded tokens at a time."""
 
     def length(slot: int) -> int:
@@ -206,35 +218,32 @@ def _blocks(numbers: list[int], spans: list[tuple[int, int]]) -> Iterator[list[i
 
 
 def _ragged(b: Batch, out: Outputs) -> None:
-    q, d, q_mask, d_mask = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask
-    q_offsets, d_offsets = b.q.offsets, b.d.offsets
     n_q, n_d = out.scores.shape
-    if q_offsets is not None:
-        query_spans = _spans(q_offsets)
-        q, q_mask = _padded(q, q_mask, query_spans)
-    argmax = None if out.argmax is None else out.argmax.new_full((n_q, n_d, q.shape[1]), -1)
-    padded = b._replace(q=b.q._replace(tokens=q, mask=q_mask, offsets=None))
+    q, d_offsets = b.q, b.d.offsets
+    if q.offsets is not None:
+        query_spans = spans_of(q.offsets)
+        q = padded(q, query_spans)
+    argmax = None if out.argmax is None else out.argmax.new_full((n_q, n_d, q.length), -1)
     if d_offsets is None:
-        _dense(padded, Outputs(out.scores, argmax))
+        _dense(b._replace(q=q), Outputs(out.scores, argmax))
     else:
-        spans = [*_spans(d_offsets), (0, 0)]  # candidate -1 is the empty document at the end
+        spans = [*spans_of(d_offsets), (0, 0)]  # candidate -1 is the empty document at the end
         rows = [(slice(None), list(range(n_d)))]
         if b.candidates is not None:
             rows = [(slice(a, a + 1), numbers) for a, numbers in enumerate(b.candidates.tolist())]
         for at, numbers in rows:
-            query = padded.q._replace(tokens=q[at], mask=None if q_mask is None else q_mask[at])
-            for block in _blocks(numbers, spans):
-                docs, keep = _padded(d, d_mask, [spans[numbers[slot]] for slot in block])
-                part = out.scores.new_empty(len(q[at]), len(block))
-                best = None if argmax is None else argmax.new_empty((*part.shape, q.shape[1]))
-                dense = b._replace(q=query, d=b.d._replace(tokens=docs, mask=keep, offsets=None), candidates=None)
-                _dense(dense, Outputs(part, best))
+            query = some(q, at)
+            for block in blocks_of(numbers, spans):
+                docs = padded(b.d, [spans[numbers[slot]] for slot in block])
+                part = out.scores.new_empty(query.items, len(block))
+                best = None if argmax is None else argmax.new_empty((*part.shape, q.length))
+                _dense(b._replace(q=query, d=docs, candidates=None), Outputs(part, best))
                 out.scores[at, block] = part
                 if argmax is not None and best is not None:
                     argmax[at, block] = best
     if out.argmax is None or argmax is None:
         return
-    if q_offsets is None:
+    if b.q.offsets is None:
         out.argmax.copy_(argmax)
         return
     out.argmax.fill_(-1)

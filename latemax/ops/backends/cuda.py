@@ -74,6 +74,8 @@ def why_not(p: Problem, by_name: bool) -> str:
         return f"compute capability {arch / 10} is below 8.0"
     if p.q_dtype != p.d_dtype or p.q_dtype not in DTYPES:
         return f"the CUDA kernels take q and d both float16 or both bfloat16, not {p.q_dtype} and {p.d_dtype}"
+    if p.weighted or p.mean:
+        return "the CUDA kernels take neither weights nor the mean of query tokens"
     if p.dim % 8:
         return f"the CUDA kernels copy 16 bytes at a time: dim must be a multiple of 8, not {p.dim}"
     if p.dim > most_dims(arch):

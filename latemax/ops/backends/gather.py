@@ -1,6 +1,7 @@
 """Gradients from the recorded argmax in plain torch, on any device.
 
-grad_q gathers the document tokens that argmax names; grad_d adds query tokens up at them.
+grad_q gathers the document tokens that argmax names; grad_d adds query tokens up at them. The product of a query token
+and the sum gathered for it, before its weight is applied, is the gradient of that weight.
 """
 
 from __future__ import annotations
@@ -55,23 +56,26 @@ def groups(
 def backward(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
     if b.ragged:
         return ragged(b, argmax, g, needs)
-    q, d = b.q.tokens, b.d.tokens
+    q, d, weights = b.q.tokens, b.d.tokens, b.q.weights
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format) if needs.q else None
     grad_d = torch.zeros_like(d, memory_format=torch.contiguous_format) if needs.d else None
+    grad_weights = None if weights is None or not needs.weights else torch.zeros_like(weights)
     if g.numel() and d.shape[-2]:
         with torch.autocast(q.device.type, enabled=False), torch.no_grad():
-            for group in groups(b.own, len(q), (d, grad_d), (q, grad_q, g, argmax)):
+            for group in groups(b.own, len(q), (d, grad_d), (q, weights, grad_q, grad_weights, g, argmax)):
                 _dense_group(group, b.normalize, b.score_dtype)
-    return Gradients(grad_q, grad_d)
+    return Gradients(grad_q, grad_d, grad_weights)
 
 
 def _dense_group(group: tuple, normalize: bool, wide: torch.dtype) -> None:
-    """Fills grad_q and grad_d in place, a block of documents at a time."""
-    d, grad_d, q, grad_q, g, argmax = group
+    """Fills the gradients in place, a block of documents at a time."""
+    d, grad_d, q, weights, grad_q, grad_weights, g, argmax = group
     (n_q, l_q, dim), (n_d, l_d) = q.shape, d.shape[:2]
     rows = q.reshape(-1, dim).to(wide).contiguous()
     q_norms = clamped_norms(rows) if normalize else rows
     units = rows / q_norms if normalize else rows
+    factors = None if weights is None else weights.reshape(-1, 1)
+    counted = units if factors is None else units * factors
     sum_q = torch.zeros_like(rows)
     # picked rows stay in L2; sums over whole documents, where d has a gradient, stay within a block
     docs = max(1, l2_bytes() * torch.get_num_threads() // (rows.numel() * rows.element_size()))
@@ -84,19 +88,23 @@ def _dense_group(group: tuple, normalize: bool, wide: torch.dtype) -> None:
         weight = g[:, n : n + m].T.to(wide).unsqueeze(-1).expand(m, n_q, l_q).reshape(m, -1, 1)
         # on a GPU (backend="reference") asking would wait for the device
         lost = None if d.device.type == "cpu" and bool(won.all()) else ~won.unsqueeze(-1)
-        if grad_q is not None:
+        if grad_q is not None or grad_weights is not None:
             picked = d[n : n + m].reshape(-1, dim).index_select(0, flat).to(wide)
             if normalize:
                 picked /= clamped_norms(picked)
             sum_q += weighted(picked.view(m, -1, dim), weight, lost).sum(0)
         if grad_d is not None:
-            given = weighted(units.expand(m, -1, -1), weight, lost).reshape(-1, dim)
+            given = weighted(counted.expand(m, -1, -1), weight, lost).reshape(-1, dim)
             total = given.new_zeros(m * l_d, dim).index_add_(0, flat, given)
             if normalize:
                 block = d[n : n + m].reshape(-1, dim).to(wide)
                 total = through_norm(block, clamped_norms(block), total)
             grad_d[n : n + m] = total.view(m, l_d, dim)
+    if grad_weights is not None:
+        torch.sum((units * sum_q).view(n_q, l_q, dim), -1, out=grad_weights)
     if grad_q is not None:
+        if factors is not None:
+            sum_q *= factors
         if normalize:
             sum_q = through_norm(rows, q_norms, sum_q)
         grad_q.copy_(sum_q.view_as(grad_q))
@@ -118,6 +126,8 @@ def ragged(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
             owner = (torch.searchsorted(q_offsets, at, right=True) - 1).clamp(max=n_q - 1)
         q_norms = clamped_norms(rows) if b.normalize else rows
         units = rows / q_norms if b.normalize else rows
+        factors = None if b.q.weights is None else b.q.weights.reshape(-1, 1)
+        counted = units if factors is None else units * factors
         sum_q = torch.zeros_like(rows)
         sum_d = torch.zeros(docs.shape if needs.d else (0, dim), dtype=wide, device=d.device)
         step = max(1, BLOCK_BYTES // max(1, 2 * rows.numel() * rows.element_size()))
@@ -136,18 +146,21 @@ def ragged(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
             flat = torch.where(won, base + best, 0).reshape(-1)
             weight = g[:, first : first + step].T[:, owner].to(wide).unsqueeze(-1)  # [c, rows, 1]
             lost = ~won.unsqueeze(-1)
-            if needs.q:
+            if needs.q or needs.weights:
                 picked = docs.index_select(0, flat).to(wide)
                 if b.normalize:
                     picked /= clamped_norms(picked)
                 sum_q += weighted(picked.view(*won.shape, dim), weight, lost).sum(0)
             if needs.d:
-                given = weighted(units.expand(len(best), -1, -1), weight, lost).reshape(-1, dim)
+                given = weighted(counted.expand(len(best), -1, -1), weight, lost).reshape(-1, dim)
                 if d.is_cuda:
                     # sorts by row first: repeatable, which index_add is not
                     sum_d.index_put_((flat,), given, accumulate=True)
                 else:
                     sum_d.index_add_(0, flat, given)
+        grad_weights = (units * sum_q).sum(-1).view(q.shape[:-1]) if needs.weights else None
+        if factors is not None:
+            sum_q *= factors
         if b.normalize and needs.q:
             sum_q = through_norm(rows, q_norms, sum_q)
         if b.normalize and needs.d:
@@ -156,6 +169,7 @@ def ragged(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
         return Gradients(
             sum_q.view(q.shape).to(q.dtype) if needs.q else None,
             sum_d.view(d.shape).to(d.dtype) if needs.d else None,
+            grad_weights,
         )
 
 

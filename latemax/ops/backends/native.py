@@ -90,6 +90,7 @@ def score(q: Tensor, d: Tensor, normalize: bool, empty_score: float) -> Tensor |
     _cpu.forward(
         len(levels()) - 1, torch.get_num_threads(), q_dtype, q_at, q_shape, q.stride(), None, 0, None, d_dtype, d_at,
         d_shape, d.stride(), None, 0, None, 0, None, False, (n_q, n_d), scores.data_ptr(), 0, normalize, empty_score,
+        0, False,
     )  # fmt: skip
     return scores
 
@@ -106,14 +107,15 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
     b = b._replace(q=_contiguous_rows(b.q), d=_contiguous_rows(b.d))
     grad_q, grad_d = (
         torch.empty_like(side.tokens, memory_format=torch.contiguous_format) if needed else None
-        for side, needed in zip((b.q, b.d), needs, strict=True)
+        for side, needed in ((b.q, needs.q), (b.d, needs.d))
     )
+    grad_weights = torch.empty_like(b.q.weights) if b.q.weights is not None and needs.weights else None
     g = g.to(torch.float32)
     _cpu.backward(
         plan.launch, torch.get_num_threads(), *pointers.call(b, g.shape, None, argmax.contiguous()),
-        g.data_ptr(), g.stride(), address(grad_q), address(grad_d),
+        g.data_ptr(), g.stride(), address(grad_q), address(grad_d), address(grad_weights),
     )  # fmt: skip
-    return Gradients(grad_q, grad_d)
+    return Gradients(grad_q, grad_d, grad_weights)
 
 
 def _has_neg(b: Batch) -> bool:

@@ -64,7 +64,7 @@ def call(b: Batch, shape: tuple[int, ...], scores: Tensor | None, argmax: Tensor
     """The positional arguments that ``read_call`` of csrc/binding.h reads. shape: [n_q, n_d]."""
     return (
         *side(b.q), *side(b.d), address(b.candidates), None if b.query_ids is None else (address(b.query_ids), b.l_q),
-        b.own, shape, address(scores), address(argmax), b.normalize, b.empty_score,
+        b.own, shape, address(scores), address(argmax), b.normalize, b.empty_score, address(b.q.weights), b.mean,
     )  # fmt: skip
 
 

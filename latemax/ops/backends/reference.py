@@ -34,8 +34,8 @@ def forward(b: Batch, plan: Plan, out: Outputs) -> None:
         _ragged(b, out)
         return
     scores, argmax = reference.maxsim(
-        b.q.tokens, b.d.tokens, b.q.mask, b.d.mask,
-        normalize=b.normalize, empty_score=b.empty_score, return_argmax=True,
+        b.q.tokens, b.d.tokens, b.q.mask, b.d.mask, normalize=b.normalize, empty_score=b.empty_score,
+        return_argmax=True, q_weights=b.q.weights, reduce=_reduce(b),
     )  # fmt: skip
     out.scores.copy_(scores)
     if out.argmax is not None:
@@ -46,13 +46,17 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
     return gather.backward(b, argmax, g, needs)
 
 
-def _items(s: Side) -> list[tuple[Tensor, Tensor | None]]:
-    """(tokens [l, dim], mask [l] or None) of every query or document."""
-    tokens, mask, offsets = s.tokens, s.mask, s.offsets
-    if offsets is None:
-        return [(tokens[i], None if mask is None else mask[i]) for i in range(len(tokens))]
-    spans = itertools.pairwise(offsets.tolist())
-    return [(tokens[first:last], None if mask is None else mask[first:last]) for first, last in spans]
+def _reduce(b: Batch) -> str:
+    return "mean" if b.mean else "sum"
+
+
+def _items(s: Side) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """(tokens [l, dim], mask [l] or None, weights [l] or None) of every query or document."""
+    at: list[int | slice] = list(range(len(s.tokens)))
+    if s.offsets is not None:
+        at = [slice(first, last) for first, last in itertools.pairwise(s.offsets.tolist())]
+    mask, weights = s.mask, s.weights
+    return [(s.tokens[i], None if mask is None else mask[i], None if weights is None else weights[i]) for i in at]
 
 
 def _ragged(b: Batch, out: Outputs) -> None:
@@ -60,18 +64,18 @@ def _ragged(b: Batch, out: Outputs) -> None:
     if out.argmax is not None:
         out.argmax.fill_(-1)
     documents = None if b.d.tokens.dim() == 4 else _items(b.d)
-    none = (b.d.tokens.reshape(-1, b.dim)[:0], None)  # candidate -1
+    none = (b.d.tokens.reshape(-1, b.dim)[:0], None, None)  # candidate -1
     starts = None if b.q.offsets is None else b.q.offsets.tolist()
-    for a, (query, q_mask) in enumerate(_items(b.q)):
+    for a, (query, q_mask, weights) in enumerate(_items(b.q)):
         mine = documents
         if documents is None:
             mine = _items(Side(b.d.tokens[a], None if b.d.mask is None else b.d.mask[a]))
         elif b.candidates is not None:
             mine = [none if number < 0 else documents[number] for number in b.candidates[a].tolist()]
-        for c, (document, d_mask) in enumerate(mine or ()):
+        for c, (document, d_mask, _) in enumerate(mine or ()):
             out.scores[a, c], argmax = reference.maxsim(
-                query, document, q_mask, d_mask,
-                normalize=b.normalize, empty_score=b.empty_score, return_argmax=True,
+                query, document, q_mask, d_mask, normalize=b.normalize, empty_score=b.empty_score, return_argmax=True,
+                q_weights=weights, reduce=_reduce(b),
             )  # fmt: skip
             if out.argmax is not None:
                 into = out.argmax[a, c] if starts is None else out.argmax[c, starts[a] : starts[a + 1]]

@@ -90,6 +90,7 @@ class PreparedLaunch:
         if self.index is not None and self.index != torch.cuda.current_device():
             return None
         q, d, q_mask, d_mask, empty_score = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask, b.empty_score
+        weights = b.q.weights
         shape, strides, dtype, device = self.scores
         scores = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         argmax = None
@@ -98,7 +99,7 @@ class PreparedLaunch:
             argmax = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         pointers = (
             q, d, scores if q_mask is None else q_mask, scores if d_mask is None else d_mask, scores, scores, scores,
-            *[scores if argmax is None else argmax] * 5,
+            *[scores if argmax is None else argmax] * 5, scores if weights is None else weights,
         )  # fmt: skip
         if _hooked():
             self.built[self.grid](*pointers, *self.numbers, empty_score, *self.constants)
@@ -251,7 +252,7 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
         constants = (
             dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, q_offsets is not None,
             d_offsets is not None, separate is not None, candidates is not None, b.q.mask is not None,
-            d_mask is not None, norm, argmax is not None, align, _precision(dtype),
+            d_mask is not None, norm, argmax is not None, b.q.weights is not None, b.mean, align, _precision(dtype),
         )  # fmt: skip
         # a tensor that is not there is replaced by one that is: pointers of one build have one dtype and alignment
         best = scores if argmax is None else argmax
@@ -259,7 +260,8 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
         built = _launch(
             forward_kernel, programs,
             (q, d, scores if b.q.mask is None else b.q.mask, scores if d_mask is None else d_mask, q_inv, d_inv,
-             sums, best, *(best if x is None else x for x in (q_offsets, d_offsets, candidates, table))),
+             sums, best, *(best if x is None else x for x in (q_offsets, d_offsets, candidates, table)),
+             scores if b.q.weights is None else b.q.weights),
             (*numbers, b.empty_score), constants, types, tile.num_warps, tile.num_stages,
         )  # fmt: skip
         if q_offsets is not None:
@@ -277,29 +279,33 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
 
 def backward(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
     if not g.numel() or not b.d.length or not b.q.length:
+        wanted = zip((b.q.tokens, b.d.tokens, b.q.weights), needs, strict=True)
         return Gradients(
             *(
-                torch.zeros_like(side.tokens, memory_format=torch.contiguous_format) if needed else None
-                for side, needed in zip((b.q, b.d), needs, strict=True)
+                None if x is None or not needed else torch.zeros_like(x, memory_format=torch.contiguous_format)
+                for x, needed in wanted
             )
         )
-    rest = Needs(needs.q, needs.d and b.candidates is None)
+    rest = Needs(needs.q, needs.d and b.candidates is None, needs.weights)
     b = b._replace(q=_dense_dims(b.q), d=_dense_dims(b.d))
     q, d, dtype = b.q.tokens, b.d.tokens, b.dtype
-    grad_q = grad_d = None
+    grad_q = grad_d = grad_weights = None
     with pointers.on(q.device):
         q_inv, d_inv = (_inverse_norms(q, dtype), _inverse_norms(d, dtype)) if b.normalize else (g, g)
-        if rest.q:
-            grad_q = _grad_q(b, argmax, g, q_inv, d_inv)
+        if rest.q or rest.weights:
+            grad_q, grad_weights = _grad_q(b, argmax, g, q_inv, d_inv, rest)
         if rest.d:
             grad_d = _grad_d(b, argmax, g, q_inv, d_inv)
     if needs.d and not rest.d:
         # several queries may name one document, so no program can own it: the gather in torch adds them up
         grad_d = gather.ragged(b, argmax, g, Needs(False, True)).d
-    return Gradients(grad_q, grad_d)
+    return Gradients(grad_q, grad_d, grad_weights)
 
 
-def _grad_q(b: Batch, argmax: Tensor, g: Tensor, q_inv: Tensor, d_inv: Tensor) -> Tensor:
+def _grad_q(
+    b: Batch, argmax: Tensor, g: Tensor, q_inv: Tensor, d_inv: Tensor, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of q and of the weights, which both come from the sums of document tokens."""
     q, d, dtype, acc = b.q.tokens, b.d.tokens, b.dtype, b.score_dtype
     n_d, l_q, l_d, dim, q_offsets, d_offsets = b.n_d, b.q.length, b.d.length, b.dim, b.q.offsets, b.d.offsets
     columns = padded_dim(dim)
@@ -323,19 +329,32 @@ def _grad_q(b: Batch, argmax: Tensor, g: Tensor, q_inv: Tensor, d_inv: Tensor) -
         (_accumulator(dtype),),
     )  # fmt: skip
     grad = (parts[0] if splits == 1 else parts.sum(0)).view(q.shape)
+    weights, grad_weights = b.q.weights, None
+    if weights is not None:
+        if needs.weights:
+            grad_weights = (q * grad).sum(-1)
+            if b.normalize:
+                grad_weights *= q_inv.view_as(grad_weights)
+        grad *= weights.unsqueeze(-1)
+    if not needs.q:
+        return None, grad_weights
     if b.normalize:
         grad = _through_norm(q, q_inv, grad)
-    return grad.to(q.dtype)
+    return grad.to(q.dtype), grad_weights
 
 
 def _grad_d(b: Batch, argmax: Tensor, g: Tensor, q_inv: Tensor, d_inv: Tensor) -> Tensor:
     q, d, dtype, acc, normalize = b.q.tokens, b.d.tokens, b.dtype, b.score_dtype, b.normalize
     n_q, n_d, l_q, l_d, dim = b.q.items, b.n_d, b.q.length, b.d.length, b.dim
-    q_offsets, d_offsets = b.q.offsets, b.d.offsets
+    q_offsets, d_offsets, weights = b.q.offsets, b.d.offsets, b.q.weights
+    # what the rows of q are multiplied by
+    scaled, factors = normalize or weights is not None, q_inv
+    if weights is not None:
+        factors = weights * q_inv.view_as(weights) if normalize else weights
     # scaled rows would round to half precision before the product, so they take the float32 path; TF32 holds a
     # half-precision row's digits, but where either side is float32 torch's own setting decides
-    compute = acc if normalize or acc == torch.float64 else q.dtype
-    precision = "tf32" if normalize and dtype.itemsize == 2 else _precision(compute)
+    compute = acc if scaled or acc == torch.float64 else q.dtype
+    precision = "tf32" if scaled and dtype.itemsize == 2 else _precision(compute)
     mean = l_q if q_offsets is None else _ceil(l_q, n_q)
     tile = backward_tile(dim, mean, compute.itemsize)
     column_blocks = _ceil(dim, tile.block_k)
@@ -347,9 +366,9 @@ def _grad_d(b: Batch, argmax: Tensor, g: Tensor, q_inv: Tensor, d_inv: Tensor) -
     documents = 1 if d_offsets is not None else n_d * (n_q if b.own else 1)
     _launch(
         grad_d_kernel, column_blocks * blocks * documents,
-        (q, d, q_inv, d_inv, argmax, g, grad, *(argmax if x is None else x for x in (q_offsets, d_offsets))),
+        (q, d, factors, d_inv, argmax, g, grad, *(argmax if x is None else x for x in (q_offsets, d_offsets))),
         (*_strides(b)[:5], *g.stride(), n_q, n_d, l_q, l_d, blocks),
-        (dim, tile.block_d, tile.block_r, tile.block_k, q_offsets is not None, d_offsets is not None, b.own, normalize,
+        (dim, tile.block_d, tile.block_r, tile.block_k, q_offsets is not None, d_offsets is not None, b.own, scaled,
          project, _align(q, d), precision),
         (_compute(compute), _accumulator(dtype)), tile.num_warps, tile.num_stages,
     )  # fmt: skip

@@ -32,7 +32,12 @@ def check_loss_scores(seed, dim, dtype):
     compare("maxsim_kd", lambda: host.maxsim_kd(q, own), lambda: ours.maxsim_kd(q, own, padding="host"))
     # without padding, and without zeros, exact is the same
     short = d[1:]
-    compare("exact", lambda: host.maxsim_inbatch(q, short), lambda: ours.maxsim_inbatch(q, short), dtype=False)
+    compare(
+        "maxsim_inbatch, exact",
+        lambda: host.maxsim_inbatch(q, short),
+        lambda: ours.maxsim_inbatch(q, short),
+        dtype=False,
+    )
     if dtype == torch.float32:
         compare_gradients("gradients", host.maxsim_inbatch, ours.maxsim_inbatch, q, short)
         compare_gradients("gradients", host.maxsim_kd, ours.maxsim_kd, q, own)
