@@ -24,7 +24,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 VISION_LIBS := .vision-libs
 HOSTS := .hosts
-VISION_TESTS := tests/test_encoders*.py tests/test_lora*.py tests/test_preprocess*.py
+VISION_TESTS := tests/test_encoders*.py tests/test_lora*.py tests/test_preprocess*.py tests/test_retriever.py
 
 # Stamps are named after the content they were made from: a changed requirement installs again, a fresh checkout does
 # not.
@@ -67,7 +67,7 @@ $(VISION_STAMP): | $(DEV_STAMP)
 demo: $(DEMO_STAMP)
 	$(VENV)/bin/latemax demo --out '$(OUT)' $(DEMO_ARGS)
 
-# Two runs: all tests without torchvision, timm and open_clip, then the tests of encoders with them. Encoders of
+# Two runs: all tests without torchvision, timm and open_clip, then the tests of encoders and retrievers with them. Encoders of
 # transformers use none of the three and are tested in the first run only.
 test: lint $(DEV_STAMP) $(VISION_STAMP)
 	$(PYTEST)

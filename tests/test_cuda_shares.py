@@ -34,7 +34,7 @@ def calls(draw):
     return n_q, n_d, l_q, l_d, 128, own, offsets
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(calls(), st.integers(1, 140), st.sampled_from([0, 4000, 2**30]))
 @example((1, 1, 32, 5000, 128, False, [0, 5000]), 132, 0)  # shares of less than a tile
 def test_every_tile_once_and_even_shares(call, multiprocessors, launch_clocks):

@@ -271,7 +271,9 @@ def test_gradcheck(backend):
     leaves = [x.requires_grad_() for x in (q, d, w)]
     for options in (dict(), dict(reduce="mean", normalize=True)):
         assert torch.autograd.gradcheck(
-            lambda q, d, w, options=options: latemax.maxsim(q, d, q_weights=w, backend=backend, **options), leaves
+            lambda q, d, w, options=options: latemax.maxsim(q, d, q_weights=w, backend=backend, **options),
+            leaves,
+            fast_mode=backend == "triton",  # the interpreter takes 24 s for every element
         )
 
 

@@ -20,7 +20,7 @@ WAYS = [
     pytest.param(("triton", TRITON_DEVICE, 0), id="triton"),
     pytest.param(("auto", "cuda", 0), id="cuda", marks=ON_GPU),
 ]
-SHAPES = [(1, 1, 1, 1, 1), (3, 4, 5, 17, 16), (2, 3, 33, 70, 48)]
+SHAPES = [(1, 1, 1, 1, 1), (3, 4, 5, 17, 16), (1, 2, 33, 70, 48)]
 
 
 def gradients(score, q, d, g):

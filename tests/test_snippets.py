@@ -31,6 +31,7 @@ def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch, capsys):
         q_flat=torch.randn(9, 16), d_flat=torch.randn(12, 16), cu_seqlens_q=torch.tensor([0, 4, 9]),
         cu_seqlens_d=torch.tensor([0, 7, 12]), tokens=torch.randn(12, 16),
         offsets=torch.tensor([0, 7, 12]), candidates=torch.tensor([[0, 1], [1, 0], [1, -1]]),
+        found=torch.tensor([1, 0]), asked=torch.tensor([2, 2]), idf=torch.rand(3, 5),
         images=[Image.new("RGB", (40, 50))],
     )  # fmt: skip
     assert len(BLOCKS) >= 4

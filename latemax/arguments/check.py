@@ -26,9 +26,9 @@ def check_options(
     *, normalize: Any, empty_score: Any, return_argmax: Any, backend: Any, reduce: Any = "sum"
 ) -> float:  # fmt: skip
     """Checks the keyword options; returns empty_score as a float."""
-    for name, value in (("normalize", normalize), ("return_argmax", return_argmax)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a Python bool, got {type(value).__module__}.{type(value).__name__}")
+    if type(normalize) is not bool or type(return_argmax) is not bool:
+        name, value = ("return_argmax", return_argmax) if type(normalize) is bool else ("normalize", normalize)
+        raise TypeError(f"{name} must be a Python bool, got {type(value).__module__}.{type(value).__name__}")
     # numbers.Real is an abstract class: asking it takes 0.4 µs
     if type(empty_score) is not float and (isinstance(empty_score, bool) or not isinstance(empty_score, numbers.Real)):
         raise TypeError(f"empty_score must be a number, got {type(empty_score).__name__}")

@@ -156,7 +156,7 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
     grads = Gradients(
         *(
             allocate(x, memory_format=torch.contiguous_format) if needed else None
-            for x, needed in zip((q, d), needs, strict=True)
+            for x, needed in ((q, needs.q), (d, needs.d))
         )
     )
     if empty:
@@ -173,7 +173,7 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
             parts = q.new_empty(splits, *q.shape, dtype=torch.float32)
         _cuda.backward(
             device, _stream(q.device), *pointers.call(b, g.shape, None, argmax), pointers.address(g), g.stride(),
-            *(pointers.address(x) for x in (pairs, starts, *grads, parts)),
+            *(pointers.address(x) for x in (pairs, starts, grads.q, grads.d, parts)),
         )  # fmt: skip
     return grads
 
