@@ -30,9 +30,10 @@ def check_options(
         name, value = ("return_argmax", return_argmax) if type(normalize) is bool else ("normalize", normalize)
         raise TypeError(f"{name} must be a Python bool, got {type(value).__module__}.{type(value).__name__}")
     # numbers.Real is an abstract class: asking it takes 0.4 µs
-    if type(empty_score) is not float and (isinstance(empty_score, bool) or not isinstance(empty_score, numbers.Real)):
-        raise TypeError(f"empty_score must be a number, got {type(empty_score).__name__}")
-    empty_score = float(empty_score)
+    if type(empty_score) is not float:
+        if isinstance(empty_score, bool) or not isinstance(empty_score, numbers.Real):
+            raise TypeError(f"empty_score must be a number, got {type(empty_score).__name__}")
+        empty_score = float(empty_score)
     if FLOAT32_MAX < abs(empty_score) < math.inf:
         raise ValueError(f"empty_score must be infinite or within the range of float32, got {empty_score}")
     if backend not in BACKENDS:
