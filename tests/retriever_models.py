@@ -1,4 +1,4 @@
-"""One tiny random retriever per family, built from configurations alone, with its processor."""
+"""One tiny random retriever per family, built from a configuration, with its processor."""
 
 from __future__ import annotations
 

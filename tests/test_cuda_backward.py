@@ -219,7 +219,7 @@ def test_whose_kernels_compute_the_gradient(monkeypatch):
 @settings(max_examples=EXAMPLES or 25, deadline=None, derandomize=not EXAMPLES, database=None)
 @given(data=st.data())
 def test_random(device, data):
-    """Dense, ragged and named documents: empty, ones that nobody or several queries name, duplicates, wrong names."""
+    """Dense, ragged and named documents: empty, named by no query or by several, duplicates, wrong names."""
     draw = data.draw
     seed, form = draw(st.integers(0, 999)), draw(st.sampled_from(["shared", "own", "ragged", "named"]))
     n_q, n_d, l_q = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.sampled_from([1, 7, 32, 33, 70]))

@@ -45,7 +45,7 @@ LEAVES = (
     "latemax.store",
     "latemax.encoders",
 )
-# Imported by nobody but those named; each may import the stack and the leaves (compat: only `latemax` and the store).
+# Imported only by those named; each may import the stack and the leaves (compat: only `latemax` and the store).
 # One may name another's types under TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
 TOPS = {
     "latemax.analysis": ("latemax.demo", "latemax.cli"),

@@ -1,9 +1,7 @@
-"""A living store: replacement, removal, snapshots, metadata, conditions, merging, and the format before."""
+"""A living store: replacement, removal, snapshots, compaction, files and locks."""
 
 import copy
 import enum
-import hashlib
-import json
 import multiprocessing
 import os
 import pickle
@@ -15,27 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stores
 import torch
+from stores import document, values
 
 from latemax import topk
-from latemax.store import PatchStore, StoreError, StoreWriter, merge_stores, upgrade
+from latemax.store import PatchStore, StoreError, StoreWriter
 
-
-def document(value, length=4, dim=8):
-    return torch.full((length, dim), float(value))
-
-
-def values(store):
-    return [float(x[0, 0]) for x in store]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    path = tmp_path / "store"
-    with StoreWriter(path, meta={"model": "m"}) as writer:
-        for i, id in enumerate("abcd"):
-            writer.add(document(i), id, meta={"year": 2000 + i})
-    return path
+folder = stores.folder
 
 
 def test_replacing_keeps_the_order_and_what_is_not_given(folder):
@@ -246,135 +231,6 @@ def test_add_packed_takes_all_or_nothing(folder):
     assert PatchStore(folder).ids == list("abcdxyz")
 
 
-def test_metadata_is_what_json_keeps(tmp_path):
-    meta = {"size": (1, 2), 3: "x", "größe": [None, True]}
-    with StoreWriter(tmp_path, meta=meta) as writer:
-        writer.add(document(1), "a", meta=meta)
-        writer.add(document(1), "b")
-        for bad, error in (({"x": {1}}, TypeError), ({"x": float("nan")}, ValueError), ({"x": "\ud800"}, ValueError)):
-            with pytest.raises(error, match="meta must be"):
-                writer.add(document(2), "c", meta=bad)
-            with pytest.raises(error, match="meta must be"):
-                StoreWriter(tmp_path / "other", meta=bad)
-        with pytest.raises(TypeError, match=r"meta must be a JSON object \(a dict\), got list"):
-            writer.add(document(2), "c", meta=[1])
-    StoreWriter(tmp_path, meta=meta).close()
-    store = PatchStore(tmp_path)
-    assert store.document_meta(0) == store.meta == {"size": [1, 2], "3": "x", "größe": [None, True]}
-    assert store.document_meta(1) == {}
-
-
-def test_grids_and_regions(tmp_path):
-    boxes = torch.tensor([[0, 0, 0.5, 1], [0.5, 0, 1, 1], [float("nan")] * 4])
-    with StoreWriter(tmp_path) as writer:
-        writer.add(document(0, 6), "grid", grid=(np.int64(2), 3))
-        writer.add(document(0, 3), "regions", regions=boxes)
-        writer.add(document(0, 3), "array", regions=boxes.numpy())
-        writer.add(document(0, 3), "none")
-        for arguments, words in (
-            (dict(grid=(2, 2)), "grid must multiply to the number of tokens, 3; got 2 x 2"),
-            (dict(grid=(1, 3), regions=boxes), "not both"),
-            (dict(regions=boxes[:2]), r"regions must be \[l, 4\] with the l of tokens, 3; got shape \[2, 4\]"),
-            (dict(regions=boxes.flip(1)), "row 0 is"),
-            (dict(regions=boxes * 2), "row 0 is"),
-        ):
-            with pytest.raises(ValueError, match=words):
-                writer.add(document(0, 3), "bad", **arguments)
-        with pytest.raises(TypeError, match=r"regions must be a float32 tensor or array, got float64"):
-            writer.add(document(0, 3), "bad", regions=boxes.double())
-        with pytest.raises(TypeError, match="grid must be two ints"):
-            writer.add(document(0, 3), "bad", grid=3)
-        writer.compact()
-    store = PatchStore(tmp_path)
-    assert [store.grid(i) for i in range(4)] == [(2, 3), None, None, None]
-    for i in (1, 2):
-        torch.testing.assert_close(store.regions(i), boxes, equal_nan=True, rtol=0, atol=0)
-    assert store.regions(0) is None and store.regions(3) is None
-    with StoreWriter(tmp_path) as writer:
-        writer.replace(None, "regions", grid=(1, 3))
-        writer.replace(None, "grid", regions=torch.tensor([[0.0, 0, 1, 1]]).expand(6, -1))
-    store.refresh()
-    assert store.grid(1) == (1, 3) and store.regions(1) is None and store.grid(0) is None
-    assert store.regions(0).shape == (6, 4)
-
-
-def test_by_id(folder):
-    store = PatchStore(folder)
-    assert torch.equal(store["c"], store[2]) and store.find("c") == 2 and "c" in store and "z" not in store
-    for call in (lambda: store["z"], lambda: store.find("z")):
-        with pytest.raises(KeyError, match="no document 'z'"):
-            call()
-    with pytest.raises(TypeError, match="the number or the id of a document, got float"):
-        store[1.0]
-    store[0][0] = 7
-    assert values(store)[0] == 0, "a copy"
-
-
-CONDITIONS = {
-    "year >= 2002": [2, 3],
-    "year BETWEEN ? AND ?": [1, 2],
-    "id IN ('a', ?)": [0, 3],
-    "NOT id LIKE 'a%' AND year <> 2002": [1, 3],
-    'year IS NULL OR "year" = 2000.0': [0],
-    "year IS NOT NULL and not (id = 'b' or year == 2003)": [0, 2],
-    '"it\'s ""odd""." = \'x\'\'y\'': [1],
-    "nothing": [],
-    "flag": [2],
-    "flag = TRUE": [2],
-    "id NOT IN ('a', 'b') AND year NOT BETWEEN 2003 AND 2009 AND id NOT LIKE 'z'": [2],
-    "year = -2000 OR année = 1": [3],
-}
-
-
-@pytest.mark.parametrize("condition", CONDITIONS)
-def test_conditions(condition, folder):
-    with StoreWriter(folder) as writer:
-        writer.replace(None, "b", meta={"year": 2001, 'it\'s "odd".': "x'y"})
-        writer.replace(None, "c", meta={"year": 2002, "flag": True})
-        writer.replace(None, "d", meta={"year": 2003, "année": 1})
-    bound = {"year BETWEEN ? AND ?": (np.int64(2001), 2002.0), "id IN ('a', ?)": ("d",)}.get(condition, ())
-    found = PatchStore(folder).where(condition, *bound)
-    assert found.dtype == torch.int64 and found.tolist() == CONDITIONS[condition]
-
-
-@pytest.mark.parametrize(
-    "condition",
-    [
-        "", "year =", "year = 1; DROP TABLE documents", "year = 1 -- x", "year = 1 /* x */", "abs(year) = 1",
-        "load_extension('x')", "(SELECT 1) = 1", "SELECT 1", "year IN (SELECT 1)", "EXISTS (SELECT 1)", "a.b = 1",
-        "year COLLATE NOCASE = 1", "year IN ()", "year = 'x", 'year = "x', "year ? 1", "year = ?1", "year = :x",
-        "year || 'x' = 'y'", "year + 1 = 2", "CAST(year AS TEXT) = 'x'", "CASE WHEN 1 THEN 2 END", "year GLOB 'x'",
-        "year REGEXP 'x'", "(" * 60 + "1" + ")" * 60, "NOT " * 60 + "1", " OR ".join(["year = 1"] * 500), "year = \0",
-        "year = 1 = 1", "year = 'a\ud800'", "year is 1",
-    ],
-)  # fmt: skip
-def test_other_conditions_are_refused(condition, folder):
-    before = (folder / "catalog.sqlite").read_bytes()
-    with pytest.raises(ValueError, match=r"condition"):
-        PatchStore(folder).where(condition)
-    assert (folder / "catalog.sqlite").read_bytes() == before
-
-
-def test_values_of_conditions_are_checked(folder):
-    store = PatchStore(folder)
-    for given, error in (((), ValueError), ((1, 2), ValueError), (([1],), TypeError), ((1 << 64,), ValueError)):
-        with pytest.raises(error, match="values must"):
-            store.where("year = ?", *given)
-    assert store.where("id = ?", "x' OR '1' = '1").tolist() == []
-    with pytest.raises(TypeError, match="condition must be a string"):
-        store.where(5)
-
-
-def test_a_condition_without_end_is_stopped(folder, monkeypatch):
-    monkeypatch.setattr("latemax.store.where.STEPS", 10)
-    monkeypatch.setattr("latemax.store.where.STEPS_PER_DOCUMENT", 0)
-    with StoreWriter(folder) as writer:
-        for i in range(3000):
-            writer.add(document(0, 0), str(i))
-    with pytest.raises(ValueError, match="fewer than 10 steps"):
-        PatchStore(folder).where("year = 1")
-
-
 def test_shards_without_their_catalogue_stay(folder):
     others = ("holiday.zip.part", "shard-of-another-tool.safetensors")
     for name in others:
@@ -481,120 +337,6 @@ def test_a_full_disk_leaves_the_store_and_the_changes(folder, monkeypatch):
     assert PatchStore(folder).ids == list("abcd") and len(list(folder.glob("*.safetensors"))) == 1
     writer.close()
     assert PatchStore(folder).ids == list("abcde")
-
-
-def test_merging(folder, tmp_path):
-    other = tmp_path / "other"
-    with StoreWriter(other, meta={"model": "m"}) as writer:
-        writer.add(document(7), "x", grid=(2, 2), meta={"k": 1})
-        writer.add(document(8, 2), "y", regions=torch.rand(2, 4).sort(1).values[:, [0, 1, 2, 3]].sort(1).values)
-        writer.add(document(6), "gone")
-        writer.commit()
-        writer.remove("gone")
-    merge_stores([other, folder], tmp_path / "all")
-    store, part = PatchStore(tmp_path / "all"), PatchStore(other)
-    assert store.ids == ["x", "y", *"abcd"] and values(store) == [7, 8, 0, 1, 2, 3] and store.meta == {"model": "m"}
-    assert store.grid(0) == (2, 2) and store.document_meta(0) == {"k": 1}
-    assert torch.equal(store.regions(1), part.regions(1))
-    with pytest.raises(ValueError, match=r"id 'a' is in .* and in"):
-        merge_stores([folder, folder], tmp_path / "twice")
-    with pytest.raises(StoreError, match="out must hold no store yet"):
-        merge_stores([folder], other)
-    with StoreWriter(tmp_path / "third", meta={"model": "n"}) as writer:
-        writer.add(document(1), "q")
-    with pytest.raises(StoreError, match="stores must have one meta"):
-        merge_stores([folder, tmp_path / "third"], tmp_path / "twice")
-    with StoreWriter(tmp_path / "fourth", meta={"model": "m"}) as writer:
-        writer.add(document(1).half(), "q")
-    with pytest.raises(StoreError, match="stores must have one dtype"):
-        merge_stores([folder, tmp_path / "fourth"], tmp_path / "twice")
-    assert not (tmp_path / "twice").exists()
-
-
-def old_store(folder, ids):
-    """As it was written before the catalogue."""
-    from safetensors.torch import save
-
-    folder.mkdir()
-    shards = []
-    for number in range(2):
-        mine = ids[2 * number : 2 * number + 2]
-        tensors = {"tokens": torch.cat([document(2 * number + i, i + 1) for i in range(2)])}
-        tensors["offsets"] = torch.tensor([0, 1, 3])
-        if isinstance(mine[0], int):
-            tensors["ids"] = torch.tensor(mine)
-        else:
-            parts = [id.encode() for id in mine]
-            tensors["id_bytes"] = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
-            tensors["id_offsets"] = torch.tensor([0, *map(len, parts)]).cumsum(0)
-        data, name = save(tensors), f"shard-{number:06d}.safetensors"
-        (folder / name).write_bytes(data)
-        digest = hashlib.sha256(data).hexdigest()
-        shards.append({"file": name, "documents": 2, "tokens": 3, "bytes": len(data), "sha256": digest})
-    manifest = {
-        "format": "latemax.PatchStore", "version": 1, "dim": 8, "dtype": "float32",
-        "id_type": type(ids[0]).__name__, "meta": {"model": "m"}, "shards": shards,
-    }  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return manifest
-
-
-@pytest.mark.parametrize("ids", [[3, 1, 4, 7], ["a", "größe", "c", "d"]], ids=["int", "str"])
-def test_the_format_before_is_upgraded(ids, tmp_path):
-    pytest.importorskip("safetensors", reason="old shards are read with safetensors")
-    folder = tmp_path / "old"
-    old_store(folder, ids)
-    shards = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-    for open_it in (PatchStore, StoreWriter):
-        with pytest.raises(StoreError, match=r"manifest\.json is of the old format: run `latemax store .* upgrade`"):
-            open_it(folder)
-    upgrade(folder)
-    upgrade(folder)
-    store = PatchStore(folder)
-    store.verify()
-    assert store.ids == ids and values(store) == [0, 1, 2, 3] and store.meta == {"model": "m"}
-    assert {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == shards
-    assert not (folder / "manifest.json").exists()
-    with StoreWriter(folder, meta={"model": "m"}) as writer:
-        writer.add(document(9), 100 if isinstance(ids[0], int) else "new")
-        writer.remove(ids[0])
-        if isinstance(ids[0], int):
-            writer.add(document(9))
-    with StoreWriter(folder) as writer:
-        writer.compact()
-    store.refresh()
-    assert values(store)[:4] == [1, 2, 3, 9] and store.ids[:3] == ids[1:]
-    assert isinstance(ids[0], str) or store.ids[-1] == 101
-    with pytest.raises(FileNotFoundError, match="holds no store"):
-        upgrade(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (dict(version=2), "version 2 are unknown"),
-        (dict(dim="8"), "numbers must be ints"),
-        (dict(dtype="int8"), "dtype 'int8'"),
-        (dict(shards=[{}]), "KeyError"),
-        (dict(shards=5), "TypeError"),
-        (dict(file="../shard-000000.safetensors"), "a file of the store's folder, got '../shard"),
-        (dict(file=5), "a file of the store's folder, got 5"),
-        (dict(file="shard-000009.safetensors"), r"shard-000009\.safetensors is missing"),
-        (dict(sha256="00"), "its checksum is not the manifest's"),
-        (dict(documents=3), "is corrupt"),
-    ],
-)
-def test_a_damaged_manifest_is_refused(change, words, tmp_path):
-    pytest.importorskip("safetensors", reason="old shards are read with safetensors")
-    folder = tmp_path / "old"
-    manifest = old_store(folder, ["a", "b", "c", "d"])
-    where = manifest if set(change) & set(manifest) else manifest["shards"][0]
-    where.update(change)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    names = set(os.listdir(folder))
-    with pytest.raises(StoreError, match=words):
-        upgrade(folder)
-    assert set(os.listdir(folder)) == names | {"writer.lock"}
 
 
 def test_shards_stay_inside_the_folder(folder):

@@ -88,18 +88,10 @@ def as_mask(name: str, m: Any, of: str, x: Tensor) -> Tensor | None:
     """
     if m is None:
         return None
-    if not isinstance(m, Tensor):
-        m = arrays.as_tensor(name, m)
-        if not isinstance(m, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor or a numpy array, got {type(m).__name__}")
-    if m.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {m.layout}")
+    m = _dense(name, m)
     if m.dtype.is_complex:
         raise TypeError(f"{name} must be bool, int or float, got {m.dtype}")
-    if m.shape != x.shape[:-1]:
-        raise ValueError(f"{name} must have the leading shape of {of}, {list(x.shape[:-1])}; got shape {list(m.shape)}")
-    if m.device != x.device:
-        raise ValueError(f"{name} must be on the device of {of}, {x.device}; got {m.device}")
+    _check_one_per_token(name, m, of, x)
     if m.dtype == torch.bool:
         return m
     if readable(m) and bool((m < 0).any()):
@@ -110,20 +102,31 @@ def as_mask(name: str, m: Any, of: str, x: Tensor) -> Tensor | None:
     return m != 0
 
 
+def _dense(name: str, x: Any) -> Tensor:
+    """A strided tensor, or an array as one."""
+    if not isinstance(x, Tensor):
+        x = arrays.as_tensor(name, x)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or a numpy array, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    return x
+
+
+def _check_one_per_token(name: str, value: Tensor, of: str, x: Tensor) -> None:
+    if value.shape != x.shape[:-1]:
+        leading, came = list(x.shape[:-1]), list(value.shape)
+        raise ValueError(f"{name} must have the leading shape of {of}, {leading}; got shape {came}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of {of}, {x.device}; got {value.device}")
+
+
 def as_weights(name: str, w: Any, of: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor or array of exactly ``x.shape[:-1]``, of any float dtype → contiguous, in the dtype of the scores."""
-    if not isinstance(w, Tensor):
-        w = arrays.as_tensor(name, w)
-        if not isinstance(w, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor or a numpy array, got {type(w).__name__}")
-    if w.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {w.layout}")
+    w = _dense(name, w)
     if w.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {w.dtype}")
-    if w.shape != x.shape[:-1]:
-        raise ValueError(f"{name} must have the leading shape of {of}, {list(x.shape[:-1])}; got shape {list(w.shape)}")
-    if w.device != x.device:
-        raise ValueError(f"{name} must be on the device of {of}, {x.device}; got {w.device}")
+    _check_one_per_token(name, w, of, x)
     return w.to(dtype).resolve_neg().contiguous()
 
 

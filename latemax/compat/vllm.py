@@ -55,10 +55,10 @@ def compute_maxsim_score_batched(
         # a cached query is one tensor; an empty one has no address
         groups.setdefault((q.data_ptr() or -i, tuple(q.shape), q.stride()), []).append(i)
     scores: list[Tensor | None] = [None] * len(q_embs)
-    alone = [members[0] for members in groups.values() if len(members) == 1]
-    if alone:
-        pairs = maxsim_pairs(_float32(q_embs, alone), _float32(d_embs, alone))
-        for i, score in zip(alone, pairs.unbind(), strict=True):
+    single = [members[0] for members in groups.values() if len(members) == 1]
+    if single:
+        pairs = maxsim_pairs(_float32(q_embs, single), _float32(d_embs, single))
+        for i, score in zip(single, pairs.unbind(), strict=True):
             scores[i] = score
     for members in groups.values():
         if len(members) > 1:

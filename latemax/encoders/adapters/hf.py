@@ -162,7 +162,7 @@ class HFAdapter(ViewAdapter):
             raise ValueError(
                 f"projection='text': {self.family} reaches its text space only through its attention-pooling head, "
                 f"which mixes all patches; there is no projection of single patches. Use projection=None, a module or "
-                f"an int; Retriever(model, processor) gives the head each patch alone"
+                f"an int; Retriever(model, processor) gives the head one patch at a time"
             )
         if hasattr(self.tower, "post_layernorm"):
             raise ValueError(
