@@ -12,6 +12,7 @@ from latemax import reference
 from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, smooth_maxsim, warmup
 from latemax.module import MaxSim
 from latemax.ops.dispatch import Choice
+from latemax.quantized import QuantizedTokens, quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PatchEncoder",
     "PatchStore",
     "PatchTokens",
+    "QuantizedTokens",
     "Retriever",
     "StoreError",
     "StoreWriter",
@@ -35,6 +37,7 @@ __all__ = [
     "maxsim_pairs",
     "maxsim_varlen",
     "merge_stores",
+    "quantize",
     "reference",
     "rerank",
     "smooth_maxsim",

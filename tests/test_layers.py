@@ -36,6 +36,7 @@ LEAVES = (
     "latemax._progress",
     "latemax.reference",
     "latemax.arguments.arrays",
+    "latemax.quantized",
     "latemax.ops",
     "latemax.ops.problem",
     "latemax.ops.tiles",
