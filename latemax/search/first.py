@@ -268,8 +268,8 @@ class FirstStage:
         offsets = offsets_of(lengths)
         total = int(offsets[-1])
         columns = {name: torch.empty(total, *c.shape, dtype=c.dtype) for name, c in self._columns().items()}
-        # two buffers of tokens, and one widened copy
-        row = corpus.dim * (2 * corpus.dtype.itemsize + 4)
+        # two buffers of tokens, one widened copy, and a few numbers a token
+        row = corpus.dim * (2 * corpus.dtype.itemsize + 4) + 64
         bar = Bar(len(corpus), f"{type(self).__name__} ") if self.progress and len(corpus) else None
         with torch.no_grad():
             for (a, b), tokens in stream.chunks(corpus, corpora.runs(corpus, self.memory, row, 0), corpus.device):

@@ -46,8 +46,8 @@ class Lemur(OneVector):
     LEARNED: ClassVar[tuple[str, ...]] = ("layer", "bias", "gain", "shift", "sample", "solver")
 
     def __init__(
-        self, corpus: Any, *, queries: Any = None, width: int = 1024, documents: int = 1024, tokens: int = 16384,
-        solve: int = 2048, epochs: int = 10, normalize: bool = False, seed: int = 0, engine: str = "auto",
+        self, corpus: Any, *, queries: Any = None, width: int = 512, documents: int = 1024, tokens: int = 8192,
+        solve: int = 2048, epochs: int = 4, normalize: bool = False, seed: int = 0, engine: str = "auto",
         factory: str = "Flat", memory: int = 1 << 30, progress: bool = False,
     ):  # fmt: skip
         numbers = dict(width=width, documents=documents, tokens=tokens, solve=solve, epochs=epochs)
