@@ -142,8 +142,8 @@ def may_import(source: str, target: str, when: str) -> bool:
         by_type = source in TOPS and when == "typing"
         return source in TOPS[target] or by_type or (source == "latemax" and when != "file")
     if source in LEAVES and target in LEAVES:
-        # arrays are taken wherever tensors are
-        if target == "latemax.arguments.arrays":
+        # arrays are taken wherever tensors are, and a store keeps codes
+        if target == "latemax.arguments.arrays" or (source, target) == ("latemax.store", "latemax.quantized"):
             return True
         in_ops = source.startswith("latemax.ops") and target.startswith("latemax.ops")
         return in_ops and LEAVES.index(target) < LEAVES.index(source)
