@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 # A module may import what is on an earlier line, never its own line's other entries or a later line.
 STACK = (
     ("latemax.kernels",),
-    ("latemax.ops.backends.native", "latemax.ops.backends.gather"),
+    ("latemax.ops.backends.native", "latemax.ops.backends.decode"),
+    ("latemax.ops.backends.gather",),
     ("latemax.ops.backends.blocks", "latemax.ops.backends.reference", "latemax.ops.backends.triton_launch"),
     ("latemax.ops.backends.triton", "latemax.ops.backends.smooth_triton"),
     ("latemax.ops.backends.smooth",),
