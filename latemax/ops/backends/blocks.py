@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -251,30 +252,35 @@ def blocks_of(numbers: list[int], spans: list[tuple[int, int]]) -> Iterator[list
         yield block
 
 
+def dense_parts(b: Batch) -> Iterator[tuple[slice, Any, Batch]]:
+    """(rows of scores, columns of scores, a dense batch for them); ragged queries are padded to the longest."""
+    q = b.q if b.q.offsets is None else padded(b.q, spans_of(b.q.offsets))
+    if b.d.offsets is None:
+        yield slice(None), slice(None), b._replace(q=q)
+        return
+    spans = [*spans_of(b.d.offsets), (0, 0)]  # candidate -1 is the empty document at the end
+    rows = [(slice(None), list(range(b.n_d)))]
+    if b.candidates is not None:
+        rows = [(slice(a, a + 1), numbers) for a, numbers in enumerate(b.candidates.tolist())]
+    for at, numbers in rows:
+        query = some(q, at)
+        for block in blocks_of(numbers, spans):
+            docs = padded(b.d, [spans[numbers[slot]] for slot in block])
+            yield at, block, b._replace(q=query, d=docs, candidates=None)
+
+
 def _ragged(b: Batch, out: Outputs) -> None:
     n_q, n_d = out.scores.shape
-    q, d_offsets = b.q, b.d.offsets
-    if q.offsets is not None:
-        query_spans = spans_of(q.offsets)
-        q = padded(q, query_spans)
-    argmax = None if out.argmax is None else out.argmax.new_full((n_q, n_d, q.length), -1)
-    if d_offsets is None:
-        _dense(b._replace(q=q), Outputs(out.scores, argmax))
-    else:
-        spans = [*spans_of(d_offsets), (0, 0)]  # candidate -1 is the empty document at the end
-        rows = [(slice(None), list(range(n_d)))]
-        if b.candidates is not None:
-            rows = [(slice(a, a + 1), numbers) for a, numbers in enumerate(b.candidates.tolist())]
-        for at, numbers in rows:
-            query = some(q, at)
-            for block in blocks_of(numbers, spans):
-                docs = padded(b.d, [spans[numbers[slot]] for slot in block])
-                part = out.scores.new_empty(query.items, len(block))
-                best = None if argmax is None else argmax.new_empty((*part.shape, q.length))
-                _dense(b._replace(q=query, d=docs, candidates=None), Outputs(part, best))
-                out.scores[at, block] = part
-                if argmax is not None and best is not None:
-                    argmax[at, block] = best
+    query_spans = [] if b.q.offsets is None else spans_of(b.q.offsets)
+    l_q = max((last - first for first, last in query_spans), default=1) if b.q.offsets is not None else b.q.length
+    argmax = None if out.argmax is None else out.argmax.new_full((n_q, n_d, max(1, l_q)), -1)
+    for at, slots, part in dense_parts(b):
+        scores = out.scores.new_empty(part.q.items, part.n_d)
+        best = None if argmax is None else argmax.new_empty((*scores.shape, part.q.length))
+        _dense(part, Outputs(scores, best))
+        out.scores[at, slots] = scores
+        if argmax is not None and best is not None:
+            argmax[at, slots] = best
     if out.argmax is None or argmax is None:
         return
     if b.q.offsets is None:
