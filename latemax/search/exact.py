@@ -100,7 +100,7 @@ def topk(
     searched = found if documents is None else corpora.Subset(found, documents)
     moves = found.device != one.device
     copied = moves or searched.copies
-    row = found.dim * found.dtype.itemsize * (2 if moves or not found.resident else 1) if copied else 0
+    row = found.token_bytes * (2 if moves or not found.resident else 1) if copied else 0
     merging = 2 * n_q * k * SCORE_BYTES
     if memory <= merging:
         raise ValueError(f"memory must hold the {k} best of {n_q} queries, {merging} bytes; got {memory}")
@@ -125,9 +125,7 @@ def topk(
     return kept.row(0) if one_query else kept
 
 
-def _score(
-    q: Any, q_mask: Any, found: corpora.Corpus, a: int, b: int, tokens: Tensor, options: dict[str, Any]
-) -> Tensor:
+def _score(q: Any, q_mask: Any, found: corpora.Corpus, a: int, b: int, tokens: Any, options: dict[str, Any]) -> Tensor:
     keep = found.keep(a, b)
     if keep is None:
         return score_corpus(q, tokens, found.offsets[a : b + 1] - found.offsets[a], q_mask, **options)
