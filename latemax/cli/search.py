@@ -34,7 +34,8 @@ def search(
     Args:
         store: the store's folder.
         text: words, encoded with the model that the store was indexed with, which must have a text side.
-        image: a file or a page of a PDF, ``report.pdf#page=3``, encoded with that model. One of ``text``, ``image`` and ``tokens`` is given.
+        image: a file, or a page of a PDF (``report.pdf#page=3``), encoded with that model. One of ``text``, ``image``
+            and ``tokens`` is given.
         tokens: a .npy, .safetensors (its only tensor, or the one called "tokens") or .pt file, [l_q, dim] or
             [n_q, l_q, dim].
         k: number of results.
