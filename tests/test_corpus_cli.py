@@ -40,12 +40,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-    folder, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
+    folder = tmp_path_factory.mktemp("images")
     (folder / "more").mkdir()
-    for name in ("a.png", "b.jpg", "c.png", "more/d.PNG"):
-        pixels = torch.randint(0, 256, (60, 60, 3), generator=generator, dtype=torch.uint8)
-        image.fromarray(pixels.numpy()).save(folder / name)
+    for number, name in enumerate(("a.png", "b.jpg", "c.png", "more/d.PNG")):
+        write_image(folder / name, number, (60, 60))
     (folder / "notes.txt").write_text("not an image")
     return folder
 
