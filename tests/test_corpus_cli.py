@@ -148,8 +148,7 @@ def fuzz(folder, image, count):
         suffix = ("png", "jpg", "webp", "bmp", "gif", "tiff")[number // 7 % 6]
         path = folder / f"{kind}-{number}.{suffix}"
         made[kind] = made.get(kind, 0) + 1
-        buffer = io.BytesIO()
-        kind_of = "jpeg" if suffix == "jpg" else suffix
+        buffer, kind_of = io.BytesIO(), "jpeg" if suffix == "jpg" else suffix
         if kind == "long":
             path, kind_of = path.with_suffix(".png"), "png"
             image.new("L", (90_000, 1)).save(buffer, kind_of)
