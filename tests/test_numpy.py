@@ -49,6 +49,17 @@ def test_every_function_takes_arrays(dtype):
     same(latemax.rerank(*packed, q_mask), latemax.rerank(*tensors([*packed, q_mask])))
 
 
+def test_plain_arrays_are_taken_at_once():
+    x = [draw(3, 4), draw(2, 4)]
+    assert [t.data_ptr() for t in arrays.plain_as_tensors(x)] == [item.ctypes.data for item in x]
+    read_only = draw(3, 4)
+    read_only.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for odd in (read_only, draw(3, 4)[::-1], draw(3, 4).astype(">f4"), np.ma.array(draw(3, 4)), torch.ones(3, 4)):
+            assert arrays.plain_as_tensors([x[0], odd]) is None
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda x: x.__name__)
 def test_lists_of_arrays(dtype):
     q, d = ([draw(n, 16, dtype=dtype, seed=n) for n in lengths] for lengths in ((3, 1), (5, 0, 130)))

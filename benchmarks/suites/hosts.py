@@ -38,6 +38,7 @@ class Call(NamedTuple):
     inputs: tuple[Any, ...]
     train: bool = False  # forward and backward; the inputs are tensors
     tolerance: float = 1e-3
+    scores: Callable[[Any], Tensor] = lambda result: result  # of what both return, to compare
 
 
 class Make:
@@ -108,7 +109,8 @@ def sentence_transformers(make: Make) -> Iterator[Call]:
 
 
 def pylate(make: Make) -> Iterator[Call]:
-    from pylate import rank, scores
+    from pylate import rank
+    from pylate import scores as host
 
     from latemax.compat import pylate as ours
 
@@ -116,22 +118,22 @@ def pylate(make: Make) -> Iterator[Call]:
     for dtype, allowed in ((torch.float32, 1e-3), (torch.bfloat16, 0.5)):
         name = f"colbert_scores 1×32 vs 1000×180, {str(dtype).removeprefix('torch.')}"
         pair = q.to(dtype), d.to(dtype)
-        yield Call(name, scores.colbert_scores, ours.colbert_scores, pair, tolerance=allowed)
+        yield Call(name, host.colbert_scores, ours.colbert_scores, pair, tolerance=allowed)
     pair = make.dense(32, 32, 128), make.dense(32, 1, 300, 128)
-    yield Call("ColBERTScores 32×32 vs 32×300", scores.ColBERTScores(), ours.ColBERTScores(), pair, train=True)
+    yield Call("ColBERTScores 32×32 vs 32×300", host.ColBERTScores(), ours.ColBERTScores(), pair, train=True)
     pair = make.dense(16, 32, 128), make.dense(16, 16, 180, 128)
-    yield Call("colbert_kd_scores 16×32 vs 16×16×180", scores.colbert_kd_scores, ours.colbert_kd_scores, pair, True)
+    yield Call("colbert_kd_scores 16×32 vs 16×16×180", host.colbert_kd_scores, ours.colbert_kd_scores, pair, True)
     pair = make.dense(16, 32, 128), make.dense(16, 2, 300, 128)
     k = min(256, pair[1].shape[2])
-    yield Call("XTRScores 16×32 vs 32×300", scores.XTRScores(k), ours.XTRScores(k), pair, train=True)
+    yield Call("XTRScores 16×32 vs 32×300", host.XTRScores(k), ours.XTRScores(k), pair, train=True)
     documents = [x.numpy() for x in make.ragged(1000, 60, 180)]
     ids = [[*range(len(documents))]]
 
-    def scored(function: Callable[..., Any]) -> Callable[..., Tensor]:
-        return lambda *x: torch.tensor([row["score"] for row in function(*x)[0]])
+    def scores_of(ranked: list[list[dict[str, Any]]]) -> Tensor:
+        return torch.tensor([row["score"] for row in ranked[0]])
 
-    inputs = ids, [q[0].numpy()], [documents]
-    yield Call("rank.rerank 1×32 vs 1000×60…180, numpy", scored(rank.rerank), scored(ours.rerank), inputs)
+    inputs, name = (ids, [q[0].numpy()], [documents]), "rank.rerank 1×32 vs 1000×60…180, numpy"
+    yield Call(name, rank.rerank, ours.rerank, inputs, scores=scores_of)
 
 
 def mteb(make: Make) -> Iterator[Call]:
@@ -265,7 +267,7 @@ def row(host: str, call: Call, rounds: int) -> dict[str, Any]:
         def timed(function: Callable[..., Any]) -> Callable[[], Any]:
             return lambda: function(*call.inputs)
 
-    scores, truth = call.ours(*call.inputs), call.host(*call.inputs)
+    scores, truth = (call.scores(function(*call.inputs)) for function in (call.ours, call.host))
     error = harness.check(f"{host}: {call.name}", scores.detach(), truth.detach(), call.tolerance)
     runs = {"host": timed(call.host), "ours": timed(call.ours)}
     harness.interleaved(runs, 1)  # the first calls allocate

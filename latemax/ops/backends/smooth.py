@@ -179,13 +179,22 @@ def _smooth(d: Side, rows: Rows, tau: float, normalize: bool) -> Tensor:
 def _add(
     d: Side, rows: Rows, weight: Tensor, tau: float, normalize: bool, sum_q: Tensor | None, sum_d: Tensor | None
 ) -> None:  # fmt: skip
-    """Adds the gradients of some documents. weight [m, r]: that of each smooth maximum."""
-    smooth = _smooth(d, rows, tau, normalize)
-    base = smooth.masked_fill(smooth == -math.inf, 0.0).unsqueeze(1)
+    """Adds the gradients of some documents. weight [m, r]: that of each smooth maximum.
+
+    Similarities are computed once where the tokens are one block, else again after the smooth maxima.
+    """
+    blocks = [*_token_blocks(d, rows)]
+    smooth = _smooth(d, rows, tau, normalize) if len(blocks) > 1 else None
     start = 0
-    for block in _token_blocks(d, rows):
+    for block in blocks:
         sims, tokens, norms = _similarities(block, rows, normalize)
-        share = sims.sub_(base).div_(tau).exp_().mul_(weight.unsqueeze(1))
+        base = sims.amax(1) if smooth is None else smooth
+        share = sims.sub_(base.masked_fill(base == -math.inf, 0.0).unsqueeze(1)).div_(tau).exp_()
+        if smooth is None:
+            total = share.sum(1)
+            share.mul_((weight / total.masked_fill_(total == 0, 1.0)).unsqueeze(1))
+        else:
+            share.mul_(weight.unsqueeze(1))
         if block.mask is not None:
             share.masked_fill_(~block.mask.unsqueeze(-1), 0.0)
         if rows.drop is not None:
