@@ -56,7 +56,7 @@ _LATER = {
     "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
     "search": ("Lemur", "MeanPool", "Muvera", "RowPool", "TopK", "first_stage_recall", "topk", "two_stage"),
 }
-_MODULES = ("analysis", "compat", "viz")
+_MODULES = ("analysis", "compat", "ray", "viz")
 
 
 def __getattr__(name: str):

@@ -231,7 +231,7 @@ def test_update_reads_what_is_new_and_equals_a_fresh_build(make, tmp_path, monke
     with pytest.raises(ValueError, match=r"first must be of (this corpus|generation)"):
         first_stage_recall(q, store, 5, first)
     read, real = [], Shard.read
-    monkeypatch.setattr(Shard, "read", lambda self, at, out: read.append(len(out)) or real(self, at, out))
+    monkeypatch.setattr(Shard, "read", lambda self, *at: read.append(len(at[-1])) or real(self, *at))
     first.update(store)
     assert sum(read) == 2 + sum(map(len, pages(3, seed=9)))
     monkeypatch.undo()

@@ -15,6 +15,7 @@ from latemax._progress import Bar
 from latemax.arguments import check
 from latemax.search import corpus as corpora
 from latemax.search import stream
+from latemax.search.tokens import floats
 
 FORMAT_VERSION = 1
 
@@ -72,7 +73,7 @@ class FirstStage:
         """Fills the rows of documents.
 
         Args:
-            tokens: [t, dim] on the corpus's device. offsets: int64 [n + 1] on the CPU.
+            tokens: floats [t, dim] on the corpus's device. offsets: int64 [n + 1] on the CPU.
             lengths: of the n documents, in rows. out: one [rows, *shape] on the CPU for each column.
         """
         raise NotImplementedError
@@ -269,12 +270,12 @@ class FirstStage:
         total = int(offsets[-1])
         columns = {name: torch.empty(total, *c.shape, dtype=c.dtype) for name, c in self._columns().items()}
         # two buffers of tokens, one widened copy, and a few numbers a token
-        row = corpus.dim * (2 * corpus.dtype.itemsize + 4) + 64
+        row = 2 * corpus.token_bytes + 4 * corpus.dim + 64
         bar = Bar(len(corpus), f"{type(self).__name__} ") if self.progress and len(corpus) else None
         with torch.no_grad():
             for (a, b), tokens in stream.chunks(corpus, corpora.runs(corpus, self.memory, row, 0), corpus.device):
                 out = {name: column[int(offsets[a]) : int(offsets[b])] for name, column in columns.items()}
-                self._encode(tokens.detach(), corpus.offsets[a : b + 1] - corpus.offsets[a], lengths[a:b], out)
+                self._encode(floats(tokens), corpus.offsets[a : b + 1] - corpus.offsets[a], lengths[a:b], out)
                 if bar is not None:
                     bar.tick(b - a)
         return columns

@@ -58,7 +58,7 @@ class RowPool(FirstStage):
     """A first stage: every row of patches as its mean, of length 1; queries are scored by MaxSim over the means.
 
     A document with a grid (rows, cols) in its store becomes ``rows`` vectors, any other of l tokens about √l, each of
-    consecutive tokens. They are kept in the corpus's dtype.
+    consecutive tokens. They are kept in the corpus's dtype, of codes in float32.
 
     Args:
         corpus, memory, progress: as in `MeanPool`.
@@ -75,7 +75,8 @@ class RowPool(FirstStage):
         super().__init__(corpus, memory, progress)
 
     def _prepare(self, corpus: corpora.Corpus) -> None:
-        self.dtype_name = str(corpus.dtype).removeprefix("torch.")
+        floating = corpus.dtype.is_floating_point
+        self.dtype_name = str(corpus.dtype).removeprefix("torch.") if floating else "float32"
 
     def _columns(self) -> dict[str, Column]:
         return {"means": Column(self.dim, dtype=getattr(torch, self.dtype_name))}
