@@ -25,7 +25,10 @@ def exact_score(q, d, weights=None, *, normalize=False, mean=False) -> Decimal:
         rows = [[[Decimal(v) for v in token] for token in x.double().tolist()] for x in (q, d)]
         if normalize:
             eps = Decimal("1e-12")
-            rows = [[[v / max(sum(u * u for u in x).sqrt(), eps) for v in x] for x in side] for side in rows]
+            lengths = [[max(sum(v * v for v in x).sqrt(), eps) for x in side] for side in rows]
+            rows = [
+                [[v / n for v in x] for x, n in zip(*side, strict=True)] for side in zip(rows, lengths, strict=True)
+            ]
         best = [max(sum((a * b for a, b in zip(x, y, strict=True)), Decimal(0)) for y in rows[1]) for x in rows[0]]
         factors = [Decimal(1)] * len(best) if weights is None else [Decimal(w) for w in weights.tolist()]
         return sum((w * v for w, v in zip(factors, best, strict=True)), Decimal(0)) / (len(best) if mean else 1)

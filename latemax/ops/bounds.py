@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def _allocate(b: Batch) -> tuple[Tensor, Tensor]:
     return b.q.tokens.new_empty(shape, dtype=dtype), b.q.tokens.new_empty(shape, dtype=dtype)
 
 
-def _forward(*args) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     b = _batch(*args)
     lower, upper = _allocate(b)
     if lower.numel():
@@ -48,7 +49,7 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("latemax::maxsim_bounds", lib=_library)
-def _(*args) -> tuple[Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor]:
     return _allocate(_batch(*args))
 
 
