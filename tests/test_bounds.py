@@ -111,8 +111,16 @@ def test_every_form(backend):
     keep, kept = torch.rand(3, 4, generator=g) < 0.6, torch.rand(3, 7, generator=g) < 0.6
     some_q, some_d = [q[0], q[1, :2], q[2]], [d[0, :3], d[1, :0], d[2]]
     for call in (
-        (q, d), (q[0], d), (q, d[1]), (q[0], d[1]), (q, own), (some_q, some_d), (q, some_d), (some_q, d), (q, d, keep, kept)
-    ):  # fmt: skip
+        (q, d),
+        (q[0], d),
+        (q, d[1]),
+        (q[0], d[1]),
+        (q, own),
+        (some_q, some_d),
+        (q, some_d),
+        (some_q, d),
+        (q, d, keep, kept),
+    ):
         for options in ({}, dict(normalize=True, reduce="mean", empty_score=0.1)):
             x, y, *masks = call
             codes = [quantize(item) for item in y] if isinstance(y, list) else quantize(y)
