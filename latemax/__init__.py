@@ -17,6 +17,7 @@ from latemax.quantized import QuantizedTokens, quantize
 
 __version__ = "0.1.0"
 __all__ = [
+    "BinaryScan",
     "Choice",
     "LoRA",
     "MaxSim",
@@ -51,7 +52,7 @@ __all__ = [
 _LATER = {
     "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "Retriever", "TextEncoder", "TextTokens", "add_lora"),
     "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
-    "search": ("MeanPool", "TopK", "first_stage_recall", "topk", "two_stage"),
+    "search": ("BinaryScan", "MeanPool", "TopK", "first_stage_recall", "topk", "two_stage"),
 }
 _MODULES = ("analysis", "compat", "viz")
 
