@@ -54,8 +54,8 @@ def table(result: dict) -> str:
     head = ["search", f"share of the exact top {shape['k']}", "nDCG", "bytes a document", "ms a query"]
     return markdown(head, rows) + (
         f"\n{result['name']}: {shape['documents']:,} documents of {shape['l_d']:.0f} x {shape['dim']}, {shape['n_q']} "
-        f"queries of {shape['l_q']} tokens. The exact ranking says what is relevant. {machine['cpu']}, {machine['threads']} "
-        f"threads, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}.\n"
+        f"queries of {shape['l_q']} tokens. The exact ranking says what is relevant. {machine['cpu']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}.\n"
     )
 
 
