@@ -206,6 +206,30 @@ def test_loose_bounds_leave_codes_for_the_plain_scan(tmp_path, monkeypatch):
     assert found.stats["rescored"] >= 900 and sum(b - a for a, b in seen) <= 0.1 * 1000
 
 
+def test_where_an_8_bit_query_is_no_faster_its_bounds_are_computed_once(tmp_path, monkeypatch):
+    items = clustered(400)
+    q, store, seen = queries(items), store_of(tmp_path, items), []
+    real = bounded.bound_corpus
+
+    def float_query(*args, coarse, **options):
+        seen.append(coarse)
+        return real(*args, coarse=False, **options)
+
+    monkeypatch.setattr(bounded, "bound_corpus", float_query)
+    compare(q, store)
+    assert seen.count(False) == 1 and seen.count(True) > 10
+
+
+def test_documents_without_a_token_and_other_backends(tmp_path):
+    store = store_of(tmp_path / "empty", [torch.empty(0, DIM)] * 50)
+    compare(torch.ones(2, 3, DIM), store, 4)
+    items = clustered(300)
+    store = store_of(tmp_path / "some", items)
+    q = queries(items)
+    found, expected = (topk(q, store, 5, backend="reference", codes=codes) for codes in ("auto", "off"))
+    assert found.stats is not None and torch.equal(found.indices, expected.indices)
+
+
 def test_small_memory_and_large_k_are_scored_without_codes(tmp_path):
     items = clustered(100)
     store = store_of(tmp_path, items)

@@ -65,7 +65,8 @@ class Search:
     def __init__(self, scan: Scan, searched: corpora.Corpus, margin: Margin, options: dict[str, Any], bar: Bar | None):
         assert searched.codes is not None
         self.scan, self.searched, self.codes, self.margin = scan, searched, searched.codes, margin
-        self.options, self.bar, self.n = options, bar, len(searched)
+        # bounds hold whatever computes them
+        self.options, self.bar, self.n = options | {"backend": "auto"}, bar, len(searched)
         total = scan.budget
         self.waiting_bytes = total * WAITING_MEMORY
         self.runs = corpora.runs(self.codes, int(total * CODES_MEMORY), _code_bytes(searched), scan.n_q * BOUND_BYTES)
@@ -77,6 +78,8 @@ class Search:
         # documents that may be among the k best: int64 [m] on the CPU, and their upper bounds [n_q, m]
         self.waiting: list[tuple[Tensor, Tensor]] = []
         self.rescored = self.bytes = 0
+        # whether bounds of the float query are tighter than those of an 8-bit one
+        self.finer = True
 
     def run(self) -> dict[str, Any]:
         """Goes through the corpus; returns the statistics of `TopK`."""
@@ -131,13 +134,15 @@ class Search:
         lower, upper = self._bounds(tokens, offsets, margin, unknown, coarse=True)
         alive = (upper >= self._raised(lower)[:, -1:]).any(0)
         some = alive.nonzero().flatten()
-        if len(some):
+        if len(some) and self.finer:
             part = tokens, offsets
             if 2 * len(some) < b - a:
                 part = _documents(tokens, offsets, alive.cpu())
             else:
                 some = torch.arange(b - a, device=some.device)
             low, high = self._bounds(*part, margin[:, some], unknown[some], coarse=False)
+            # where no instruction multiplies an 8-bit query faster, both bounds are computed alike
+            self.finer = bool((low > lower[:, some]).any() or (high < upper[:, some]).any())
             lower[:, some] = torch.maximum(lower[:, some], low)
             upper[:, some] = torch.minimum(upper[:, some], high)
         self.floor = self._raised(lower)
