@@ -1,4 +1,4 @@
-"""maxsim and its siblings on QuantizedTokens: every form, every backend, against the oracle on the numbers they mean."""
+"""maxsim and its siblings on QuantizedTokens: every form and backend against the oracle on the numbers they mean."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def allowed(q: torch.Tensor, d: QuantizedTokens, normalize: bool = False) -> tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scores_are_those_of_the_numbers(where, kind, dtype):
     backend, device = where
-    for dim, normalize in ((1, False), (16, True), (37, False), (128, True), (128, False)):
+    cases = ((37, True), (128, False), (1, False), (16, True), (37, False), (128, True))
+    for dim, normalize in cases[:2] if backend == "triton" else cases:
         q, d = tokens(2, 5, dim, dtype=dtype, device=device), quantize(tokens(3, 70, dim, seed=1, device=device), kind)
         q_mask, d_mask = torch.ones(2, 5, dtype=torch.bool), torch.rand(3, 70) < 0.7
         q_mask[1, 3:], d_mask[:, 0] = False, True
@@ -69,12 +70,14 @@ def test_scores_are_those_of_the_numbers(where, kind, dtype):
 def test_products_of_codes_are_exact(where, kind):
     """All sums are integers below 2^24 or rounded once; scales are powers of two, so that nothing else rounds."""
     backend, device = where
-    for dim in (1, 24, 128, 517, 1030) + (() if backend == "triton" else (4096,)):
-        q, d = quantize(tokens(2, 5, dim, device=device), kind), quantize(tokens(3, 9, dim, seed=1, device=device), kind)
+    for dim in (24, 128, 517) if backend == "triton" else (1, 24, 128, 517, 1030, 4096):
+        q, d = (
+            quantize(tokens(2, 5, dim, device=device), kind),
+            quantize(tokens(3, 9, dim, seed=1, device=device), kind),
+        )
         q, d = (QuantizedTokens(x.codes, torch.full_like(x.scale, 0.25), x.error, kind, dim) for x in (q, d))
         scores, argmax = maxsim(q, d, return_argmax=True, backend=backend)
-        truth, best = reference.maxsim(numbers(q), numbers(d), return_argmax=True)
-        assert torch.equal(argmax, best)
+        assert torch.equal(argmax, reference.maxsim(numbers(q), numbers(d), return_argmax=True)[1])
         maxima = torch.einsum("qic,kjc->qkij", numbers(q), numbers(d)).amax(-1).float()
         torch.testing.assert_close(scores, maxima.sum(-1), rtol=2e-7, atol=0)
         ours = maxsim(q, d, normalize=True, backend=backend).double()
@@ -95,26 +98,22 @@ def test_every_form(where, kind, of_codes):
     q_ends = torch.tensor([0, 1, 4], device=device)
     pick, rows = (torch.tensor(v, device=device) for v in ([[2, 0, -1], [1, 1, 2], [0, 2, 0]], [2, 0, 0]))
     weights = tokens(3, 4, seed=3, device=device)
-    for call in (
-        lambda q, d, **o: maxsim(q[0] if of_codes else x[0], d, **o),
-        lambda q, d, **o: maxsim(q, d[1], **o),
-        lambda q, d, **o: maxsim(q, d, q_weights=weights, reduce="mean", **o),
-        lambda q, d, **o: MaxSim(normalize=True, **o)(q, d),
-        lambda q, d, **o: maxsim_pairs(q, d, normalize=True, **o),
-    ):
-        agree(call, (q, d), backend)
-    for call, sides in (
-        (maxsim, (q, own)),
-        (maxsim, (some_q, some_d)),
-        (maxsim, (q, some_d)),
-        (maxsim_pairs, (some_q, some_d)),
-        (maxsim, (q, [])),
-    ):
-        agree(call, sides, backend)
+    agree(lambda q, d, **o: maxsim(q, d, q_weights=weights, reduce="mean", **o), (q, d), backend)
+    agree(lambda q, d, **o: maxsim_pairs(q, d, normalize=True, **o), (q, d), backend)
+    agree(lambda q, d, **o: rerank(q, d, ends, pick, query_ids=rows, **o), (some_q, flat_d), backend)
     agree(lambda q, d, **o: maxsim_varlen(q, d, q_ends, ends, empty_score=-3.0, **o), (flat_q, flat_d), backend)
+    agree(maxsim, (q, some_d), backend)
+    agree(maxsim, (q, own), backend)
+    if backend == "triton":  # the interpreter takes half a second a call, and these reach the same kernel
+        return
+    agree(maxsim, (q[0], d), backend)
+    agree(maxsim, (q, d[1]), backend)
+    agree(lambda q, d, **o: MaxSim(normalize=True, **o)(q, d), (q, d), backend)
+    agree(maxsim, (some_q, some_d), backend)
+    agree(maxsim_pairs, (some_q, some_d), backend)
+    agree(maxsim, (q, []), backend)
     agree(lambda q, d, **o: rerank(q, d, ends, pick, empty_score=-2.0, **o), (q, flat_d), backend)
     agree(lambda q, d, **o: rerank(q, d, ends, pick, query_ids=rows, normalize=True, **o), (q, flat_d), backend)
-    agree(lambda q, d, **o: rerank(q, d, ends, pick, query_ids=rows, **o), (some_q, flat_d), backend)
     agree(lambda q, d, **o: rerank((q, q_ends), d, ends, pick[:2], **o), (flat_q, flat_d), backend)
     agree(lambda q, d, **o: rerank(q, d, None, pick, **o), (q, some_d), backend)
 
@@ -228,7 +227,7 @@ def test_the_best_backend_is_explained():
     assert latemax.explain(q, d).backend == "cpu"
     assert latemax.explain(q.double(), d).native is False
     assert maxsim(q.double(), d).dtype == torch.float64
-    with pytest.raises(RuntimeError, match="codes are Triton's|cannot be loaded|no CUDA device"):
+    with pytest.raises(RuntimeError, match=r"codes are Triton's|cannot be loaded|no CUDA device"):
         maxsim(q, d, backend="cuda")
 
 
@@ -254,7 +253,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="not differentiable, but its scale requires a gradient"):
         maxsim(q, QuantizedTokens(d.codes, d.scale.clone().requires_grad_(), d.error, "int8", 24))
     for x, y in ((q, d), (quantize(q), d), (q, [d[0]])):
-        with pytest.raises(TypeError, match="smooth_maxsim takes no QuantizedTokens; got them as [qd]"):
+        with pytest.raises(TypeError, match=r"smooth_maxsim takes no QuantizedTokens; got them as [qd]"):
             latemax.smooth_maxsim(x, y, tau=0.1)
 
 

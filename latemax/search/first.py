@@ -46,6 +46,8 @@ class FirstStage:
 
     # constructor's arguments that decide the rows; attributes of the same names
     SETTINGS: ClassVar[tuple[str, ...]] = ()
+    # bytes that encoding takes for each number of a token
+    WORKING: ClassVar[int] = 4
     # tensors that encoding needs, drawn or learned in `_prepare`; attributes of the same names
     LEARNED: ClassVar[tuple[str, ...]] = ()
 
@@ -269,8 +271,8 @@ class FirstStage:
         offsets = offsets_of(lengths)
         total = int(offsets[-1])
         columns = {name: torch.empty(total, *c.shape, dtype=c.dtype) for name, c in self._columns().items()}
-        # two buffers of tokens, one widened copy, and a few numbers a token
-        row = 2 * corpus.token_bytes + 4 * corpus.dim + 64
+        # two buffers of tokens, what encoding makes of them, and a few numbers a token
+        row = 2 * corpus.token_bytes + self.WORKING * corpus.dim + 64
         bar = Bar(len(corpus), f"{type(self).__name__} ") if self.progress and len(corpus) else None
         with torch.no_grad():
             for (a, b), tokens in stream.chunks(corpus, corpora.runs(corpus, self.memory, row, 0), corpus.device):

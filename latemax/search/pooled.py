@@ -99,4 +99,5 @@ class RowPool(FirstStage):
     def _first(self, q: Tensor, q_mask: Tensor | None, n: int, within: Tensor | None) -> Tensor:
         q, q_mask = q.cpu(), None if q_mask is None else q_mask.cpu()
         pooled = (self.columns["means"], self.offsets)
-        return topk(q, pooled, n, q_mask, within=within, normalize=self.normalize).indices
+        options: dict[str, Any] = dict(within=within, normalize=self.normalize, memory=self.memory)
+        return topk(q, pooled, n, q_mask, **options).indices

@@ -12,7 +12,7 @@ from triton.runtime import driver
 
 from latemax.kernels.backward import grad_d_kernel, grad_q_kernel, through_norm_kernel
 from latemax.kernels.forward import forward_kernel, inverse_norm_kernel, sum_slots_kernel
-from latemax.ops.backends import gather, pointers
+from latemax.ops.backends import decode, gather, pointers
 from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Side
 from latemax.ops.tiles import NO_NORM, NORM_BEFORE, NORM_IN_TILE, Launch, backward_tile, padded_dim
 
@@ -22,6 +22,8 @@ TL_DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+# D_CODES of a forward build
+CODES = {"": 0, "int8": 1, "binary": 2}
 # decided when the kernels are decorated, at import
 INTERPRETED = triton.knobs.runtime.interpret
 # programs below which a GPU of 132 multiprocessors idles: then a loop over documents is split further
@@ -173,6 +175,26 @@ def _compute(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if dtype == torch.bfloat16 and INTERPRETED else TL_DTYPES[dtype]
 
 
+def _split(b: Batch) -> bool:
+    """Whether query tokens are multiplied as two halves: float32 ones, with codes."""
+    return b.d.codes is not None and b.q.tokens.dtype == torch.float32
+
+
+def _operands(b: Batch) -> tl.dtype:
+    """``_compute`` of a forward pass. bfloat16 holds every code, and every half of a float32."""
+    if b.q.codes is not None:
+        return tl.int8
+    return _compute(torch.bfloat16 if _split(b) else b.dtype)
+
+
+def _code_factors(s: Side, normalize: bool) -> Tensor:
+    """[n * l] scales of query tokens, or what makes their codes unit vectors."""
+    assert s.codes is not None
+    if not normalize:
+        return s.codes.scale
+    return decode.unit_factors(decode.integers(s.tokens, s.codes.kind, s.codes.dim, torch.float32), s.codes.scale)
+
+
 def _precision(dtype: torch.dtype) -> str:
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if tf32 else "ieee"
@@ -225,19 +247,26 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
         return None
     given = b
     b = b._replace(q=_dense_dims(b.q), d=_dense_dims(b.d))
-    q, d, dtype, d_mask = b.q.tokens, b.d.tokens, b.dtype, b.d.mask
-    align = _align(q, d)
+    q, d, dtype, d_mask, codes = b.q.tokens, b.d.tokens, b.dtype, b.d.mask, b.d.codes
+    aligned_d = d
     if separate is not None:
         # norms before would be numbered by token
         norm = min(norm, NORM_IN_TILE)
         d_mask = None if separate.masks is None else torch.empty_like(scores, dtype=torch.bool)
-        align = _align(q, q.new_empty(1, dtype=d.dtype)) if separate.aligned else 1
+        aligned_d = d.new_empty(1)
+    align, d_align = _align(q), 1 if separate is not None and not separate.aligned else _align(aligned_d)
+    if codes is None:
+        align = d_align = min(align, d_align)
     q_tiles, chunks = _ceil(n_q, pack), _ceil(l_q, tile.block_q)
     if q_offsets is not None:
         q_tiles, chunks = 1, l_q // tile.block_q + n_q
     with pointers.on(q.device):
         q_inv = d_inv = sums = scores
-        if norm == NORM_BEFORE or (norm != NO_NORM and dim > tile.block_k):
+        if codes is not None:
+            d_inv = codes.scale
+        if b.q.codes is not None:
+            q_inv = _code_factors(b.q, b.normalize)
+        elif norm == NORM_BEFORE or (norm != NO_NORM and dim > tile.block_k):
             q_inv = _inverse_norms(q, dtype)
         if norm == NORM_BEFORE:
             d_inv = _inverse_norms(d, dtype)
@@ -248,7 +277,7 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
                 argmax.fill_(-1)
         elif chunks > 1:
             sums = scores.new_empty(chunks, n_q, n_d)
-        programs, types = q_tiles * chunks * n_d, (_compute(dtype), _accumulator(dtype))
+        programs, types = q_tiles * chunks * n_d, (_operands(b), _accumulator(dtype))
         numbers = (
             *_strides(b), n_d * l_d if own else 0, n_q, n_d, l_q, l_d, chunks, 0 if d_offsets is None else b.d.items,
         )  # fmt: skip
@@ -256,6 +285,7 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
             dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, q_offsets is not None,
             d_offsets is not None, separate is not None, candidates is not None, b.q.mask is not None,
             d_mask is not None, norm, argmax is not None, b.q.weights is not None, b.mean, align, _precision(dtype),
+            d_align, CODES["" if codes is None else codes.kind], b.q.codes is not None, _split(b),
         )  # fmt: skip
         # a tensor that is not there is replaced by one that is: pointers of one build have one dtype and alignment
         best = scores if argmax is None else argmax
@@ -274,6 +304,8 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
             )  # fmt: skip
         elif chunks > 1:
             torch.sum(sums, 0, out=scores)
+    if codes is not None:
+        return None
     copied = q is not given.q.tokens or d is not given.d.tokens
     if built is None or norm == NORM_BEFORE or chunks > 1 or b.ragged or copied:
         return None
