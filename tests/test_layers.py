@@ -16,17 +16,18 @@ ROOT = Path(__file__).parents[1]
 # A module may import what is on an earlier line, never its own line's other entries or a later line.
 STACK = (
     ("latemax.kernels",),
-    ("latemax.ops.backends.native", "latemax.ops.backends.gather"),
+    ("latemax.ops.backends.native", "latemax.ops.backends.decode"),
+    ("latemax.ops.backends.gather",),
     ("latemax.ops.backends.blocks", "latemax.ops.backends.reference", "latemax.ops.backends.triton_launch"),
     ("latemax.ops.backends.triton", "latemax.ops.backends.smooth_triton"),
-    ("latemax.ops.backends.smooth",),
+    ("latemax.ops.backends.smooth", "latemax.ops.backends.bounds"),
     ("latemax.ops.backends.cuda",),
     ("latemax.ops.dispatch",),
     ("latemax.ops.operator",),
-    ("latemax.ops.smooth",),
+    ("latemax.ops.smooth", "latemax.ops.bounds"),
     ("latemax.arguments",),
     ("latemax.api",),
-    ("latemax.module",),
+    ("latemax.module", "latemax.bounds"),
     ("latemax.search",),
     ("latemax.distributed",),
     ("latemax",),
@@ -142,8 +143,8 @@ def may_import(source: str, target: str, when: str) -> bool:
         by_type = source in TOPS and when == "typing"
         return source in TOPS[target] or by_type or (source == "latemax" and when != "file")
     if source in LEAVES and target in LEAVES:
-        # arrays are taken wherever tensors are
-        if target == "latemax.arguments.arrays":
+        # arrays are taken wherever tensors are, and a store keeps codes
+        if target == "latemax.arguments.arrays" or (source, target) == ("latemax.store", "latemax.quantized"):
             return True
         in_ops = source.startswith("latemax.ops") and target.startswith("latemax.ops")
         return in_ops and LEAVES.index(target) < LEAVES.index(source)

@@ -185,8 +185,8 @@ struct BFloat16 {
 };
 #endif
 
-template <class Op, int U, int V>
-LATEMAX_INLINE void step(const vf *q, const char *const (&row)[U], int64_t at, vf (&sum)[U][V]) {
+template <class Op, int U, int V, class Vector>
+LATEMAX_INLINE void step(const Vector *q, const char *const (&row)[U], int64_t at, Vector (&sum)[U][V]) {
     /* the side with fewer elements is kept in registers, the other is loaded one at a time */
     if (V <= U) {
 #pragma GCC unroll 32

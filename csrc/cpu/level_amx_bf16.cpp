@@ -93,7 +93,7 @@ void run_bf16(const void *panel, int vectors, const Rows &rows, int64_t dim, flo
 }
 
 const Level level = {
-    "amx_bf16", LATEMAX_LANES, 2, run_any<Float32, 24, 4, 2>, run_bf16, widen, sum_of_squares, add_scaled};
+    "amx_bf16", LATEMAX_LANES, 2, run_any<Float32, 24, 4, 2>, run_bf16, widen, sum_of_squares, add_scaled, &codes_avx512_vnni};
 }  // namespace
 const Level *const level_amx_bf16 = &level;
 #else

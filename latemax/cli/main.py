@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         default="float16",
         help="dtype of the stored tokens (default: %(default)s)",
     )
+    index.add_argument(
+        "--codes", choices=("int8",), help="also store 8-bit codes, from which search finds the same images faster"
+    )
     index.add_argument("--size", type=int, help="image size in pixels (default: the model's own)")
     index.add_argument("--batch-size", type=_positive, default=16, help="images per batch (default: %(default)s)")
     index.add_argument("--device", help="device of the encoder (default: cpu)")
@@ -157,7 +160,7 @@ def _index(args: argparse.Namespace) -> int:
 
     done = index(
         args.images, model=args.model, store=args.out, dtype=args.dtype, size=args.size, batch_size=args.batch_size,
-        device=args.device, adapter=args.adapter, prune=args.prune,
+        device=args.device, adapter=args.adapter, prune=args.prune, codes=args.codes,
     )  # fmt: skip
     print(json.dumps(done, indent=2) if args.json else render(done))
     if not done["left_out"]:

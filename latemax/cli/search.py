@@ -104,7 +104,7 @@ def best_patches(q: Tensor, pages: PatchStore, i: int, normalize: bool) -> list[
     """Returns the patches of document i that the score of query q [l_q, dim] comes from, largest part first."""
     from latemax.analysis import grounding_map
 
-    tokens = pages[i]
+    tokens = pages.floats(i)
     if not len(tokens):
         return []
     rows, columns = pages.grid(i) or (1, len(tokens))

@@ -103,7 +103,7 @@ def forward(b: Batch, want_argmax: bool, asked: str) -> tuple[tuple[Tensor, Tens
     """((scores, argmax or None), the plan that ran)."""
     q, d, q_mask, d_mask = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask
     key = None
-    if (q.is_cuda or asked == "triton") and b.q.offsets is None and b.d.offsets is None:
+    if (q.is_cuda or asked == "triton") and b.q.offsets is None and b.d.offsets is None and b.d.codes is None:
         # all but data pointers and empty_score
         key = (
             q.shape, q.stride(), q.dtype, d.shape, d.stride(), d.dtype, q.device, q.data_ptr() & 15, d.data_ptr() & 15,

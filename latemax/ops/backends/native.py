@@ -16,6 +16,8 @@ from latemax.ops.backends.pointers import DTYPES, address
 from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Plan, Problem, Side
 
 name = "native"
+# csrc/cpu/level.h: sums of the products of codes fit in 32 bits
+MOST_CODE_DIMS = 1 << 17
 _cpu, _why_not = pointers.load("_cpu")
 
 
@@ -36,8 +38,10 @@ def why_not(p: Problem, by_name: bool = False) -> str:
         return WrongDevice(f"needs tensors on the CPU; got {p.device}")
     if _cpu is None:
         return status().reason
-    if p.q_dtype not in DTYPES or p.d_dtype not in DTYPES:
+    if torch.float64 in (p.q_dtype, p.d_dtype):
         return "the native kernel does not take float64"
+    if p.d_codes and p.dim > MOST_CODE_DIMS:
+        return f"the native kernel takes codes of at most {MOST_CODE_DIMS} dims; got {p.dim}"
     return ""
 
 
@@ -99,7 +103,19 @@ def forward(b: Batch, plan: Plan, out: Outputs) -> None:
     """Raises ValueError for offsets that do not start at 0, fall or leave their tokens, and for unknown candidates."""
     if _has_neg(b):
         b = b._replace(q=_resolved(b.q), d=_resolved(b.d))
-    _cpu.forward(plan.launch, torch.get_num_threads(), *pointers.forward_call(b, out))
+    _cpu.forward(plan.launch, torch.get_num_threads(), *pointers.forward_call(b, out), *pointers.codes(b))
+
+
+def bounds(b: Batch, plan: Plan, lower: Tensor, upper: Tensor, *, coarse: bool = False) -> None:
+    """Bounds of the scores of the tokens that int8 codes were made of, float32 [n_q, n_d].
+
+    ``coarse``: with query tokens of 8 bits where the instruction set multiplies those faster; wider bounds. Raises as
+    ``forward`` does.
+    """
+    if _has_neg(b):
+        b = b._replace(q=_resolved(b.q))
+    call = pointers.call(b, lower.shape, lower, None)
+    _cpu.forward(plan.launch, torch.get_num_threads(), *call, *pointers.codes(b, upper, coarse))
 
 
 def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
