@@ -15,7 +15,7 @@ from latemax.arguments.batch import batch_of, corpus_batch, rerank_batch, varlen
 from latemax.arguments.check import check_options, check_tau
 from latemax.ops import dispatch, operator, smooth
 from latemax.ops.dispatch import Choice
-from latemax.quantized import QuantizedTokens
+from latemax.quantized import QuantizedTokens, quantize
 
 __all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "smooth_maxsim", "warmup"]
 
@@ -327,6 +327,8 @@ def warmup(
     q_weighted: bool = False,
     reduce: str = "sum",
     train: bool = False,
+    q_kind: str | None = None,
+    d_kind: str | None = None,
     backend: str = "auto",
 ) -> Choice:
     """Compile what ``maxsim`` will launch for these shapes, so that the first real call compiles nothing, also inside a
@@ -341,6 +343,7 @@ def warmup(
             ``maxsim_varlen``, "rerank" for ``rerank``.
         normalize, return_argmax, reduce, backend: as the calls will pass.
         train: also the backward kernels of both sides.
+        q_kind, d_kind: the kind of QuantizedTokens that q and d will be; None for tokens of ``dtype``.
 
     Returns:
         The choice, as ``explain`` returns it.
@@ -352,17 +355,16 @@ def warmup(
         raise ValueError(f"layout must be dense, list, varlen or rerank; got {layout!r}")
     if own and layout != "dense":
         raise ValueError(f"own candidates are of layout 'dense'; got {layout!r}")
-    q = torch.zeros(n_q, l_q, dim, dtype=dtype, device=device, requires_grad=train)
-    d = torch.zeros(*((n_q,) if own else ()), 1, 16, dim, dtype=dtype, device=device, requires_grad=train)
-    if layout != "dense":
-        d = d.detach()[0].requires_grad_(train)
-    if layout == "varlen":
-        q = q.detach().flatten(0, 1).requires_grad_(train)
+    q: Any = torch.zeros(n_q, l_q, dim, dtype=dtype, device=device)
+    d: Any = torch.zeros(*((n_q,) if own else ()), 1, 16, dim, dtype=dtype, device=device)
+    q, d = q.flatten(0, 1) if layout == "varlen" else q, d if layout == "dense" else d[0]
+    q = q.requires_grad_(train) if q_kind is None else quantize(q, q_kind)
+    d = d.requires_grad_(train) if d_kind is None else quantize(d, d_kind)
     q_offsets, d_offsets = torch.arange(n_q + 1, device=device) * l_q, torch.arange(2, device=device) * 16
     slots = torch.zeros(n_q, 1, dtype=torch.int64, device=device)
-    q_mask = q.new_ones(q.shape[:-1], dtype=torch.bool) if q_masked else None
-    d_mask = d.new_ones(d.shape[:-1], dtype=torch.bool) if d_masked else None
-    q_weights = q.new_ones(q.shape[:-1]) if q_weighted else None
+    q_mask = torch.ones(q.shape[:-1], dtype=torch.bool, device=device) if q_masked else None
+    d_mask = torch.ones(d.shape[:-1], dtype=torch.bool, device=device) if d_masked else None
+    q_weights = torch.ones(q.shape[:-1], dtype=dtype, device=device) if q_weighted else None
     options: dict[str, Any] = dict(normalize=normalize, q_weights=q_weights, reduce=reduce)
     with torch.set_grad_enabled(train):
         if layout == "dense":
@@ -374,10 +376,10 @@ def warmup(
         else:
             batch, _ = rerank_batch(q, d, d_offsets, slots, q_mask, **options)
         scores, _ = operator.maxsim(batch, return_argmax, backend)
-        if train:
+        if scores.requires_grad:
             scores.sum().backward()
-    if q.is_cuda:
-        torch.cuda.synchronize(q.device)
+    if scores.is_cuda:
+        torch.cuda.synchronize(scores.device)
     return dispatch.explain(batch, backend, argmax=return_argmax or train)
 
 

@@ -43,8 +43,9 @@ def maxsim_bounds(
         backend: "auto", "cpu" or "reference".
 
     Returns:
-        (lower, upper), each of the shape and dtype of the scores. Both are NaN for a query with NaN or infinity in a
-        valid token, ``empty_score`` for a document without a valid token, 0 for a query without one. No gradient.
+        (lower, upper), each of the shape and dtype of the scores. Both are NaN for a query with NaN in a valid token,
+        -inf and inf for one with infinity (whose score may be NaN), ``empty_score`` for a document without a valid
+        token, 0 for a query without one. An error of inf makes the upper bound inf. No gradient.
 
     Raises:
         TypeError: d is not QuantizedTokens of kind "int8", or q is; else as ``maxsim``.

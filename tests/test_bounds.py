@@ -25,7 +25,10 @@ def exact_score(q, d, weights=None, *, normalize=False, mean=False) -> Decimal:
         rows = [[[Decimal(v) for v in token] for token in x.double().tolist()] for x in (q, d)]
         if normalize:
             eps = Decimal("1e-12")
-            rows = [[[v / max(sum(u * u for u in x).sqrt(), eps) for v in x] for x in side] for side in rows]
+            lengths = [[max(sum(v * v for v in x).sqrt(), eps) for x in side] for side in rows]
+            rows = [
+                [[v / n for v in x] for x, n in zip(*side, strict=True)] for side in zip(rows, lengths, strict=True)
+            ]
         best = [max(sum((a * b for a, b in zip(x, y, strict=True)), Decimal(0)) for y in rows[1]) for x in rows[0]]
         factors = [Decimal(1)] * len(best) if weights is None else [Decimal(w) for w in weights.tolist()]
         return sum((w * v for w, v in zip(factors, best, strict=True)), Decimal(0)) / (len(best) if mean else 1)
@@ -108,8 +111,16 @@ def test_every_form(backend):
     keep, kept = torch.rand(3, 4, generator=g) < 0.6, torch.rand(3, 7, generator=g) < 0.6
     some_q, some_d = [q[0], q[1, :2], q[2]], [d[0, :3], d[1, :0], d[2]]
     for call in (
-        (q, d), (q[0], d), (q, d[1]), (q[0], d[1]), (q, own), (some_q, some_d), (q, some_d), (some_q, d), (q, d, keep, kept)
-    ):  # fmt: skip
+        (q, d),
+        (q[0], d),
+        (q, d[1]),
+        (q[0], d[1]),
+        (q, own),
+        (some_q, some_d),
+        (q, some_d),
+        (some_q, d),
+        (q, d, keep, kept),
+    ):
         for options in ({}, dict(normalize=True, reduce="mean", empty_score=0.1)):
             x, y, *masks = call
             codes = [quantize(item) for item in y] if isinstance(y, list) else quantize(y)
@@ -139,7 +150,9 @@ def test_edges(backend):
         x[1, 2, 3] = bad
         keep = torch.ones(3, 4, dtype=torch.bool)
         lower, upper = maxsim_bounds(x, codes, backend=backend)
-        assert lower[1].isnan().all() and upper[1].isnan().all() and lower[[0, 2]].isfinite().all()
+        assert torch.equal(torch.stack([lower[1], upper[1]]).isnan(), torch.full((2, 2), math.isnan(bad)))
+        assert math.isnan(bad) or ((lower[1] == -math.inf) & (upper[1] == math.inf)).all()
+        assert lower[[0, 2]].isfinite().all()
         keep[1, 2], keep[2] = False, False
         lower, upper = maxsim_bounds(x, codes, keep, backend=backend)
         assert lower.isfinite().all() and not lower[2].any() and not upper[2].any()
@@ -198,5 +211,5 @@ def test_torch_sees_one_operator():
         fake = torch.utils._pytree.tree_map(mode.from_tensor, (q, d))
         assert maxsim_bounds(*fake)[1].shape == (2, 3)
     batched = torch.vmap(lambda q: latemax.maxsim_bounds(q, d)[0])(q)
-    torch.testing.assert_close(batched, maxsim_bounds(q, d)[0])
+    torch.testing.assert_close(batched, maxsim_bounds(q, d)[0], rtol=1e-3, atol=1e-3)
     assert maxsim_pairs(q, d[:2]).shape == (2,)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from latemax.ops.backends import bounds
-from latemax.ops.problem import Batch, Codes, Side
+from latemax.ops import dispatch, operator
+from latemax.ops.backends import bounds, native
+from latemax.ops.problem import Batch, Codes, Side, problem_of
 
 _library = torch.library.Library("latemax", "FRAGMENT")  # kept alive: the registrations end with it
 # exported programs hold these names: arguments are only ever appended
@@ -17,6 +19,9 @@ _library.define(
     "float? empty_score, str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None, "
     "Tensor? q_weights=None, bool mean=False, bool coarse=False) -> (Tensor, Tensor)"
 )
+
+
+COARSE = 14  # its place among the arguments
 
 
 def _batch(
@@ -35,12 +40,20 @@ def _allocate(b: Batch) -> tuple[Tensor, Tensor]:
     return b.q.tokens.new_empty(shape, dtype=dtype), b.q.tokens.new_empty(shape, dtype=dtype)
 
 
-def _forward(*args) -> tuple[Tensor, Tensor]:
-    b = _batch(*args)
+def _run(b: Batch, backend: str, coarse: bool) -> tuple[Tensor, Tensor]:
     lower, upper = _allocate(b)
-    if lower.numel():
-        bounds.forward(b, lower, upper)
+    plan = None
+    if backend != "reference" and lower.device.type == "cpu":
+        plan = dispatch.plan_for(problem_of(b, argmax=False), "cpu")
+    if plan is not None and plan.backend == native.name:
+        native.bounds(b, plan, lower, upper, coarse=coarse)
+    elif lower.numel():
+        bounds.forward(b.joined(), lower, upper)
     return lower, upper
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    return _run(_batch(*args), args[8], len(args) > COARSE and args[COARSE])
 
 
 for _key in ("CPU", "CUDA"):
@@ -48,7 +61,7 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("latemax::maxsim_bounds", lib=_library)
-def _(*args) -> tuple[Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor]:
     return _allocate(_batch(*args))
 
 
@@ -63,8 +76,12 @@ def _check(b: Batch, backend: str) -> None:
 def maxsim_bounds(b: Batch, backend: str, *, coarse: bool = False) -> tuple[Tensor, Tensor]:
     """(lower, upper), [n_q, n_d]. coarse: a backend may round q to 8 bits, which is faster and loosens the bounds."""
     _check(b, backend)
-    b = b.joined()
     q, d, codes = b.q, b.d, b.d.codes
+    if not torch.compiler.is_compiling() and operator.plain(q.tokens, d.tokens, q.mask, d.mask, q.weights):
+        with torch.no_grad():
+            return _run(b, backend, coarse)
+    b = b.joined()
+    q, d = b.q, b.d
     assert codes is not None and codes.error is not None
     empty_score = None if b.empty_score == -math.inf else b.empty_score
     with torch.no_grad():

@@ -189,7 +189,7 @@ class _MaxSim(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
         needs = Needs(*ctx.needs_input_grad[:3])
-        if torch.is_grad_enabled() or not _plain(g) or torch._C._functorch.is_legacy_batchedtensor(g):
+        if torch.is_grad_enabled() or not plain(g) or torch._C._functorch.is_legacy_batchedtensor(g):
             # the registered operator refuses a second derivative, and takes tensors that are not plain
             return (*_gradients(ctx, g, needs), None, None)
         q, d, argmax, *rest = ctx.saved_tensors
@@ -206,7 +206,7 @@ def no_mode() -> bool:
     )
 
 
-def _plain(*tensors: Tensor | None) -> bool:
+def plain(*tensors: Tensor | None) -> bool:
     """Eager execution of ordinary tensors."""
     return no_mode() and all(x is None or type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
 
@@ -259,12 +259,12 @@ def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | 
     train = torch.is_grad_enabled() and needs_gradient(b)
     if not torch.compiler.is_compiling():
         refuse_transforms("maxsim", q, d, weights)
-        plain = _plain(q, d, b.q.mask, b.d.mask) and (weights is None or _plain(weights))
-        if plain and not train:
+        eager = plain(q, d, b.q.mask, b.d.mask) and (weights is None or plain(weights))
+        if eager and not train:
             return dispatch.forward(b, want_argmax, backend)[0]
     b = b.joined()
     if not torch.compiler.is_compiling():
-        if plain:
+        if eager:
             return _MaxSim.apply(b.q.tokens, b.d.tokens, b.q.weights, b, backend)
         # below a vmap, a tensor may require a gradient although none here does
         train = train or (torch.is_grad_enabled() and not no_mode())

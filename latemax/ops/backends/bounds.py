@@ -50,8 +50,8 @@ def _dense(b: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     q = b.q.tokens.to(torch.float64)
     n_q, l_q, dim = q.shape
     keep = q.new_ones((n_q, l_q), dtype=torch.bool) if b.q.mask is None else b.q.mask
-    known = (q.isfinite().all(-1) | ~keep).all(-1, keepdim=True)  # [n_q, 1]
     q = q.masked_fill(~keep.unsqueeze(-1), 0.0)
+    unknown, wrong = (x.flatten(1).any(-1, keepdim=True) for x in (q.isinf(), q.isnan()))  # [n_q, 1]
     if b.normalize:
         q = q / _norms(q).clamp_min_(EPS)
     # as factors of the margin: at least the norms of real numbers
@@ -69,8 +69,8 @@ def _dense(b: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if d_mask is not None:
         empty |= ~d_mask.any(-1)
     low, high = -_rounded_up(-low, dtype), _rounded_up(high, dtype)
-    for x in (low, high):
-        x.masked_fill_(~known, math.nan).masked_fill_(empty, b.empty_score)
+    for x, least in ((low, -math.inf), (high, math.inf)):
+        x.masked_fill_(unknown, least).masked_fill_(wrong, math.nan).masked_fill_(empty, b.empty_score)
         x.masked_fill_(~keep.any(-1, keepdim=True), 0.0)
     return low, high
 
