@@ -143,8 +143,8 @@ class TestRun:
         out, result = demo
         assert sorted(result["files"]) == sorted(p.name for p in out.iterdir())
         expected = {
-            "grounding.png", "cls-win-rate.png", "cls-distribution.png", "cls-simulation.png", "cls-simulation-more.png",
-            "token-norms.png", "token-norm-maps.png", "words.png", "demo.json",
+            "grounding.png", "cls-win-rate.png", "cls-distribution.png", "cls-simulation.png",
+            "cls-simulation-more.png", "token-norms.png", "token-norm-maps.png", "words.png", "demo.json",
         }  # fmt: skip
         assert expected <= set(result["files"])
         assert sum(name.startswith("ranking-") for name in result["files"]) >= 2

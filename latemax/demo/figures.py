@@ -33,8 +33,8 @@ NOTES = {
     ),
     "ranking-": (
         "Which photo was this crop cut from?",
-        "The best photos by MaxSim, frozen DINOv2 without any training. Below them, each patch of the crop has a colour, "
-        "and its best match in each photo has the same.",
+        "The best photos by MaxSim, frozen DINOv2 without any training. Below them, each patch of the crop has a "
+        "colour, and its best match in each photo has the same.",
         "whether the right photo (green) is first, and its colours are inside the frame in the order of the crop.",
     ),
     "grounding": (
@@ -50,7 +50,7 @@ NOTES = {
     "cls-distribution": (
         "How similar are query patches to CLS, to patches, and to their best match?",
         "Histograms of all similarities of the crops with their own photo, each with its own height.",
-        "the distance of CLS from the best match: CLS is about as similar as an average patch, so it is rarely the maximum.",
+        "the distance of CLS from the best match: it is about as similar as an average patch, so rarely the maximum.",
     ),
     "token-norms": (
         "Does this ViT have patches of unusually large norm, which could win raw dot products?",
@@ -60,9 +60,9 @@ NOTES = {
     ),
     "token-norm-maps": (
         "Where are the patches of large norm?",
-        "Photos above, norms of their patches below. Orange outline: a flagged patch, whose norm is above its own photo's "
-        "median + 10 MAD (MAD: median absolute deviation).",
-        "where the outlines are: on empty background they would be the known artefact of large ViTs, here they are on objects.",
+        "Photos above, norms of their patches below. Orange outline: a flagged patch, whose norm is above its own "
+        "photo's median + 10 MAD (MAD: median absolute deviation).",
+        "where the outlines are. On empty background they would be the known artefact of large ViTs.",
     ),
     "cls-simulation": (
         "When does CLS become the best match, and what does that cost?",

@@ -86,11 +86,11 @@ def _crops(result: dict[str, Any], pictures: Sequence[str]) -> str:
     lost = [escape(name) for name, found in hits.items() if not found]
     pointing = result["pointing"]
     return f"""<h2>Crops that find their photo</h2>
-<p>{len(result["queries"])} crops of {len(hits)} photos as queries, no training: {sum(hits.values())} rank their own photo
+<p>{len(result["queries"])} crops of {len(hits)} photos as queries, no training: {sum(hits.values())} rank their photo
 first (R@1 {sum(hits.values()) / len(result["queries"]):.3f}, chance {result["recall_at_1_chance"]:.3f}), and
 {percent(pointing["in_box"])} of their patches have their best match where the crop was cut (chance
 {percent(pointing["in_box_chance"])}). A frozen ViT of this size finds objects and textures, and no crop at all of
-{", ".join(lost) or "none"} ({each} each): where a crop shows little of what marks the photo, other photos are closer.</p>
+{", ".join(lost) or "none"} ({each} each): where a crop shows little of what marks its photo, others are closer.</p>
 {chr(10).join(map(_figure, pictures))}"""
 
 

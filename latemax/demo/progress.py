@@ -29,8 +29,8 @@ class Stages:
 def one_thread() -> Iterator[None]:
     """Runs torch on one thread, where calls are too small for two.
 
-    On two cores with other work, 300 training steps of words took 1.2 to 36 s on two threads and 2.2 s on one; a call of
-    the simulation 295 ms and 6 ms.
+    On two cores with other work, 300 training steps of words took 1.2 to 36 s on two threads and 2.2 s on one; a call
+    of the simulation 295 ms and 6 ms.
     """
     import torch
 
