@@ -18,14 +18,17 @@ from latemax.quantized import QuantizedTokens, quantize
 __version__ = "0.1.0"
 __all__ = [
     "Choice",
+    "Lemur",
     "LoRA",
     "MaxSim",
     "MeanPool",
+    "Muvera",
     "PatchEncoder",
     "PatchStore",
     "PatchTokens",
     "QuantizedTokens",
     "Retriever",
+    "RowPool",
     "StoreError",
     "StoreWriter",
     "TextEncoder",
@@ -51,7 +54,7 @@ __all__ = [
 _LATER = {
     "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "Retriever", "TextEncoder", "TextTokens", "add_lora"),
     "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
-    "search": ("MeanPool", "TopK", "first_stage_recall", "topk", "two_stage"),
+    "search": ("Lemur", "MeanPool", "Muvera", "RowPool", "TopK", "first_stage_recall", "topk", "two_stage"),
 }
 _MODULES = ("analysis", "compat", "viz")
 
