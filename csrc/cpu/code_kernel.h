@@ -157,17 +157,23 @@ LATEMAX_INLINE void products(const vi *panel, const Rows &rows, int64_t j, int64
     const int64_t lines = rows.prefetch ? (U * rows.prefetch_stride + 4 * steps - 1) / (4 * steps) : 0;
     block<Op>(panel, extra, row, 0, steps < Op::BLOCK ? steps : Op::BLOCK, lines, next, out);
     constexpr bool FACTORS = Op::FORM == I16;
-    for (int u = 0; FACTORS && u < U; ++u)
-        for (int v = 0; v < V; ++v) out[u][v] *= (vf)extra[v];
-    for (int64_t k = Op::BLOCK, b = V; k < steps; k += Op::BLOCK, b += V) {
-        vf more[U][V];
-        block<Op>(panel, extra, row, k, steps < k + Op::BLOCK ? steps : k + Op::BLOCK, lines, next, more);
-        for (int u = 0; u < U; ++u)
-            for (int v = 0; v < V; ++v) out[u][v] += FACTORS ? more[u][v] * (vf)extra[b + v] : more[u][v];
-    }
-    if (Op::FORM == BITS)
-        for (int u = 0; u < U; ++u)
-            for (int v = 0; v < V; ++v) out[u][v] = (float)dim - 2.0f * out[u][v];
+#pragma GCC unroll 32
+    for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+        for (int v = 0; FACTORS && v < V; ++v) out[u][v] *= (vf)extra[v];
+    if constexpr (Op::BLOCK < MOST_CODE_DIMS)
+        for (int64_t k = Op::BLOCK, b = V; k < steps; k += Op::BLOCK, b += V) {
+            vf more[U][V];
+            block<Op>(panel, extra, row, k, steps < k + Op::BLOCK ? steps : k + Op::BLOCK, lines, next, more);
+#pragma GCC unroll 32
+            for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) out[u][v] += FACTORS ? more[u][v] * (vf)extra[b + v] : more[u][v];
+        }
+#pragma GCC unroll 32
+    for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+        for (int v = 0; Op::FORM == BITS && v < V; ++v) out[u][v] = (float)dim - 2.0f * out[u][v];
 }
 
 template <class Op, int U, int V, bool ARGMAX>
@@ -243,6 +249,19 @@ void bounds_any(const void *panel, int vectors, const Rows &rows, int64_t dim, f
     bound_run<Op, SUMS / BLOCK, (2 * TAIL + BLOCK - 1) / BLOCK, BLOCK>(p, rows, dim, lower, upper);
 }
 
+inline int32_t sum_of_squares(const int16_t *x, int64_t n) {
+    vi sum = {};
+    int64_t k = 0;
+    for (; k + 2 * LATEMAX_LANES <= n; k += 2 * LATEMAX_LANES) {
+        const vi two = load<vi>(x + k);
+        sum += pairs(two, two);
+    }
+    int32_t total = 0;
+    for (int l = 0; l < LATEMAX_LANES; ++l) total += sum[l];
+    for (; k < n; ++k) total += x[k] * x[k];
+    return total;
+}
+
 /* One row; returns the sum of the squares of int8 codes. `dim` of bits is a multiple of 8, the least significant bit of
  * a byte first. */
 inline int32_t rewrite_row(const Codes &c, const char *from, char *to) {
@@ -287,11 +306,9 @@ inline int32_t rewrite_row(const Codes &c, const char *from, char *to) {
         for (; k < dim; ++k) out[k] = (from[k / 8] >> k % 8 & 1) * 2 - 1;
         return 0;
     }
-    int32_t squares = 0;
     for (int64_t k = 0; k < dim; ++k) out[k] = code[k];
     if (dim % 2) out[dim] = 0;
-    for (int64_t k = 0; (c.normalize || c.radius) && k < dim; ++k) squares += (int32_t)out[k] * out[k];
-    return squares;
+    return c.normalize || c.radius ? sum_of_squares(out, dim) : 0;
 }
 
 /* Rows in their new form, and factors and radii. A norm computed here is off by less than a relative 2^-22, and 2^-20

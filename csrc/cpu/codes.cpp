@@ -104,8 +104,9 @@ CodeToken pack_float(const maxsim_args &args, Form form, const Lane &lane, const
 CodeToken pack_int8(const maxsim_args &args, Form form, const Lane &lane, const int8_t *x, double scale, double error) {
     long sum = 0, squares = 0;
     for (int64_t k = 0; k < args.dim; ++k) {
-        form == I8 ? lane.put8(k, x[k]) : lane.put16(k, x[k]);
-        sum += x[k], squares += x[k] * x[k];
+        const int code = scale == 0 ? 0 : x[k];
+        form == I8 ? lane.put8(k, code) : lane.put16(k, code);
+        sum += code, squares += code * code;
     }
     const int64_t radius = extra_of(form, lane.steps) - 1;
     if (form == I8) lane.put_extra(0, static_cast<int32_t>(-128 * sum));

@@ -23,6 +23,10 @@ namespace {
 constexpr int64_t BATCH_BYTES = 256 << 10;
 /* the same for rows that are widened first: the next rows are prefetched meanwhile and share the cache */
 constexpr int64_t WIDE_BATCH_BYTES = 64 << 10;
+/* the same for codes: rewritten rows are not prefetched again, and stay in L1 */
+constexpr int64_t CODE_BATCH_BYTES = 16 << 10;
+/* tokens of a unit of codes: the rows prefetched after a batch are mostly of the same unit, and thread */
+constexpr int64_t CODE_UNIT_TOKENS = 4096;
 /* the most running maxima that a thread keeps */
 constexpr int64_t SLOT_FLOATS = 256 << 10;
 /* products that are worth another thread while it still spins from the last call: about 6 us */
@@ -97,7 +101,8 @@ Forward::Forward(const maxsim_args &args, const Level &level, int threads)
       /* candidates expanded over the queries are shared after all */
       own_(args.query_ids || (args.n_q > 1 && (args.d.stride_q != 0 || args.d.mask_stride_q != 0 ||
                                                args.d.scale_stride_q != 0 || args.candidates))),
-      batch_(std::clamp<int64_t>((widen_ ? WIDE_BATCH_BYTES : BATCH_BYTES) / row_bytes_ / 24 * 24, 24, 4096)),
+      batch_(std::clamp<int64_t>((!widen_ ? BATCH_BYTES : form_ > BF16 ? CODE_BATCH_BYTES : WIDE_BATCH_BYTES) / row_bytes_ /
+                                     24 * 24, 24, 4096)),
       queries_(args, level, form_) {}
 
 Document Forward::document(int64_t row, int64_t c) const {
@@ -172,7 +177,7 @@ void Forward::run() {
         empty_.resize(args_.n_c);
     }
     const int64_t scored = own_ ? total : total * static_cast<int64_t>(queries_.parts.size());
-    const std::vector<Unit> work = units(std::clamp<int64_t>(scored / (8 * threads), 1, batch_));
+    const std::vector<Unit> work = units(std::clamp<int64_t>(scored / (8 * threads), 1, form_ > BF16 ? CODE_UNIT_TOKENS : batch_));
     std::atomic<size_t> next{0};
     auto body = [&] {
         static thread_local Scratch scratch;
@@ -283,11 +288,16 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
 void Forward::read_codes(const Document &doc, Rows &rows, int64_t used, Scratch &s) const {
     rows.scale = s.scale.get(0) + used;
     rows.radius = args_.upper ? s.radius.get(0) + used : nullptr;
-    for (int64_t i = 0; i < rows.count; ++i) {
-        const int64_t j = rows.number ? rows.number[i] : rows.first + i;
-        rows.scale[i] = doc.item.scale[j];
-        if (rows.radius) rows.radius[i] = doc.item.error ? doc.item.error[j] : 0;
-    }
+    auto copy = [&](const float *from, float *to) {
+        if (!from)
+            std::fill_n(to, rows.count, 0.0f);
+        else if (!rows.number)
+            std::copy_n(from + rows.first, rows.count, to);
+        else
+            for (int64_t i = 0; i < rows.count; ++i) to[i] = from[rows.number[i]];
+    };
+    copy(doc.item.scale, rows.scale);
+    if (rows.radius) copy(doc.item.error, rows.radius);
     char *to = widen_ ? reinterpret_cast<char *>(s.wide.get(0)) + used * row_bytes_ : nullptr;
     level_.codes->rewrite({args_.d.dtype, form_, rows.base, rows.stride, rows.gather, rows.count, row_dims(args_, form_), to,
                            args_.normalize != 0, static_cast<float>(std::sqrt(args_.dim)), rows.scale, rows.radius,
