@@ -70,7 +70,7 @@ def steps_of_a_prepared_call(q: torch.Tensor, d: torch.Tensor) -> dict[str, Call
     return {
         "check the options": functools.partial(check_options, **options),
         "check the arguments": lambda: batch_of(q, d, None, None),
-        "rule out transforms": lambda: (operator.refuse_transforms("maxsim", q, d), operator._plain(q, d, None, None)),
+        "rule out transforms": lambda: (operator.refuse_transforms("maxsim", q, d), operator.plain(q, d, None, None)),
         "look up, allocate, launch": lambda: dispatch.forward(batch, False, "triton"),
     }
 

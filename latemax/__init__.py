@@ -10,6 +10,7 @@ import importlib
 
 from latemax import reference
 from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, smooth_maxsim, warmup
+from latemax.bounds import maxsim_bounds
 from latemax.module import MaxSim
 from latemax.ops.dispatch import Choice
 from latemax.quantized import QuantizedTokens, quantize
@@ -34,6 +35,7 @@ __all__ = [
     "explain",
     "first_stage_recall",
     "maxsim",
+    "maxsim_bounds",
     "maxsim_pairs",
     "maxsim_varlen",
     "merge_stores",

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from latemax.arguments import arrays, check
 from latemax.ops import operator
 from latemax.ops.backends import native, pointers
-from latemax.ops.problem import Separate, Side
+from latemax.ops.problem import Codes, Separate, Side
 
 _requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
@@ -28,12 +28,13 @@ def is_ragged(x: Any) -> bool:
     return isinstance(x, (list, tuple)) or (isinstance(x, Tensor) and x.is_nested)
 
 
-def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
+def as_side(name: str, x: Any, mask: Any, other: Any, codes: Codes | None = None) -> Side:
     """The items of a list stay where they are; those of a jagged nested tensor are contiguous already.
 
     Args:
         mask: None, or a list with a mask [l_i] or None for each item.
         other: the other side's tokens: their dim, dtype and device if x is an empty list.
+        codes: what the items mean if they are codes.
     """
     if isinstance(x, Tensor) and x.layout != torch.jagged:
         raise TypeError(f"{name} must be a dense tensor, a list or a jagged nested tensor, got layout {x.layout}")
@@ -48,11 +49,11 @@ def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
     items = list(x.unbind()) if isinstance(x, Tensor) else arrays.all_as_tensors(name, list(x))
     known = native.read_items(items) if not contiguous and _in_place(items) else None
     if known is None:
-        items = _checked(name, items)
+        items = _checked(name, items, codes)
     if not items:
         if not isinstance(other, Tensor):
             raise ValueError(f"{name} is an empty list, and the other side is no tensor to take dim and dtype from")
-        return Side(other.new_empty(0, other.shape[-1]), None, other.new_zeros(1, dtype=torch.int64))
+        return Side(other.new_empty(0, other.shape[-1]), None, other.new_zeros(1, dtype=torch.int64), codes=codes)
     masks = None if mask is None else _masks(name, mask, items)
     if contiguous:
         return Side(tokens, None if masks is None else torch.cat(masks), offsets)
@@ -63,7 +64,8 @@ def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
     if not in_place:
         keep = None if masks is None else torch.cat(masks)
         ends = list(itertools.accumulate((item.shape[0] for item in items), initial=0))
-        return Side(torch.cat(items), keep, _sent(torch.tensor(ends, dtype=torch.int64, device="cpu"), items[0].device))
+        offsets = _sent(torch.tensor(ends, dtype=torch.int64, device="cpu"), items[0].device)
+        return Side(torch.cat(items), keep, offsets, codes=codes)
     if known is None:
         items = [_contiguous_dims(item) for item in items]
         known = pointers.item_table(items)
@@ -72,13 +74,13 @@ def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
         masks = [m.contiguous() for m in masks]
         pointers.set_masks(table, masks)
     dim = items[0].shape[1]
-    tokens = items[0].new_full((dim,), math.nan).expand(int(offsets[-1]), dim)
+    tokens = items[0].new_full((dim,), math.nan if codes is None else 0).expand(int(offsets[-1]), dim)
     aligned = False
     if tokens.is_cuda:
         aligned = not bool(((table[:, 0] | table[:, 2] * tokens.element_size()) & 15).any())
         numbers = _sent(torch.cat([table.view(-1), offsets]), tokens.device)
         table, offsets = numbers[: table.numel()].view(-1, 3), numbers[table.numel() :]
-    return Side(tokens, None, offsets, Separate(items, masks, table, aligned))
+    return Side(tokens, None, offsets, Separate(items, masks, table, aligned), codes=codes)
 
 
 def _sent(numbers: Tensor, device: torch.device) -> Tensor:
@@ -141,9 +143,9 @@ def pad_argmax(argmax: Tensor, offsets: Tensor, length: int) -> Tensor:
     return padded.transpose(0, 1).contiguous()
 
 
-def _checked(name: str, items: list[Any]) -> list[Tensor]:
+def _checked(name: str, items: list[Any], codes: Codes | None) -> list[Tensor]:
     for i, item in enumerate(items):
-        check.check_tokens(f"{name}[{i}]", item, (2,), "[l_i, dim]")
+        check.check_tokens(f"{name}[{i}]", item, (2,), "[l_i, dim]", codes)
         for what in ("dtype", "device"):
             if getattr(item, what) != getattr(items[0], what):
                 raise ValueError(

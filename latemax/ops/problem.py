@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,11 @@ class Codes(NamedTuple):
     scale: Tensor  # float32, the leading shape of tokens, contiguous
     error: Tensor | None = None  # as scale: only maxsim_bounds reads it
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Codes:
+        """With every tensor of one number a token mapped."""
+        error = None if self.error is None else function(self.error)
+        return self._replace(scale=function(self.scale), error=error)
+
 
 class Side(NamedTuple):
     """The queries, or the documents. What belongs to every token, or says where tokens are, is a field here."""
@@ -45,7 +51,8 @@ class Side(NamedTuple):
     tokens: Tensor  # [n, l, dim], own candidates [n_q, n, l, dim], or with offsets [t, dim]
     mask: Tensor | None = None  # bool, the leading shape of tokens
     offsets: Tensor | None = None  # int64 [n + 1] contiguous: ragged items, concatenated in tokens
-    # ragged items that are not concatenated: tokens is NaN, expanded, and says only shape [t, dim], dtype and device
+    # ragged items that are not concatenated: tokens is NaN (codes: 0), expanded, and says only shape [t, dim], dtype and
+    # device
     separate: Separate | None = None
     # [n, l] or with offsets [t], contiguous, in the dtype of the scores: factors of the maxima; queries only
     weights: Tensor | None = None
@@ -172,18 +179,18 @@ def _with_rows_of(b: Batch, query_ids: Tensor) -> Batch:
     if q.offsets is None:
         tokens, mask = tokens.index_select(0, rows), None if mask is None else mask.index_select(0, rows)
         weights = None if weights is None else weights.index_select(0, rows)
-        codes = None if codes is None else codes._replace(scale=codes.scale.index_select(0, rows), error=None)
+        codes = None if codes is None else codes.each(lambda x: x.index_select(0, rows))
     else:
         if not len(tokens):
             tokens, mask = F.pad(tokens, (0, 0, 0, 1)), None
             weights = None if weights is None else F.pad(weights, (0, 1))
-            codes = None if codes is None else codes._replace(scale=F.pad(codes.scale, (0, 1)), error=None)
+            codes = None if codes is None else codes.each(lambda x: F.pad(x, (0, 1)))
         i = torch.arange(b.longest, device=rows.device)
         keep = i < q.offsets.diff().index_select(0, rows).unsqueeze(1)  # [n, longest]
         at = (q.offsets.index_select(0, rows).unsqueeze(1) + i).clamp(0, len(tokens) - 1)
         tokens, mask = tokens[at], keep if mask is None else keep & mask[at]
         weights = None if weights is None else weights[at]
-        codes = None if codes is None else codes._replace(scale=codes.scale[at], error=None)
+        codes = None if codes is None else codes.each(lambda x: x[at])
     queries = Side(tokens.to(dtype), mask, weights=weights, codes=codes)
     return b._replace(q=queries, candidates=candidates, query_ids=None)
 
