@@ -225,7 +225,8 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
             dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, q_offsets is not None,
             d_offsets is not None, separate is not None, candidates is not None, b.q.mask is not None,
             d_mask is not None, norm, argmax is not None, b.q.weights is not None, b.mean, align,
-            operands.precision(dtype), d_align, operands.CODES["" if codes is None else codes.kind], b.q.codes is not None, operands.split(b),
+            operands.precision(dtype), d_align, operands.CODES["" if codes is None else codes.kind],
+            b.q.codes is not None, operands.split(b),
         )  # fmt: skip
         # a tensor that is not there is replaced by one that is: pointers of one build have one dtype and alignment
         best = scores if argmax is None else argmax
