@@ -269,9 +269,44 @@ def test_the_margin_covers_what_kernels_round():
                 assert (margin.of(norms) < 1e-2 * 5 * (norms.new_ones(()) if normalize else norms * 100)).all()
 
 
-def test_codes_is_checked():
-    with pytest.raises(ValueError, match="codes must be 'auto' or 'off', got 'on'"):
-        topk(torch.zeros(1, DIM), [torch.zeros(2, DIM)], 1, codes="on")
+@pytest.mark.parametrize("form", ["list", "pair", "dense"])
+def test_a_corpus_in_memory_brings_its_codes(form):
+    items = clustered(400)
+    if form == "dense":
+        items = [x[:1].repeat(3, 1) for x in items]
+    flat, offsets = Packed.of(items)
+    corpus = {"list": items, "pair": (flat, offsets), "dense": torch.stack(items) if form == "dense" else None}[form]
+    codes = {
+        "list": [quantize(x) for x in items],
+        "pair": (quantize(flat), offsets),
+        "dense": quantize(torch.stack(items)) if form == "dense" else None,
+    }[form]
+    q = queries(items)
+    for options in ({}, dict(within=torch.arange(0, 400, 2)), dict(normalize=True, return_argmax=True)):
+        found, expected = topk(q, corpus, 5, codes=codes, **options), topk(q, corpus, 5, **options)
+        assert found.stats["rescored"] < 200 and expected.stats is None
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("codes", "error", "words"),
+    [
+        ("on", ValueError, "codes must be 'auto', 'off' or QuantizedTokens, got 'on'"),
+        (5, TypeError, "QuantizedTokens of kind 'int8', got int"),
+        (quantize(torch.zeros(1, 2, DIM), "binary"), TypeError, "of kind 'int8', got binary"),
+        (quantize(torch.zeros(1, 2, 3)), ValueError, "the dim and the lengths of corpus; got dim 3 and 16"),
+        (quantize(torch.zeros(1, 3, DIM)), ValueError, "1 documents of 3 tokens and 1 of 2"),
+    ],
+)
+def test_codes_are_checked(codes, error, words):
+    with pytest.raises(error, match=words):
+        topk(torch.zeros(1, DIM), [torch.zeros(2, DIM)], 1, codes=codes)
+
+
+def test_codes_of_a_masked_corpus_are_refused():
+    d = torch.ones(2, 3, DIM)
+    with pytest.raises(ValueError, match="or a d_mask"):
+        topk(torch.zeros(1, DIM), d, 1, d_mask=torch.ones(2, 3), codes=quantize(d))
 
 
 @pytest.mark.parametrize("kind", ["int8", "binary"])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from latemax._progress import Bar
 from latemax.bounds import bound_corpus
+from latemax.quantized import QuantizedTokens
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.margin import LARGEST, Margin, largest_norms
@@ -35,6 +36,27 @@ FEW = 20
 CODES_MEMORY, WAITING_MEMORY = 0.3, 0.1
 # Bounds of a query and a document: both as float32 and as float64 with their margin, and what sorts them.
 BOUND_BYTES = 2 * SCORE_BYTES
+
+
+def codes_of(codes: Any, corpus: corpora.Corpus) -> corpora.Corpus:
+    """The codes of a corpus in memory, checked to have its lengths.
+
+    Raises:
+        TypeError, ValueError: naming ``codes``, the rule and what came.
+    """
+    first = codes[0] if isinstance(codes, (list, tuple)) and codes else codes
+    if not isinstance(first, QuantizedTokens) or first.kind != "int8":
+        came = first.kind if isinstance(first, QuantizedTokens) else type(first).__name__
+        raise TypeError(f"codes must be 'auto', 'off' or QuantizedTokens of kind 'int8', got {came}")
+    if not corpus.resident or corpus.dtype == torch.int8 or corpus.keep(0, 0) is not None:
+        raise ValueError("codes must be 'auto' or 'off' with a store, a corpus of codes or a d_mask")
+    found = corpora.of(codes)
+    if found.dim != corpus.dim or not torch.equal(found.offsets, corpus.offsets):
+        raise ValueError(
+            f"codes must have the dim and the lengths of corpus; got dim {found.dim} and {corpus.dim}, {len(found)} "
+            f"documents of {int(found.offsets[-1])} tokens and {len(corpus)} of {int(corpus.offsets[-1])}"
+        )
+    return found
 
 
 def fits(scan: Scan, searched: corpora.Corpus) -> bool:
