@@ -1,6 +1,9 @@
 """`topk` of a store with codes is that of the tokens, bit for bit, and reads less of them."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -332,3 +335,27 @@ def test_a_corpus_of_codes(kind, tmp_path):
             assert torch.equal(found.indices, expected.indices), name
             torch.testing.assert_close(found.scores, expected.values, rtol=1e-5, atol=1e-5)
     assert isinstance(corpora.of(codes).view(0, 2), type(codes[0]))
+
+
+def test_memory_is_bounded(tmp_path):
+    """60 MB of tokens and 32 MB of codes searched with 12 MB: the resident set grows by less than 24 MB."""
+    with StoreWriter(tmp_path, codes="int8", shard_bytes=1 << 24) as writer:
+        for _ in range(600):
+            block = torch.randn(1, 128) + torch.randn(400, 128) / 4
+            writer.add(block.half())
+    code = f"""
+import torch, latemax
+def resident(key):
+    return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(key))
+torch.set_num_threads(1)
+store = latemax.PatchStore({str(tmp_path)!r})
+q = store[300][:4]
+latemax.topk(q, store, 1, within=list(range(200)), memory=12 << 20)
+before = resident("VmRSS")
+found = latemax.topk(q, store, 3, memory=12 << 20)
+assert found.indices[0] == 300 and 0 < found.stats["rescored"] < 200, (found, found.stats)
+print(resident("VmHWM") - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 24 << 20
