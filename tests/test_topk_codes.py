@@ -180,6 +180,14 @@ def test_scores_closer_than_the_kernel_rounds(tmp_path):
         assert_same(topk(q * size, store, 7, normalize=True), topk(q * size, store, 7, normalize=True, codes="off"))
 
 
+def test_a_sum_that_overflows_on_the_way(tmp_path):
+    """Its real score is 0 and its computed one infinity, which leads the list."""
+    items = [torch.full((1, DIM), 1e36 * (2 if i % 40 == 0 else 1 - i / 1000)) for i in range(600)]
+    items[550] = torch.tensor([8e37] * (DIM // 2) + [-8e37] * (DIM // 2)).unsqueeze(0)
+    found, _ = compare(torch.ones(1, 2, DIM), store_of(tmp_path, items), 3)
+    assert found.indices[0].tolist() == [550, 0, 40] and found.scores[0, 0] == math.inf
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_corpora(seed, tmp_path):
     """Loose and tight stretches, any k, within, weights of any sign."""
