@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 STACK = (
     ("latemax.kernels",),
     ("latemax.ops.backends.native", "latemax.ops.backends.decode"),
-    ("latemax.ops.backends.gather",),
+    ("latemax.ops.backends.gather", "latemax.ops.backends.triton_operands"),
     ("latemax.ops.backends.blocks", "latemax.ops.backends.reference", "latemax.ops.backends.triton_launch"),
     ("latemax.ops.backends.triton", "latemax.ops.backends.smooth_triton"),
     ("latemax.ops.backends.smooth", "latemax.ops.backends.bounds"),

@@ -37,8 +37,9 @@ void infinite_maximum(const maxsim_args &args, const Level &level, int64_t query
 void sum_bounds(const maxsim_args &args, const Queries &queries, int64_t query, const float *lower, const float *upper,
                 float *score_lower, float *score_upper);
 
-/* The relative error of the products of a row, as float32 computes them from exact sums. */
-float rounding_of(const maxsim_args &args, Form form);
+/* Finds factors and radii of the rows, in rows.scale and rows.radius, and rewrites them to `to`, unless NULL. */
+void read_codes(const maxsim_args &args, const Level &level, Form form, const Item &document, float query_error, char *to,
+                Rows &rows);
 
 }  // namespace latemax
 

@@ -51,8 +51,8 @@ class Side(NamedTuple):
     tokens: Tensor  # [n, l, dim], own candidates [n_q, n, l, dim], or with offsets [t, dim]
     mask: Tensor | None = None  # bool, the leading shape of tokens
     offsets: Tensor | None = None  # int64 [n + 1] contiguous: ragged items, concatenated in tokens
-    # ragged items that are not concatenated: tokens is NaN (codes: 0), expanded, and says only shape [t, dim], dtype and
-    # device
+    # ragged items that are not concatenated: tokens is NaN (codes: 0), expanded, and says only shape [t, dim], dtype
+    # and device
     separate: Separate | None = None
     # [n, l] or with offsets [t], contiguous, in the dtype of the scores: factors of the maxima; queries only
     weights: Tensor | None = None
