@@ -17,6 +17,7 @@ from latemax.quantized import QuantizedTokens, quantize
 
 __version__ = "0.1.0"
 __all__ = [
+    "BinaryScan",
     "Choice",
     "Lemur",
     "LoRA",
@@ -54,7 +55,9 @@ __all__ = [
 _LATER = {
     "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "Retriever", "TextEncoder", "TextTokens", "add_lora"),
     "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
-    "search": ("Lemur", "MeanPool", "Muvera", "RowPool", "TopK", "first_stage_recall", "topk", "two_stage"),
+    "search": (
+        "BinaryScan", "Lemur", "MeanPool", "Muvera", "RowPool", "TopK", "first_stage_recall", "topk", "two_stage",
+    ),  # fmt: skip
 }
 _MODULES = ("analysis", "compat", "viz")
 

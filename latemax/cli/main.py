@@ -116,6 +116,33 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--json", action="store_true", help="print the results as JSON")
     search.set_defaults(run=_search)
 
+    evaluate = commands.add_parser(
+        "evaluate", help="what 8-bit and 1-bit codes and mean pooling keep of a store's exact ranking"
+    )
+    evaluate.add_argument("store", metavar="STORE", help="the store's folder")
+    evaluate.add_argument(
+        "--queries", metavar="FILE", nargs="+", required=True,
+        help="files of query tokens (.npy, .safetensors, .pt), or images, encoded with the store's own model",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "-k", type=_positive, default=10, metavar="N", help="results that count (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--candidates",
+        type=_positive,
+        default=50,
+        metavar="N",
+        help="candidates of a first stage (default: %(default)s)",
+    )
+    evaluate.add_argument("--normalize", action="store_true", help="L2-normalize all tokens before scoring")
+    evaluate.add_argument(
+        "--memory", type=_positive, default=1024, metavar="MIB", help="MiB of read buffers (default: %(default)s)"
+    )
+    evaluate.add_argument("--device", help="device of the encoder (default: cpu)")
+    evaluate.add_argument("--plot", metavar="FILE", help="write a plot of quality against bytes")
+    evaluate.add_argument("--json", action="store_true", help="print the results as JSON")
+    evaluate.set_defaults(run=_evaluate)
+
     store = commands.add_parser("store", help="describe, check, clean or upgrade a store")
     store.add_argument("store", metavar="STORE", help="the store's folder")
     actions = store.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -175,6 +202,16 @@ def _search(args: argparse.Namespace) -> None:
         args.store, text=args.text, image=args.image, tokens=args.tokens, k=args.k, size=args.size, where=args.where,
         patches=args.patches, html=args.html, normalize=args.normalize, memory_mib=args.memory, device=args.device,
         verify=args.verify,
+    )  # fmt: skip
+    print(json.dumps(found, indent=2) if args.json else render(found))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from latemax.cli.evaluate import evaluate, render
+
+    found = evaluate(
+        args.store, queries=args.queries, k=args.k, candidates=args.candidates, normalize=args.normalize,
+        memory_mib=args.memory, device=args.device, plot=args.plot,
     )  # fmt: skip
     print(json.dumps(found, indent=2) if args.json else render(found))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from latemax._progress import Bar
 from latemax.bounds import bound_corpus
+from latemax.quantized import QuantizedTokens
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.margin import LARGEST, Margin, largest_norms
@@ -35,6 +36,27 @@ FEW = 20
 CODES_MEMORY, WAITING_MEMORY = 0.3, 0.1
 # Bounds of a query and a document: both as float32 and as float64 with their margin, and what sorts them.
 BOUND_BYTES = 2 * SCORE_BYTES
+
+
+def codes_of(codes: Any, corpus: corpora.Corpus) -> corpora.Corpus:
+    """The codes of a corpus in memory, checked to have its lengths.
+
+    Raises:
+        TypeError, ValueError: naming ``codes``, the rule and what came.
+    """
+    first = codes[0] if isinstance(codes, (list, tuple)) and codes else codes
+    if not isinstance(first, QuantizedTokens) or first.kind != "int8":
+        came = first.kind if isinstance(first, QuantizedTokens) else type(first).__name__
+        raise TypeError(f"codes must be 'auto', 'off' or QuantizedTokens of kind 'int8', got {came}")
+    if not corpus.resident or corpus.dtype == torch.int8 or corpus.keep(0, 0) is not None:
+        raise ValueError("codes must be 'auto' or 'off' with a store, a corpus of codes or a d_mask")
+    found = corpora.of(codes)
+    if found.dim != corpus.dim or not torch.equal(found.offsets, corpus.offsets):
+        raise ValueError(
+            f"codes must have the dim and the lengths of corpus; got dim {found.dim} and {corpus.dim}, {len(found)} "
+            f"documents of {int(found.offsets[-1])} tokens and {len(corpus)} of {int(corpus.offsets[-1])}"
+        )
+    return found
 
 
 def fits(scan: Scan, searched: corpora.Corpus) -> bool:
@@ -65,7 +87,8 @@ class Search:
     def __init__(self, scan: Scan, searched: corpora.Corpus, margin: Margin, options: dict[str, Any], bar: Bar | None):
         assert searched.codes is not None
         self.scan, self.searched, self.codes, self.margin = scan, searched, searched.codes, margin
-        self.options, self.bar, self.n = options, bar, len(searched)
+        # bounds hold whatever computes them
+        self.options, self.bar, self.n = options | {"backend": "auto"}, bar, len(searched)
         total = scan.budget
         self.waiting_bytes = total * WAITING_MEMORY
         self.runs = corpora.runs(self.codes, int(total * CODES_MEMORY), _code_bytes(searched), scan.n_q * BOUND_BYTES)
@@ -77,6 +100,8 @@ class Search:
         # documents that may be among the k best: int64 [m] on the CPU, and their upper bounds [n_q, m]
         self.waiting: list[tuple[Tensor, Tensor]] = []
         self.rescored = self.bytes = 0
+        # whether bounds of the float query are tighter than those of an 8-bit one
+        self.finer = True
 
     def run(self) -> dict[str, Any]:
         """Goes through the corpus; returns the statistics of `TopK`."""
@@ -131,13 +156,15 @@ class Search:
         lower, upper = self._bounds(tokens, offsets, margin, unknown, coarse=True)
         alive = (upper >= self._raised(lower)[:, -1:]).any(0)
         some = alive.nonzero().flatten()
-        if len(some):
+        if len(some) and self.finer:
             part = tokens, offsets
             if 2 * len(some) < b - a:
                 part = _documents(tokens, offsets, alive.cpu())
             else:
                 some = torch.arange(b - a, device=some.device)
             low, high = self._bounds(*part, margin[:, some], unknown[some], coarse=False)
+            # where no instruction multiplies an 8-bit query faster, both bounds are computed alike
+            self.finer = bool((low > lower[:, some]).any() or (high < upper[:, some]).any())
             lower[:, some] = torch.maximum(lower[:, some], low)
             upper[:, some] = torch.minimum(upper[:, some], high)
         self.floor = self._raised(lower)
