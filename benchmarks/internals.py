@@ -19,11 +19,12 @@ from latemax.ops.backends import triton
 from latemax.ops.backends.base import Status
 from latemax.ops.backends.cuda import status as cuda_status
 from latemax.ops.problem import Batch, Outputs, Problem, Side, allocate, problem_of
+from latemax.warm import run as warm
 
 if TYPE_CHECKING:
     from benchmarks.null_driver import NullDriver
 
-__all__ = ["cuda_status", "fifths", "limits", "sync", "tiles"]
+__all__ = ["cuda_status", "fifths", "limits", "sync", "tiles", "warm"]
 
 
 def install_null_driver(arch: int = 90) -> NullDriver:
@@ -45,9 +46,15 @@ def triton_launch(shape: Shape, capability: int) -> tiles.Launch:
     problem = Problem(
         torch.device("cuda"), dtype, dtype, torch.get_float32_matmul_precision(), shape.dim, shape.n_q, shape.l_q,
         q_ragged=False, own=shape.own, candidates=False, normalize=shape.normalize, argmax=shape.argmax,
+        l_d=tiles.length_class(shape.l_d),
     )  # fmt: skip
     with mock.patch.object(triton, "capability", lambda device: capability):
         return triton.plan(problem, by_name=True).launch
+
+
+def tile_of(batch: Batch, argmax: bool) -> tiles.TileConfig:
+    """The tile of the Triton forward."""
+    return dispatch.plan_for(problem_of(batch, argmax=argmax), "triton").launch.tile
 
 
 def forward_with_tile(q: torch.Tensor, d: torch.Tensor, tile: tiles.TileConfig, scores: torch.Tensor) -> None:

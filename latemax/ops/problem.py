@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latemax.ops import tiles
+
 
 def score_dtype(q: torch.dtype, d: torch.dtype) -> torch.dtype:
     """Sums and scores are float32, or float64 if the promoted dtype is."""
@@ -204,6 +206,8 @@ class Problem(NamedTuple):
     argmax: bool
     weighted: bool = False
     mean: bool = False
+    # tiles.length_class of the documents, ragged ones by their mean: not the length, so that few problems are known
+    l_d: int = tiles.UNBOUNDED
 
     @property
     def dtype(self) -> torch.dtype:
@@ -225,9 +229,11 @@ def problem_of(b: Batch, *, argmax: bool) -> Problem:
     n_q, l_q, q_ragged = b.n_q, b.l_q, b.q.offsets is not None and b.query_ids is None
     if q_ragged:
         l_q = max(1, -(-l_q // max(1, n_q)))
+    l_d = b.d.length if b.d.offsets is None else -(-b.d.length // max(1, b.d.items))
     return Problem(
         q.device, q.dtype, d.dtype, torch.get_float32_matmul_precision(), q.shape[-1], n_q, l_q, q_ragged,
         b.own, b.candidates is not None, b.normalize, argmax, b.q.weights is not None, b.mean,
+        l_d=tiles.length_class(l_d),
     )  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def why_not(p: Problem, by_name: bool) -> str:
 
 
 def plan(p: Problem, by_name: bool) -> Plan:
-    tile, source = tiles.pick(kind(p), p.dim, query_rows(p), p.dtype.itemsize, capability(p.device), p.argmax)
+    chip = capability(p.device)
+    tile, source = tiles.pick(kind(p), p.dim, query_rows(p), p.l_d, p.dtype.itemsize, chip, p.argmax)
     why = "asked for by name" if by_name else "the tensors are on a CUDA device"
     pack = 1 if p.q_ragged else queries_per_tile(tile, p.l_q, p.n_q, p.own)
     return Plan(name, f"{why}; tile: {source}", launch=Launch(tile, pack, _norm(p, tile, pack)))

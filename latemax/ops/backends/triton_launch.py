@@ -255,7 +255,7 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
         constants = (
             dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, q_offsets is not None,
             d_offsets is not None, separate is not None, candidates is not None, b.q.mask is not None,
-            d_mask is not None, norm, argmax is not None, b.q.weights is not None, b.mean, align, _precision(dtype),
+            d_mask is not None, tile.peel, norm, argmax is not None, b.q.weights is not None, b.mean, align, _precision(dtype),
         )  # fmt: skip
         # a tensor that is not there is replaced by one that is: pointers of one build have one dtype and alignment
         best = scores if argmax is None else argmax
