@@ -2,9 +2,9 @@
 
     python -m benchmarks.static.aot [--arch 80 90 100] [--json FILE]
 
-A part of ``latemax.warmup`` compiles what a call would launch, under a driver that launches nothing; each kernel is then taken
-apart: registers, spills, shared memory, matrix instructions and the length of the innermost loop that holds one. Needs
-triton (it carries ptxas, cuobjdump and nvdisasm) and no GPU.
+A part of ``latemax.warmup`` compiles what a call would launch, under a driver that launches nothing; each kernel is
+then taken apart: registers, spills, shared memory, matrix instructions and the length of the innermost loop that holds
+one. Needs triton (it carries ptxas, cuobjdump and nvdisasm) and no GPU.
 
 A complete result is stored with a digest of everything that decides it. The tests read the stored rows while the digest
 holds, since compiling takes minutes; afterwards they compile, until the result is written again.
@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-import latemax
 from benchmarks import harness, internals, sass
 from benchmarks.internals import tiles
 from benchmarks.shapes import KINDS, LONG, SHORT, Build, Shape, builds
@@ -34,8 +33,9 @@ from benchmarks.tables import Table, markdown
 ARCHES = (80, 90, 100)
 STORED = harness.RESULTS / "aot.json"
 SOURCES = (
-    "kernels/*.py", "latemax/ops/tiles.*", "latemax/ops/backends/triton*.py", "latemax/warm.py", "benchmarks/static/aot.py",
-    "benchmarks/internals.py", "benchmarks/null_driver.py", "benchmarks/sass.py", "benchmarks/shapes.py",
+    "kernels/*.py", "latemax/ops/tiles.*", "latemax/ops/backends/triton*.py", "latemax/warm.py",
+    "benchmarks/static/aot.py", "benchmarks/internals.py", "benchmarks/null_driver.py", "benchmarks/sass.py",
+    "benchmarks/shapes.py",
 )  # fmt: skip
 # the null driver of a worker process, which compiles for one architecture
 null: Any = None

@@ -18,9 +18,9 @@ class TileConfig(NamedTuple):
     swap: bool  # document tokens are the M operand of the product
     num_warps: int
     num_stages: int
-    # The last, partial tile of a document runs before a loop over full ones, which then checks no bounds. Without it the
-    # loop checks them in every tile (102 more instructions at 32 x 128) and copies overlap from the first tile on: for
-    # short documents that few query tokens meet, where memory binds.
+    # The last, partial tile of a document runs before a loop over full ones, which then checks no bounds. Without it
+    # the loop checks them in every tile (118 more instructions at 32 x 128), and copies overlap from the first tile on:
+    # for short documents that few query tokens meet, where memory binds.
     peel: bool = True
 
 
@@ -67,9 +67,8 @@ def read_table(text: str) -> tuple[Row, ...]:
     def row(entry: dict) -> Row:
         dim, q_rows, l_d = (UNBOUNDED if entry[name] is None else entry[name] for name in BOUNDS)
         argmax_tile = TileConfig(*entry["argmax_tile"]) if "argmax_tile" in entry else None
-        return Row(
-            entry["capability"], entry["kind"], dim, q_rows, l_d, TileConfig(*entry["tile"]), argmax_tile, entry["source"]
-        )  # fmt: skip
+        tile = TileConfig(*entry["tile"])
+        return Row(entry["capability"], entry["kind"], dim, q_rows, l_d, tile, argmax_tile, entry["source"])
 
     return tuple(row(entry) for entry in json.loads(text))
 
@@ -110,7 +109,11 @@ def pick(
     sizes = padded_dim(dim), q_rows, l_d
     for row in TABLE:
         bounds = row.dim, row.q_rows, row.l_d
-        if capability >= row.capability and row.kind == kind and all(a <= b for a, b in zip(sizes, bounds, strict=True)):
+        if (
+            capability >= row.capability
+            and row.kind == kind
+            and all(a <= b for a, b in zip(sizes, bounds, strict=True))
+        ):
             tile, source = (row.argmax_tile or row.tile) if argmax else row.tile, row.source
             break
     else:
