@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 
+import latemax
 from benchmarks.shapes import Shape
 from latemax.arguments.batch import batch_of
 from latemax.arguments.check import check_options
@@ -50,6 +51,14 @@ def triton_launch(shape: Shape, capability: int) -> tiles.Launch:
     )  # fmt: skip
     with mock.patch.object(triton, "capability", lambda device: capability):
         return triton.plan(problem, by_name=True).launch
+
+
+def warm_smooth(dim: int, l_q: int, dtype: torch.dtype, train: bool) -> None:
+    """Compiles what ``smooth_maxsim`` launches on a GPU, with its gradients if ``train``."""
+    q, d = (torch.zeros(1, length, dim, dtype=dtype, requires_grad=train) for length in (l_q, 16))
+    scores = latemax.smooth_maxsim(q, d, tau=1.0, normalize=True, backend="triton")
+    if train:
+        scores.sum().backward()
 
 
 def tile_of(batch: Batch, argmax: bool) -> tiles.TileConfig:

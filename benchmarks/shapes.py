@@ -186,7 +186,7 @@ LONG, SHORT = 1024, 300
 
 class Build(NamedTuple):
     """Arguments of ``latemax.warmup`` whose kernels static.aot takes apart, by kind of product (see tiles.Row), and the
-    length of documents."""
+    length of documents. Layout "smooth" is for ``smooth_maxsim``."""
 
     kind: str
     dim: int
@@ -236,6 +236,8 @@ def builds() -> list[Build]:
                     if n_q == 1:
                         found += [plain._replace(layout=layout) for layout in ("varlen", "rerank")]
                         found.append(plain._replace(layout="rerank", normalize=True))
+        l_qs = (16, 32, 128) if kind == "half" else (32,)
+        found += [Build(kind, dim, l_q, layout="smooth", train=True) for dim in (128, 768) for l_q in l_qs]
         if kind == "ieee":
             continue
         for dim in (128, 1030):
@@ -243,7 +245,7 @@ def builds() -> list[Build]:
             found += [trained, trained._replace(normalize=True)]
             if dim == 128:
                 found += [trained._replace(layout="varlen", normalize=norm) for norm in (False, True)]
-                found.append(trained._replace(layout="rerank"))
+                found += [trained._replace(layout="rerank", normalize=norm) for norm in (False, True)]
     return found
 
 

@@ -70,13 +70,17 @@ def shape_of(build: Build) -> Shape:
     )  # fmt: skip
 
 
-def compile_build(build: Build) -> tiles.TileConfig:
-    """Compiles what the call launches; returns the tile of its forward."""
+def compile_build(build: Build) -> tiles.TileConfig | None:
+    """Compiles what the call launches; returns the tile of its forward, None if that is of smooth maxima."""
     name, precision = KINDS[build.kind]
+    dtype = getattr(torch, name)
     torch.set_float32_matmul_precision(precision)
+    if build.layout == "smooth":
+        internals.warm_smooth(build.dim, build.l_q, dtype, build.train)
+        return None
     options = build._asdict()
     options.pop("kind")
-    batch = internals.warm(**options, dtype=getattr(torch, name), device="cpu", backend="triton")
+    batch = internals.warm(**options, dtype=dtype, device="cpu", backend="triton")
     return internals.tile_of(batch, build.return_argmax or build.train)
 
 
@@ -91,7 +95,7 @@ def rows_of(build: Build) -> list[dict[str, Any]]:
             num_stages=built.num_stages, **inspect(built.cubin), shared=built.shared,
             cubin=hashlib.sha256(built.cubin).hexdigest()[:16],
         )  # fmt: skip
-        if built.name == "forward_kernel":
+        if tile is not None and built.name == "forward_kernel":
             itemsize = getattr(torch, KINDS[build.kind][0]).itemsize
             row |= dict(tile=[*tile], dim=build.dim, estimate=tiles.shared_bytes(tile, build.dim, itemsize))
         rows.append(row)
