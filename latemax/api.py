@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latemax.arguments import codes
 from latemax.arguments.batch import batch_of, corpus_batch, rerank_batch, varlen_batch
 from latemax.arguments.check import check_options, check_tau
 from latemax.ops import dispatch, operator, smooth
 from latemax.ops.dispatch import Choice
+from latemax.quantized import QuantizedTokens
 
 __all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "smooth_maxsim"]
 
 # an array is a tensor on the CPU
 Array = Tensor | np.ndarray
-# a dense or jagged tensor, or a list of [l_i, dim]
-Tokens = Array | Sequence[Array]
+# a dense or jagged tensor, codes, or a list of [l_i, dim]
+Tokens = Array | QuantizedTokens | Sequence[Array] | Sequence[QuantizedTokens]
 Masks = Array | Sequence[Array | None] | None
 Weights = Array | Sequence[Array] | None
 # a tensor; with return_argmax (scores, argmax). Not the union of both, which every caller would have to narrow
@@ -54,7 +56,9 @@ def maxsim(
             [n_q, k, l_d, dim]; or a list of n_d tensors [l_j, dim]; or a jagged nested tensor. float16, bfloat16,
             float32 or float64, promoted together with q; both on one device. Every tensor on the CPU, also in a list,
             may be a numpy array (bfloat16 by ``ml_dtypes``), whose memory is used as it is; only negative strides and
-            strides that are no multiple of an element's size are copied.
+            strides that are no multiple of an element's size are copied. Or QuantizedTokens of any of these shapes, or
+            a list of them: documents are read as codes, and the gradient is that of q alone. q may be QuantizedTokens
+            of the same kind; products are those of integers then.
         q_mask: bool, int or float of shape ``q.shape[:-1]``; nonzero = keep. With a list or a nested tensor: a list of
             [l_i] or None.
         d_mask: likewise, of shape ``d.shape[:-1]``. Masked tokens influence nothing, whatever their values.
@@ -130,8 +134,8 @@ def maxsim_pairs(
 
 
 def maxsim_varlen(
-    q: Array,
-    d: Array,
+    q: Array | QuantizedTokens,
+    d: Array | QuantizedTokens,
     cu_seqlens_q: Array,
     cu_seqlens_d: Array,
     q_mask: Array | None = None,
@@ -275,6 +279,7 @@ def smooth_maxsim(
     """
     empty_score = check_options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
     tau = check_tau(tau)
+    codes.refuse("smooth_maxsim", ("q", q), ("d", d))
     batch, finish = batch_of(q, d, q_mask, d_mask, normalize=normalize, empty_score=empty_score)
     return finish((smooth.smooth_maxsim(batch, tau, backend), None), False)
 
@@ -307,7 +312,7 @@ def explain(
 
 
 def score_corpus(
-    q: Tokens, tokens: Tensor, offsets: Tensor, q_mask: Masks = None, *, normalize: bool = False,
+    q: Tokens, tokens: Tensor | QuantizedTokens, offsets: Tensor, q_mask: Masks = None, *, normalize: bool = False,
     empty_score: float = -math.inf, q_weights: Weights = None, reduce: str = "sum", backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """``maxsim`` of q, in any form, against ragged documents. Their offsets, int64 [n_d + 1], are known to be right."""

@@ -10,6 +10,7 @@ from latemax.arguments.batch import batch_of, rerank_batch, varlen_batch
 from latemax.ops import dispatch, operator, tiles
 from latemax.ops.dispatch import Choice
 from latemax.ops.problem import Batch
+from latemax.quantized import quantize
 
 
 def warmup(
@@ -28,6 +29,8 @@ def warmup(
     q_weighted: bool = False,
     reduce: str = "sum",
     train: bool = False,
+    q_kind: str | None = None,
+    d_kind: str | None = None,
     backend: str = "auto",
 ) -> Choice:
     """Compile what ``maxsim`` will launch for these shapes, so that the first real call compiles nothing, also inside a
@@ -42,6 +45,7 @@ def warmup(
             ``maxsim_varlen``, "rerank" for ``rerank``.
         normalize, return_argmax, reduce, backend: as the calls will pass.
         train: also the backward kernels of both sides.
+        q_kind, d_kind: the kind of QuantizedTokens that q and d will be; None for tokens of ``dtype``.
 
     Returns:
         The choice for long documents, as ``explain`` returns it.
@@ -55,7 +59,8 @@ def warmup(
         raise ValueError(f"own candidates are of layout 'dense'; got {layout!r}")
     form: dict[str, Any] = dict(
         dim=dim, l_q=l_q, n_q=n_q, dtype=dtype, device=device, q_masked=q_masked, d_masked=d_masked, own=own,
-        layout=layout, normalize=normalize, q_weighted=q_weighted, reduce=reduce, backend=backend,
+        layout=layout, normalize=normalize, q_weighted=q_weighted, reduce=reduce, q_kind=q_kind, d_kind=d_kind,
+        backend=backend,
     )  # fmt: skip
     argmax = return_argmax or train
     run(16, return_argmax, train, **form)
@@ -71,20 +76,19 @@ def run(
     l_d: int, return_argmax: bool, train: bool, *, dim: int, l_q: int, n_q: int, dtype: torch.dtype,
     device: torch.device | str, q_masked: bool = False, d_masked: bool = False, own: bool = False,
     layout: str = "dense", normalize: bool = False, q_weighted: bool = False, reduce: str = "sum",
-    backend: str = "auto",
+    q_kind: str | None = None, d_kind: str | None = None, backend: str = "auto",
 ) -> Batch:  # fmt: skip
     """One tiny problem, with a document of l_d tokens."""
-    q = torch.zeros(n_q, l_q, dim, dtype=dtype, device=device, requires_grad=train)
-    d = torch.zeros(*((n_q,) if own else ()), 1, l_d, dim, dtype=dtype, device=device, requires_grad=train)
-    if layout != "dense":
-        d = d.detach()[0].requires_grad_(train)
-    if layout == "varlen":
-        q = q.detach().flatten(0, 1).requires_grad_(train)
+    q: Any = torch.zeros(n_q, l_q, dim, dtype=dtype, device=device)
+    d: Any = torch.zeros(*((n_q,) if own else ()), 1, l_d, dim, dtype=dtype, device=device)
+    q, d = q.flatten(0, 1) if layout == "varlen" else q, d if layout == "dense" else d[0]
+    q = q.requires_grad_(train) if q_kind is None else quantize(q, q_kind)
+    d = d.requires_grad_(train) if d_kind is None else quantize(d, d_kind)
     q_offsets, d_offsets = torch.arange(n_q + 1, device=device) * l_q, torch.arange(2, device=device) * l_d
     slots = torch.zeros(n_q, 1, dtype=torch.int64, device=device)
-    q_mask = q.new_ones(q.shape[:-1], dtype=torch.bool) if q_masked else None
-    d_mask = d.new_ones(d.shape[:-1], dtype=torch.bool) if d_masked else None
-    q_weights = q.new_ones(q.shape[:-1]) if q_weighted else None
+    q_mask = torch.ones(q.shape[:-1], dtype=torch.bool, device=device) if q_masked else None
+    d_mask = torch.ones(d.shape[:-1], dtype=torch.bool, device=device) if d_masked else None
+    q_weights = torch.ones(q.shape[:-1], dtype=dtype, device=device) if q_weighted else None
     options: dict[str, Any] = dict(normalize=normalize, q_weights=q_weights, reduce=reduce)
     with torch.set_grad_enabled(train):
         if layout == "dense":
@@ -96,6 +100,6 @@ def run(
         else:
             batch, _ = rerank_batch(q, d, d_offsets, slots, q_mask, **options)
         scores, _ = operator.maxsim(batch, return_argmax, backend)
-        if train:
+        if scores.requires_grad:
             scores.sum().backward()
     return batch
