@@ -400,13 +400,3 @@ def test_integer_ids_take_no_images(model, photos, tmp_path, capsys):
         writer.add(torch.ones(2, 32, dtype=torch.float16))
     assert indexed_status(model, photos, tmp_path / "s") == 1
     assert "has integer ids" in capsys.readouterr().err
-
-
-def test_the_remaining_time_is_said_if_it_is_long(capsys):
-    from latemax.cli.index import say_how_long
-
-    for images, each in ((10, 0.1), (500, 0.1), (1000, 1.0), (10_000, 2.0)):
-        say_how_long(images, each)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 3 and "500 more images, about 50 s" in said and "about 17 min" in said
-    assert "about 5.6 h at the rate of the first batch" in said

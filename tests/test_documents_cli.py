@@ -226,3 +226,13 @@ def test_pypdfium2_is_loaded_only_for_a_pdf(tmp_path):
         "latemax.cli.index.find_images([sys.argv[1]]); assert 'pypdfium2' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+
+
+def test_the_remaining_time_is_said_if_it_is_long(capsys):
+    from latemax.cli.index import say_how_long
+
+    for images, each in ((10, 0.1), (500, 0.1), (1000, 1.0), (10_000, 2.0)):
+        say_how_long(images, each)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 3 and "500 more images, about 50 s" in said and "about 17 min" in said
+    assert "about 5.6 h at the rate of the first batch" in said
