@@ -32,6 +32,9 @@ LEVELS = {
     "level_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "level_avx512": AVX512,
     "level_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "codes_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "codes_avx512": AVX512,
+    "codes_avx512_vnni": [*AVX512, "-mavx512vnni", "-mavx512vpopcntdq"],
     "level_amx_bf16": [*AVX512, "-mamx-tile", "-mamx-bf16"],
 }
 

@@ -54,6 +54,7 @@ class Arguments {
         }
         return has;
     }
+    bool more() const { return next_ != end_; }
     bool ok() {
         if (!failed_ && next_ != end_) {
             PyErr_SetString(PyExc_TypeError, "too many arguments");

@@ -26,7 +26,9 @@
 extern "C" {
 #endif
 
-typedef enum { MAXSIM_F16 = 0, MAXSIM_BF16 = 1, MAXSIM_F32 = 2 } maxsim_dtype;
+/* The last two are codes: int8 [.., dim], and bits [.., ceil(dim / 8)], the most significant first, 1 for +1 and 0 for -1.
+ * The CPU forward pass takes them: documents, and beside documents of codes queries of the same. */
+typedef enum { MAXSIM_F16 = 0, MAXSIM_BF16 = 1, MAXSIM_F32 = 2, MAXSIM_I8 = 3, MAXSIM_BITS = 4 } maxsim_dtype;
 
 /* One item of a side whose items are separate in memory. Its dims are contiguous, and so is its mask. */
 typedef struct {
@@ -52,6 +54,10 @@ typedef struct {
     /* One byte a token, nonzero = keep; NULL keeps all. The values of a masked token never reach a result. */
     const uint8_t *mask; /* the leading shape of `tokens` */
     int64_t mask_stride_q, mask_stride_n, mask_stride_l;
+    /* Of codes, else NULL: the factor of each token, contiguous, the leading shape of `tokens`; of separate items all,
+     * concatenated. error: at least the L2 distance between a token and scale * code; NULL: 0. Only bounds read it. */
+    const float *scale, *error;
+    int64_t scale_stride_q; /* of the query axis of own candidates, else 0 */
 } maxsim_side;
 
 typedef struct {
@@ -79,6 +85,10 @@ typedef struct {
     const float *weights;
     /* Nonzero: the forward pass divides sums by the number of valid query tokens. The CUDA kernels take neither. */
     int32_t mean;
+    /* [n_q, n_c] contiguous, or NULL. Not NULL, with documents of int8 codes: `scores` and `upper` become bounds of the
+     * score of the tokens that the codes were made of; no argmax. coarse: with queries of 8 bits, faster and wider. */
+    float *upper;
+    int32_t coarse;
 } maxsim_args;
 
 #ifdef __cplusplus

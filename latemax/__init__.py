@@ -10,21 +10,26 @@ import importlib
 
 from latemax import reference
 from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, smooth_maxsim, warmup
+from latemax.bounds import maxsim_bounds
 from latemax.module import MaxSim
 from latemax.ops.dispatch import Choice
 from latemax.quantized import QuantizedTokens, quantize
 
 __version__ = "0.1.0"
 __all__ = [
+    "BinaryScan",
     "Choice",
+    "Lemur",
     "LoRA",
     "MaxSim",
     "MeanPool",
+    "Muvera",
     "PatchEncoder",
     "PatchStore",
     "PatchTokens",
     "QuantizedTokens",
     "Retriever",
+    "RowPool",
     "StoreError",
     "StoreWriter",
     "TextEncoder",
@@ -34,6 +39,7 @@ __all__ = [
     "explain",
     "first_stage_recall",
     "maxsim",
+    "maxsim_bounds",
     "maxsim_pairs",
     "maxsim_varlen",
     "merge_stores",
@@ -49,7 +55,9 @@ __all__ = [
 _LATER = {
     "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "Retriever", "TextEncoder", "TextTokens", "add_lora"),
     "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
-    "search": ("MeanPool", "TopK", "first_stage_recall", "topk", "two_stage"),
+    "search": (
+        "BinaryScan", "Lemur", "MeanPool", "Muvera", "RowPool", "TopK", "first_stage_recall", "topk", "two_stage",
+    ),  # fmt: skip
 }
 _MODULES = ("analysis", "compat", "viz")
 

@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latemax.arguments import codes
 from latemax.arguments.batch import batch_of, corpus_batch, rerank_batch, varlen_batch
 from latemax.arguments.check import check_options, check_tau
 from latemax.ops import dispatch, operator, smooth
 from latemax.ops.dispatch import Choice
+from latemax.quantized import QuantizedTokens, quantize
 
 __all__ = ["explain", "maxsim", "maxsim_pairs", "maxsim_varlen", "rerank", "smooth_maxsim", "warmup"]
 
 # an array is a tensor on the CPU
 Array = Tensor | np.ndarray
-# a dense or jagged tensor, or a list of [l_i, dim]
-Tokens = Array | Sequence[Array]
+# a dense or jagged tensor, codes, or a list of [l_i, dim]
+Tokens = Array | QuantizedTokens | Sequence[Array] | Sequence[QuantizedTokens]
 Masks = Array | Sequence[Array | None] | None
 Weights = Array | Sequence[Array] | None
 # a tensor; with return_argmax (scores, argmax). Not the union of both, which every caller would have to narrow
@@ -54,7 +56,9 @@ def maxsim(
             [n_q, k, l_d, dim]; or a list of n_d tensors [l_j, dim]; or a jagged nested tensor. float16, bfloat16,
             float32 or float64, promoted together with q; both on one device. Every tensor on the CPU, also in a list,
             may be a numpy array (bfloat16 by ``ml_dtypes``), whose memory is used as it is; only negative strides and
-            strides that are no multiple of an element's size are copied.
+            strides that are no multiple of an element's size are copied. Or QuantizedTokens of any of these shapes, or
+            a list of them: documents are read as codes, and the gradient is that of q alone. q may be QuantizedTokens
+            of the same kind; products are those of integers then.
         q_mask: bool, int or float of shape ``q.shape[:-1]``; nonzero = keep. With a list or a nested tensor: a list of
             [l_i] or None.
         d_mask: likewise, of shape ``d.shape[:-1]``. Masked tokens influence nothing, whatever their values.
@@ -130,8 +134,8 @@ def maxsim_pairs(
 
 
 def maxsim_varlen(
-    q: Array,
-    d: Array,
+    q: Array | QuantizedTokens,
+    d: Array | QuantizedTokens,
     cu_seqlens_q: Array,
     cu_seqlens_d: Array,
     q_mask: Array | None = None,
@@ -275,6 +279,7 @@ def smooth_maxsim(
     """
     empty_score = check_options(normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend)
     tau = check_tau(tau)
+    codes.refuse("smooth_maxsim", ("q", q), ("d", d))
     batch, finish = batch_of(q, d, q_mask, d_mask, normalize=normalize, empty_score=empty_score)
     return finish((smooth.smooth_maxsim(batch, tau, backend), None), False)
 
@@ -322,6 +327,8 @@ def warmup(
     q_weighted: bool = False,
     reduce: str = "sum",
     train: bool = False,
+    q_kind: str | None = None,
+    d_kind: str | None = None,
     backend: str = "auto",
 ) -> Choice:
     """Compile what ``maxsim`` will launch for these shapes, so that the first real call compiles nothing, also inside a
@@ -336,6 +343,7 @@ def warmup(
             ``maxsim_varlen``, "rerank" for ``rerank``.
         normalize, return_argmax, reduce, backend: as the calls will pass.
         train: also the backward kernels of both sides.
+        q_kind, d_kind: the kind of QuantizedTokens that q and d will be; None for tokens of ``dtype``.
 
     Returns:
         The choice, as ``explain`` returns it.
@@ -347,17 +355,16 @@ def warmup(
         raise ValueError(f"layout must be dense, list, varlen or rerank; got {layout!r}")
     if own and layout != "dense":
         raise ValueError(f"own candidates are of layout 'dense'; got {layout!r}")
-    q = torch.zeros(n_q, l_q, dim, dtype=dtype, device=device, requires_grad=train)
-    d = torch.zeros(*((n_q,) if own else ()), 1, 16, dim, dtype=dtype, device=device, requires_grad=train)
-    if layout != "dense":
-        d = d.detach()[0].requires_grad_(train)
-    if layout == "varlen":
-        q = q.detach().flatten(0, 1).requires_grad_(train)
+    q: Any = torch.zeros(n_q, l_q, dim, dtype=dtype, device=device)
+    d: Any = torch.zeros(*((n_q,) if own else ()), 1, 16, dim, dtype=dtype, device=device)
+    q, d = q.flatten(0, 1) if layout == "varlen" else q, d if layout == "dense" else d[0]
+    q = q.requires_grad_(train) if q_kind is None else quantize(q, q_kind)
+    d = d.requires_grad_(train) if d_kind is None else quantize(d, d_kind)
     q_offsets, d_offsets = torch.arange(n_q + 1, device=device) * l_q, torch.arange(2, device=device) * 16
     slots = torch.zeros(n_q, 1, dtype=torch.int64, device=device)
-    q_mask = q.new_ones(q.shape[:-1], dtype=torch.bool) if q_masked else None
-    d_mask = d.new_ones(d.shape[:-1], dtype=torch.bool) if d_masked else None
-    q_weights = q.new_ones(q.shape[:-1]) if q_weighted else None
+    q_mask = torch.ones(q.shape[:-1], dtype=torch.bool, device=device) if q_masked else None
+    d_mask = torch.ones(d.shape[:-1], dtype=torch.bool, device=device) if d_masked else None
+    q_weights = torch.ones(q.shape[:-1], dtype=dtype, device=device) if q_weighted else None
     options: dict[str, Any] = dict(normalize=normalize, q_weights=q_weights, reduce=reduce)
     with torch.set_grad_enabled(train):
         if layout == "dense":
@@ -369,15 +376,15 @@ def warmup(
         else:
             batch, _ = rerank_batch(q, d, d_offsets, slots, q_mask, **options)
         scores, _ = operator.maxsim(batch, return_argmax, backend)
-        if train:
+        if scores.requires_grad:
             scores.sum().backward()
-    if q.is_cuda:
-        torch.cuda.synchronize(q.device)
+    if scores.is_cuda:
+        torch.cuda.synchronize(scores.device)
     return dispatch.explain(batch, backend, argmax=return_argmax or train)
 
 
 def score_corpus(
-    q: Tokens, tokens: Tensor, offsets: Tensor, q_mask: Masks = None, *, normalize: bool = False,
+    q: Tokens, tokens: Tensor | QuantizedTokens, offsets: Tensor, q_mask: Masks = None, *, normalize: bool = False,
     empty_score: float = -math.inf, q_weights: Weights = None, reduce: str = "sum", backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """``maxsim`` of q, in any form, against ragged documents. Their offsets, int64 [n_d + 1], are known to be right."""

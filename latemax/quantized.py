@@ -88,7 +88,7 @@ class QuantizedTokens:
         return self._map(lambda x: scale if x is self.scale else x[index])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Tokens [..., l, dim]. float32 and float64 are exact."""
+        """Tokens [..., l, dim]. float64 is exact, float32 is rounded once."""
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         signs = self.codes if self.kind == "int8" else unpack_bits(self.codes, self.dim) * 2 - 1
         return (signs.to(exact) * self.scale.to(exact).unsqueeze(-1)).to(dtype)
@@ -168,8 +168,8 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, dim: int) -> Tensor:
     """uint8 [..., ceil(dim / 8)] → int8 [..., dim] of 0 and 1."""
-    weights = torch.tensor(BITS, dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(-1) & weights).ne(0).flatten(-2)[..., :dim].to(torch.int8)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    return packed.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(1).flatten(-2)[..., :dim].to(torch.int8)
 
 
 def _scale_of(rows: Tensor, kind: str, shape: torch.Size, first: int) -> Tensor:
@@ -222,6 +222,11 @@ def _flatten(x: QuantizedTokens) -> tuple[list[Any], tuple[str, int]]:
     return [x.codes, x.scale, x.error], (x.kind, x.dim)
 
 
+def _flatten_with_keys(x: QuantizedTokens) -> tuple[list[Any], tuple[str, int]]:
+    children, context = _flatten(x)
+    return [(pytree.GetAttrKey(k), v) for k, v in zip(("codes", "scale", "error"), children, strict=True)], context
+
+
 def _unflatten(children: Any, context: tuple[str, int]) -> QuantizedTokens:
     """Unchecked: a tree map may hold anything in place of the tensors."""
     out = object.__new__(QuantizedTokens)
@@ -232,5 +237,5 @@ def _unflatten(children: Any, context: tuple[str, int]) -> QuantizedTokens:
 
 pytree.register_pytree_node(
     QuantizedTokens, _flatten, _unflatten, serialized_type_name="latemax.QuantizedTokens",
-    to_dumpable_context=list, from_dumpable_context=tuple,
+    to_dumpable_context=list, from_dumpable_context=tuple, flatten_with_keys_fn=_flatten_with_keys,
 )  # fmt: skip

@@ -10,9 +10,30 @@ namespace latemax {
 
 constexpr float EPS = 1e-12f;
 
+/* What a row and a lane of the panel hold: 4 bytes are one step. Codes are rewritten to one of the last three.
+ *
+ *     I16   2 dims: int8 codes, or bits as +1 and -1, by query tokens of 16 bits
+ *     I8    4 dims: int8 codes + 128, by query tokens of 8 bits
+ *     BITS  32 dims */
+enum Form { F32, BF16, I16, I8, BITS };
+/* The steps of I16 whose sums fit in 32 bits: 256 x 32767 x 127 < 2^31. Query tokens have a factor for each. */
+constexpr int64_t I16_STEPS = 128;
+/* Sums of squared int8 codes fit in 32 bits. */
+constexpr int64_t MOST_CODE_DIMS = 1 << 17;
+
+inline int64_t steps_of(Form form, int64_t dim) {
+    const int64_t dims = form == F32 ? 1 : form == I8 ? 4 : form == BITS ? 32 : 2;
+    return (dim + dims - 1) / dims;
+}
+/* Vectors of a panel after its steps: of I16 the factors of each I16_STEPS, of I8 what sums start at; then of both the
+ * factor of Rows::radius. */
+inline int64_t extra_of(Form form, int64_t steps) {
+    return form == I16 ? (steps + I16_STEPS - 1) / I16_STEPS + 1 : form == I8 ? 2 : 0;
+}
+
 /* Valid tokens of one document, or of part of one, as the micro-kernel reads them. */
 struct Rows {
-    const char *base;        /* float32, or bfloat16 for Level::run_bf16 */
+    const char *base;        /* float32, or bfloat16 for Level::run_bf16, or codes */
     int64_t stride;          /* bytes between rows */
     const int32_t *gather;   /* row indices, or NULL: 0 .. count */
     const int32_t *number;   /* the token number of each row, or NULL: first, first + 1, ... */
@@ -23,11 +44,40 @@ struct Rows {
     int64_t first, count;
     bool dense;              /* rows are contiguous, so the hardware prefetcher helps: fetch line after line */
     bool compute_scale;      /* compute scale first, while the rows are in cache */
+    float *radius;           /* bounds of codes: the distance between a row and its code */
 };
 
 /* Updates the running maxima of 1, 2 or Level::block vectors of query tokens over the rows: best and, unless NULL, at,
  * the token number of the best. panel is [dim][vectors * lanes], for bfloat16 [ceil(dim / 2)][vectors * lanes][2]. */
 using Run = void (*)(const void *panel, int vectors, const Rows &rows, int64_t dim, float *best, int32_t *at);
+
+/* The same for lower and upper bounds of the similarities. */
+using Bounds = void (*)(const void *panel, int vectors, const Rows &rows, int64_t dim, float *lower, float *upper);
+
+/* Rows of codes, and the form they are rewritten to. */
+struct Codes {
+    maxsim_dtype from;
+    Form form;
+    const char *base;
+    int64_t stride;
+    const int32_t *gather;
+    int64_t count, dim; /* dim of I16 made of bits: rounded up to 8 */
+    char *to;           /* [count][4 * steps] */
+    bool normalize;
+    float norm_of_bits;
+    float *scale;  /* [count], padded to lanes; becomes the factor of a row's similarities */
+    float *radius; /* NULL, or likewise the error of a row; becomes Rows::radius */
+    /* for radius, relative to the norm of a query token: the largest error of its own code, and that of the products */
+    float query_error, rounding;
+};
+
+struct CodeLevel {
+    Run i16;
+    Run i8; /* NULL: int8 codes by int8 codes use i16 */
+    Run bits;
+    Bounds bounds_i16, bounds_i8;
+    void (*rewrite)(const Codes &codes);
+};
 
 struct Level {
     const char *name;
@@ -40,11 +90,17 @@ struct Level {
     float (*sum_of_squares)(maxsim_dtype of, const void *x, int64_t n);
     /* y += a x */
     void (*add_scaled)(maxsim_dtype of, float a, const void *x, int64_t n, float *y);
+    const CodeLevel *codes;
 };
+
+extern const CodeLevel codes_portable;
+#if defined(__x86_64__)
+extern const CodeLevel codes_avx2, codes_avx512, codes_avx512_vnni;
+#endif
 
 extern const Level level_portable;
 #if defined(__x86_64__)
-extern const Level level_avx2, level_avx512, level_avx512_bf16;
+extern const Level level_avx2, level_avx512, level_avx512_vnni, level_avx512_bf16;
 #endif
 #if defined(__x86_64__) && defined(__linux__)
 extern const Level *const level_amx_bf16; /* NULL if the compiler lacks the AMX intrinsics */

@@ -64,8 +64,10 @@ void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, 
     if (V == 2) LATEMAX_TILE_STORE(1, to + 64, width);
     if (R == 2) LATEMAX_TILE_STORE(2, to + ROWS * width, width);
     if (R == 2 && V == 2) LATEMAX_TILE_STORE(3, to + ROWS * width + 64, width);
-    for (int g = 0; g < R * ROWS / GROUP; ++g)
-        fold<MAXSIM_BF16, GROUP, V, ARGMAX>(sum[g], rows, j + g * GROUP, dim, best, at);
+    for (int g = 0; g < R * ROWS / GROUP; ++g) {
+        if (rows.compute_scale) inverse_norms<MAXSIM_BF16, GROUP>(rows, j + g * GROUP, dim);
+        fold<GROUP, V, ARGMAX>(sum[g], rows, j + g * GROUP, best, at);
+    }
 }
 
 template <int V, bool ARGMAX>
@@ -93,7 +95,7 @@ void run_bf16(const void *panel, int vectors, const Rows &rows, int64_t dim, flo
 }
 
 const Level level = {
-    "amx_bf16", LATEMAX_LANES, 2, run_any<Float32, 24, 4, 2>, run_bf16, widen, sum_of_squares, add_scaled};
+    "amx_bf16", LATEMAX_LANES, 2, run_any<Float32, 24, 4, 2>, run_bf16, widen, sum_of_squares, add_scaled, &codes_avx512_vnni};
 }  // namespace
 const Level *const level_amx_bf16 = &level;
 #else

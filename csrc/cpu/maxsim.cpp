@@ -7,14 +7,10 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
-#include <utility>
 
+#include "codes.h"
 #include "maxsim_cpu.h"
-#include "queries.h"
 #include "threads.h"
-#if defined(__x86_64__) && defined(__linux__)
-#include "tiles.h"
-#endif
 
 namespace latemax {
 namespace {
@@ -23,6 +19,10 @@ namespace {
 constexpr int64_t BATCH_BYTES = 256 << 10;
 /* the same for rows that are widened first: the next rows are prefetched meanwhile and share the cache */
 constexpr int64_t WIDE_BATCH_BYTES = 64 << 10;
+/* the same for codes: rewritten rows are not prefetched again, and stay in L1 */
+constexpr int64_t CODE_BATCH_BYTES = 16 << 10;
+/* tokens of a unit of codes: the rows prefetched after a batch are mostly of the same unit, and thread */
+constexpr int64_t CODE_UNIT_TOKENS = 4096;
 /* the most running maxima that a thread keeps */
 constexpr int64_t SLOT_FLOATS = 256 << 10;
 /* products that are worth another thread while it still spins from the last call: about 6 us */
@@ -43,7 +43,7 @@ struct Unit {
 /* Memory of one thread: slots of unfinished documents, and the batch of tokens not yet multiplied. */
 struct Scratch {
     Buffer<int32_t> number, at;
-    Buffer<float> scale, wide, best;
+    Buffer<float> scale, radius, wide, best, upper;
     std::vector<Rows> rows;
     std::vector<int64_t> slot_of_rows, document_of_slot;
 };
@@ -62,36 +62,43 @@ class Forward {
     void unit(const Unit &u, Scratch &s);
     Rows take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const;
     void multiply(const Part &part, Scratch &s) const;
-    void finish(const Part &part, int64_t row, int64_t c, const float *best, const int32_t *at);
+    void finish(const Part &part, int64_t row, int64_t c, float *best, int32_t *at, const float *upper);
     void finish_empty(const Part &part, int64_t row, int64_t c);
     void sum(int64_t query, int64_t row, int64_t c, const float *best);
 
     const maxsim_args &args_;
     const Level &level_;
     const int threads_;
-    const bool bf16_, widen_, own_;
+    const Form form_;
+    const int64_t row_bytes_; /* of a row as it is multiplied */
+    const bool widen_, own_;
     const int64_t batch_;
     Queries queries_;
+    float query_error_ = 0;
     /* maxima of all rows [n_c, rows] if parts cut through queries: summed at the end, in the order of the tokens */
     std::vector<float> maxima_;
     std::vector<char> empty_; /* [n_c], used with maxima_ */
 };
 
-bool products_in_bf16(const maxsim_args &args, const Level &level) {
-    return level.run_bf16 && args.q.dtype == MAXSIM_BF16 && args.d.dtype == MAXSIM_BF16 && args.d.stride_k == 1;
+/* Rows are multiplied in place if they have the form already, with contiguous dims. */
+bool in_place(const maxsim_args &args, Form form) {
+    if (form > BF16) return form == BITS && (args.dim + 7) / 8 % 4 == 0;
+    return args.d.stride_k == 1 && (form == BF16 || args.d.dtype == MAXSIM_F32);
 }
 
 Forward::Forward(const maxsim_args &args, const Level &level, int threads)
     : args_(args),
       level_(level),
       threads_(threads),
-      bf16_(products_in_bf16(args, level)),
-      widen_(args.d.stride_k != 1 || !(bf16_ || args.d.dtype == MAXSIM_F32)),
+      form_(form_of(args, level)),
+      row_bytes_(form_ == BF16 ? 2 * args.dim : 4 * steps_of(form_, row_dims(args, form_))),
+      widen_(!in_place(args, form_)),
       /* candidates expanded over the queries are shared after all */
-      own_(args.query_ids || (args.n_q > 1 && (args.d.stride_q != 0 || args.d.mask_stride_q != 0 || args.candidates))),
-      batch_(std::clamp<int64_t>((widen_ ? WIDE_BATCH_BYTES : BATCH_BYTES) / (args.dim * (bf16_ ? 2 : 4)) / 24 * 24, 24,
-                                 4096)),
-      queries_(args, level, bf16_) {}
+      own_(args.query_ids || (args.n_q > 1 && (args.d.stride_q != 0 || args.d.mask_stride_q != 0 ||
+                                               args.d.scale_stride_q != 0 || args.candidates))),
+      batch_(std::clamp<int64_t>((!widen_ ? BATCH_BYTES : form_ > BF16 ? CODE_BATCH_BYTES : WIDE_BATCH_BYTES) / row_bytes_ /
+                                     24 * 24, 24, 4096)),
+      queries_(args, level, form_) {}
 
 Document Forward::document(int64_t row, int64_t c) const {
     const int64_t tokens = length(row, c);
@@ -152,9 +159,11 @@ void Forward::run() {
     const int threads = useful_threads(total);
     /* too few shared documents for all threads: cut the query rows as well */
     const int64_t wanted = threads > 1 && args_.n_c < 4 * threads ? 4 * threads : 1;
-    const bool split = !own_ && wanted > 1 && args_.n_q < threads;
+    const bool split = !own_ && wanted > 1 && args_.n_q < threads && !args_.upper;
     queries_.cut(own_, split ? threads : wanted, split);
     queries_.pack(threads);
+    for (const double error : queries_.error)
+        query_error_ = std::max(query_error_, static_cast<float>(error * (1 + 1e-6)));
     const int64_t places = args_.query_ids ? args_.n_q * args_.q.l : args_.q.total;
     if (args_.argmax && (queries_.rows() < args_.q.total || (args_.query_ids && args_.q.offsets)))
         std::fill_n(args_.argmax, args_.n_c * places, -1);
@@ -163,7 +172,7 @@ void Forward::run() {
         empty_.resize(args_.n_c);
     }
     const int64_t scored = own_ ? total : total * static_cast<int64_t>(queries_.parts.size());
-    const std::vector<Unit> work = units(std::clamp<int64_t>(scored / (8 * threads), 1, batch_));
+    const std::vector<Unit> work = units(std::clamp<int64_t>(scored / (8 * threads), 1, form_ > BF16 ? CODE_UNIT_TOKENS : batch_));
     std::atomic<size_t> next{0};
     auto body = [&] {
         static thread_local Scratch scratch;
@@ -185,8 +194,10 @@ void Forward::unit(const Unit &u, Scratch &s) {
     const int64_t slots = std::clamp<int64_t>(SLOT_FLOATS / width, 1, end - first);
     float *best = s.best.get(slots * width);
     int32_t *at = args_.argmax ? s.at.get(slots * width) : nullptr;
-    s.number.get(batch_), s.scale.get(batch_);
-    s.wide.get(widen_ ? batch_ * args_.dim : bf16_ ? 16 * (args_.dim + 32) : 0);
+    float *upper = args_.upper ? s.upper.get(slots * width) : nullptr;
+    /* codes: factors are computed for whole vectors of rows */
+    s.number.get(batch_), s.scale.get(batch_ + level_.lanes), s.radius.get(batch_ + level_.lanes);
+    s.wide.get(widen_ ? batch_ * row_bytes_ / 4 : form_ == BF16 ? 16 * (args_.dim + 32) : 0);
     s.rows.clear(), s.slot_of_rows.clear(), s.document_of_slot.clear();
     int64_t used = 0;
     for (int64_t c = first; c < end; ++c) {
@@ -205,6 +216,7 @@ void Forward::unit(const Unit &u, Scratch &s) {
                 started = true;
                 s.document_of_slot.push_back(c);
                 std::fill_n(best + slot * width, width, -std::numeric_limits<float>::infinity());
+                if (upper) std::fill_n(upper + slot * width, width, -std::numeric_limits<float>::infinity());
                 /* if every similarity is -inf, argmax is the first valid token */
                 const int64_t first_valid = rows.number ? rows.number[0] : rows.first;
                 if (at) std::fill_n(at + slot * width, width, static_cast<int32_t>(first_valid));
@@ -218,7 +230,8 @@ void Forward::unit(const Unit &u, Scratch &s) {
         multiply(part, s);
         used = 0;
         for (size_t slot = 0; slot < s.document_of_slot.size(); ++slot)
-            finish(part, u.row, s.document_of_slot[slot], best + slot * width, at ? at + slot * width : nullptr);
+            finish(part, u.row, s.document_of_slot[slot], best + slot * width, at ? at + slot * width : nullptr,
+                   upper ? upper + slot * width : nullptr);
         s.document_of_slot.clear();
     }
 }
@@ -226,7 +239,7 @@ void Forward::unit(const Unit &u, Scratch &s) {
 /* Takes the next valid tokens from j, at most `room`, and moves j after them. */
 Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const {
     const int64_t stride = doc.item.stride, first = j;
-    Rows rows{doc.item.tokens, stride, nullptr, nullptr, nullptr, stride, nullptr, nullptr, first, 0, false, false};
+    Rows rows{doc.item.tokens, stride, nullptr, nullptr, nullptr, stride, nullptr, nullptr, first, 0, false, false, nullptr};
     int32_t *number = s.number.get(batch_) + used;
     if (doc.item.mask) {
         for (; j < doc.length && rows.count < room; ++j) {
@@ -244,8 +257,15 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
         j += rows.count;
     }
     if (!rows.gather) rows.base += rows.first * stride;
+    if (form_ > BF16) {
+        rows.scale = s.scale.get(0) + used;
+        rows.radius = args_.upper ? s.radius.get(0) + used : nullptr;
+        char *to = widen_ ? reinterpret_cast<char *>(s.wide.get(0)) + used * row_bytes_ : nullptr;
+        read_codes(args_, level_, form_, doc.item, query_error_, to, rows);
+        return rows;
+    }
     rows.dense = args_.d.stride_k == 1 && stride == args_.dim * item_size(args_.d.dtype);
-    if (bf16_) rows.scratch = reinterpret_cast<char *>(s.wide.get(0));
+    if (form_ == BF16) rows.scratch = reinterpret_cast<char *>(s.wide.get(0));
     if (args_.normalize) rows.scale = s.scale.get(batch_) + used;
     if (widen_) {
         float *wide = s.wide.get(batch_ * args_.dim) + used * args_.dim;
@@ -263,27 +283,42 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
 }
 
 void Forward::multiply(const Part &part, Scratch &s) const {
-    const int64_t width = part.vectors * level_.lanes;
-    const ::latemax::Run run = bf16_ ? level_.run_bf16 : level_.run_f32;
+    const int64_t width = part.vectors * level_.lanes, dim = row_dims(args_, form_);
+    const CodeLevel &codes = *level_.codes;
+    const ::latemax::Run runs[] = {level_.run_f32, level_.run_bf16, codes.i16, codes.i8, codes.bits}, run = runs[form_];
+    const Bounds bounds = form_ == I8 ? codes.bounds_i8 : codes.bounds_i16;
+    float *upper = args_.upper ? s.upper.get(0) : nullptr;
     float *best = s.best.get(0);
     int32_t *at = args_.argmax ? s.at.get(0) : nullptr;
     for (int64_t v = 0; v < part.vectors; v += queries_.block(part, v))
         for (size_t r = 0; r < s.rows.size(); ++r) {
             const int64_t lane = s.slot_of_rows[r] * width + v * level_.lanes;
-            s.rows[r].compute_scale = args_.normalize && v == 0;
-            run(queries_.panel(part, v), queries_.block(part, v), s.rows[r], args_.dim, best + lane,
-                at ? at + lane : nullptr);
+            s.rows[r].compute_scale = args_.normalize && v == 0 && form_ <= BF16;
+            if (upper)
+                bounds(queries_.panel(part, v), queries_.block(part, v), s.rows[r], dim, best + lane, upper + lane);
+            else
+                run(queries_.panel(part, v), queries_.block(part, v), s.rows[r], dim, best + lane, at ? at + lane : nullptr);
         }
     s.rows.clear(), s.slot_of_rows.clear();
 }
 
-void Forward::finish(const Part &part, int64_t row, int64_t c, const float *best, const int32_t *at) {
+void Forward::finish(const Part &part, int64_t row, int64_t c, float *best, int32_t *at, const float *upper) {
     for (int64_t a = part.query_first; a < part.query_end; ++a, ++row) {
         const int64_t first = std::max(queries_.row_begin[a], part.row_first);
         const int64_t end = std::min(queries_.row_begin[a + 1], part.row_end);
+        for (int64_t i = first; !queries_.infinite.empty() && !upper && i < end; ++i) {
+            const int64_t lane = i - part.row_first;
+            if (!queries_.infinite[i]) continue;
+            const Document doc = document(row, c);
+            infinite_maximum(args_, level_, a, queries_.token[i], doc.item, doc.length, best + lane, at ? at + lane : nullptr);
+        }
         for (int64_t i = first; at && i < end; ++i)
             argmax_row(args_, row, c)[queries_.token[i]] = at[i - part.row_first];
-        if (maxima_.empty())
+        const int64_t score = row * args_.n_c + c;
+        if (upper)
+            sum_bounds(args_, queries_, a, best + (first - part.row_first), upper + (first - part.row_first),
+                       args_.scores + score, args_.upper + score);
+        else if (maxima_.empty())
             sum(a, row, c, best + (first - part.row_first));
         else if (first < end)
             std::copy(best + (first - part.row_first), best + (end - part.row_first),
@@ -296,7 +331,8 @@ void Forward::finish_empty(const Part &part, int64_t row, int64_t c) {
     for (int64_t a = part.query_first; a < part.query_end; ++a, ++row) {
         const bool valid = queries_.row_begin[a] < queries_.row_begin[a + 1];
         if (args_.argmax) std::fill_n(argmax_row(args_, row, c), query_length(args_, a), -1);
-        static_cast<float *>(args_.scores)[row * args_.n_c + c] = valid ? static_cast<float>(args_.empty_score) : 0.0f;
+        args_.scores[row * args_.n_c + c] = valid ? static_cast<float>(args_.empty_score) : 0.0f;
+        if (args_.upper) args_.upper[row * args_.n_c + c] = args_.scores[row * args_.n_c + c];
     }
     if (!empty_.empty()) empty_[c] = 1;
 }
@@ -306,7 +342,7 @@ void Forward::finish_empty(const Part &part, int64_t row, int64_t c) {
 void Forward::sum(int64_t query, int64_t row, int64_t c, const float *best) {
     double total = 0;
     const int64_t first = queries_.row_begin[query], n = queries_.row_begin[query + 1] - first;
-    const float *scale = queries_.scale.empty() ? nullptr : queries_.scale.data() + first;
+    const double *scale = queries_.scale.empty() ? nullptr : queries_.scale.data() + first;
     if (args_.weights) {
         const float *weights = args_.weights + query_begin(args_, query);
         const int32_t *token = queries_.token.data() + first;
@@ -316,34 +352,10 @@ void Forward::sum(int64_t query, int64_t row, int64_t c, const float *best) {
         for (int64_t i = 0; i < n; ++i) total += scale ? best[i] * scale[i] : best[i];
     }
     if (args_.mean && n) total /= static_cast<double>(n);
-    static_cast<float *>(args_.scores)[row * args_.n_c + c] = static_cast<float>(total);
+    args_.scores[row * args_.n_c + c] = static_cast<float>(total);
 }
 
 }  // namespace
-
-int levels(const Level **out) {
-    int n = 0;
-    out[n++] = &level_portable;
-#if defined(__x86_64__)
-    /* these also check that the operating system saves the registers */
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx2) out[n++] = &level_avx2;
-    if (avx512) out[n++] = &level_avx512;
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) {
-        out[n++] = &level_avx512_bf16;
-        /* the last level is used: Intel's vdpbf16ps runs at half the rate of two FMA pipes (16 x 20 queries, 200 x 1030
-         * tokens: 99 ms, widened 55 ms), AMD's at twice that of its FMA */
-        if (__builtin_cpu_is("intel")) std::swap(out[n - 1], out[n - 2]);
-    }
-#endif
-#if defined(__x86_64__) && defined(__linux__)
-    if (level_amx_bf16 && tiles::permitted(avx512)) out[n++] = level_amx_bf16;
-#endif
-    return n;
-}
 
 void forward(const maxsim_args &args, const Level &level, int threads) {
     if (!args.n_q || !args.n_c) return;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "codes.h"
 #include "threads.h"
 
 namespace latemax {
@@ -14,8 +15,8 @@ constexpr int64_t KEEP_BYTES = 1 << 20;
 constexpr int64_t SHARE_BYTES = 64 << 10;
 }
 
-Queries::Queries(const maxsim_args &args, const Level &level, bool bf16)
-    : args_(args), level_(level), bf16_(bf16), steps_(bf16 ? (args.dim + 1) / 2 : args.dim) {
+Queries::Queries(const maxsim_args &args, const Level &level, Form form)
+    : args_(args), level_(level), form_(form), height_(panel_height(args, form)) {
     row_begin.resize(args.q.n + 1);
     token.reserve(args.q.total);
     for (int64_t a = 0; a < args.q.n; ++a) {
@@ -58,9 +59,12 @@ void Queries::cut(bool each, int64_t wanted, bool split) {
 void Queries::pack(int threads) {
     /* a small panel keeps its memory between calls: the page faults of fresh memory cost more than packing */
     static thread_local Buffer<char> kept;
-    const int64_t bytes = vectors_ * level_.lanes * steps_ * 4;
+    const int64_t bytes = vectors_ * level_.lanes * height_ * 4;
     panel_ = (bytes > KEEP_BYTES ? own_ : kept).get(bytes);
-    if (args_.normalize && bf16_) scale.resize(rows());
+    const bool codes = form_ > BF16;
+    if (codes || (args_.normalize && form_ == BF16)) scale.resize(rows());
+    if (codes) infinite.resize(rows());
+    if (args_.upper) error.resize(rows());
     struct Block {
         size_t part;
         int64_t vector;
@@ -82,11 +86,17 @@ void Queries::pack(int threads) {
                 const int64_t row = first + lane;
                 char *out = block + 4 * lane;
                 if (row >= part.row_end) {
-                    for (int64_t k = 0; k < steps_; ++k) std::memset(out + 4 * k * stride, 0, 4);
+                    for (int64_t k = 0; k < height_; ++k) std::memset(out + 4 * k * stride, 0, 4);
                     continue;
                 }
                 while (row >= row_begin[query + 1]) ++query;
-                pack_row(query, row, out, stride, wide);
+                if (codes) {
+                    const CodeToken t = pack_codes(args_, level_, form_, query, token[row], out, stride, wide);
+                    scale[row] = t.scale, infinite[row] = t.infinite;
+                    if (args_.upper) error[row] = t.error;
+                } else {
+                    pack_row(query, row, out, stride, wide);
+                }
             }
         }
     };
@@ -95,9 +105,10 @@ void Queries::pack(int threads) {
 
 void Queries::pack_row(int64_t query, int64_t row, char *out, int64_t stride, float *wide) {
     const int64_t dim = args_.dim, step = args_.q.stride_k;
+    const bool bf16 = form_ == BF16;
     const Item from = item(args_.q, 0, query);
     const char *x = from.tokens + token[row] * from.stride;
-    const bool plain = bf16_ && !args_.normalize;
+    const bool plain = bf16 && !args_.normalize;
     if (plain) {
         for (int64_t k = 0; k < dim; ++k) std::memcpy(out + 4 * (k / 2) * stride + k % 2 * 2, x + 2 * k * step, 2);
     } else {
@@ -105,7 +116,7 @@ void Queries::pack_row(int64_t query, int64_t row, char *out, int64_t stride, fl
         float factor = 1.0f;
         if (args_.normalize) {
             const float norm = clamped_norm(level_.sum_of_squares(MAXSIM_F32, wide, dim));
-            if (bf16_ && std::isfinite(norm)) {
+            if (bf16 && std::isfinite(norm)) {
                 /* a power of two keeps bfloat16 exact and its products in range; the rest of the norm is applied to the
                  * maximum */
                 int exponent = 0;
@@ -114,18 +125,18 @@ void Queries::pack_row(int64_t query, int64_t row, char *out, int64_t stride, fl
                 scale[row] = 1.0f / std::ldexp(norm, -exponent);
             } else {
                 for (int64_t k = 0; k < dim; ++k) wide[k] /= norm;
-                if (bf16_) scale[row] = 1.0f;
+                if (bf16) scale[row] = 1.0f;
             }
         }
         for (int64_t k = 0; k < dim; ++k) {
             const float value = wide[k] * factor;
-            if (bf16_)
+            if (bf16)
                 std::memcpy(out + 4 * (k / 2) * stride + k % 2 * 2, reinterpret_cast<const char *>(&value) + 2, 2);
             else
                 std::memcpy(out + 4 * k * stride, &value, 4);
         }
     }
-    if (bf16_ && dim % 2) std::memset(out + 4 * (dim / 2) * stride + 2, 0, 2);
+    if (bf16 && dim % 2) std::memset(out + 4 * (dim / 2) * stride + 2, 0, 2);
 }
 
 }  // namespace latemax

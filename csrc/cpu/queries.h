@@ -18,8 +18,7 @@ struct Part {
 
 class Queries {
   public:
-    /* bf16: the panel holds pairs of bfloat16 instead of float32. */
-    Queries(const maxsim_args &args, const Level &level, bool bf16);
+    Queries(const maxsim_args &args, const Level &level, Form form);
 
     int64_t rows() const { return row_begin.back(); }
     /* Cuts the rows at every query (`each`), else into about `wanted` parts of equally many rows; `split` allows cuts
@@ -32,12 +31,14 @@ class Queries {
         return left >= level_.block ? level_.block : left >= 2 ? 2 : 1;
     }
     const char *panel(const Part &part, int64_t vector) const {
-        return panel_ + (part.vector_first + vector) * steps_ * level_.lanes * 4;
+        return panel_ + (part.vector_first + vector) * height_ * level_.lanes * 4;
     }
 
     std::vector<int64_t> row_begin; /* [n_q + 1] */
     std::vector<int32_t> token;     /* [rows] the number of the token in its query */
-    std::vector<float> scale;       /* [rows] the factor still to apply to the maximum, or empty */
+    std::vector<double> scale;      /* [rows] the factor still to apply to the maximum, or empty */
+    std::vector<double> error;      /* [rows] bounds: the error of the row in the panel, relative to its norm; or empty */
+    std::vector<char> infinite;     /* [rows] the row holds infinities, and the panel zeros; or empty */
     std::vector<Part> parts;
 
   private:
@@ -46,8 +47,8 @@ class Queries {
 
     const maxsim_args &args_;
     const Level &level_;
-    const bool bf16_;
-    const int64_t steps_;
+    const Form form_;
+    const int64_t height_; /* vectors of a panel */
     Buffer<char> own_;
     char *panel_ = nullptr;
     int64_t vectors_ = 0;

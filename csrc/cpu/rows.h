@@ -1,4 +1,4 @@
-/* Access to token rows of any float dtype, stride and alignment. */
+/* Access to token rows of any dtype, stride and alignment. */
 #ifndef LATEMAX_CPU_ROWS_H
 #define LATEMAX_CPU_ROWS_H
 
@@ -11,7 +11,9 @@
 
 namespace latemax {
 
-inline int64_t item_size(maxsim_dtype dtype) { return dtype == MAXSIM_F32 ? 4 : 2; }
+inline bool is_code(maxsim_dtype dtype) { return dtype >= MAXSIM_I8; }
+
+inline int64_t item_size(maxsim_dtype dtype) { return dtype == MAXSIM_F32 ? 4 : is_code(dtype) ? 1 : 2; }
 
 /* max(norm, EPS); NaN stays NaN. */
 inline float clamped_norm(float squares) {
@@ -29,18 +31,21 @@ struct Item {
     int64_t stride = 0; /* bytes between tokens */
     const uint8_t *mask = nullptr;
     int64_t mask_stride = 0;
+    const float *scale = nullptr, *error = nullptr; /* of codes: those of its first token */
 };
 
 /* Item n of a side; of own candidates, that of a query. */
 inline Item item(const maxsim_side &s, int64_t query, int64_t n) {
-    const int64_t size = item_size(s.dtype);
+    const int64_t size = item_size(s.dtype), first = s.offsets ? s.offsets[n] : query * s.scale_stride_q + n * s.l;
+    const float *scale = s.scale ? s.scale + first : nullptr, *error = s.error ? s.error + first : nullptr;
     if (s.separate) {
         const maxsim_item &x = s.separate[n];
-        return {static_cast<const char *>(x.tokens), x.stride_l * size, x.mask, 1};
+        return {static_cast<const char *>(x.tokens), x.stride_l * size, x.mask, 1, scale, error};
     }
     const int64_t token = s.offsets ? s.offsets[n] * s.stride_l : query * s.stride_q + n * s.stride_n;
     const int64_t masked = s.offsets ? s.offsets[n] * s.mask_stride_l : query * s.mask_stride_q + n * s.mask_stride_n;
-    return {at(s.tokens, s.dtype, token), s.stride_l * size, s.mask ? s.mask + masked : nullptr, s.mask_stride_l};
+    return {at(s.tokens, s.dtype, token), s.stride_l * size, s.mask ? s.mask + masked : nullptr, s.mask_stride_l,
+            scale, error};
 }
 
 /* The argmax of row a against its candidate c, one per query token. */

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latemax.arguments import arrays
 from latemax.ops.dispatch import BY_NAME
+from latemax.ops.problem import Codes
 
 BACKENDS = ("auto", *BY_NAME)
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -59,15 +60,20 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an int >= 1, got {value!r}")
 
 
-def check_tokens(name: str, x: Any, dims: tuple[int, ...], shapes: str) -> None:
+def check_tokens(name: str, x: Any, dims: tuple[int, ...], shapes: str, codes: Codes | None = None) -> None:
+    """``codes``: x is the codes of QuantizedTokens, or of items of a list."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, a numpy array or a list of them, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor or a jagged nested tensor, got layout {x.layout}")
-    if x.dtype not in DTYPES:
+    if x.dtype not in DTYPES and codes is None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() not in dims:
-        raise ValueError(f"{name} must be {shapes}, got shape {list(x.shape)}")
+        raise ValueError(f"{name} must be {shapes}, got shape {_shape(x, codes)}")
+
+
+def _shape(x: Tensor, codes: Codes | None) -> list[int]:
+    return list(x.shape) if codes is None else [*x.shape[:-1], codes.dim]
 
 
 def readable(x: Tensor) -> bool:
@@ -182,14 +188,23 @@ def as_query_ids(x: Any, n_q: int, of: Tensor) -> Tensor:
     return x
 
 
-def check_together(q: Tensor, d: Tensor, d_name: str = "d") -> None:
+def check_together(
+    q: Tensor, d: Tensor, d_name: str = "d", q_codes: Codes | None = None, d_codes: Codes | None = None
+) -> None:
     """The rules for every form of q and d."""
     if q.device != d.device:
         raise ValueError(f"q and {d_name} must be on one device; got q on {q.device} and {d_name} on {d.device}")
-    dim = q.shape[-1]
-    if d.shape[-1] != dim:
+    dim = q.shape[-1] if q_codes is None else q_codes.dim
+    if (d.shape[-1] if d_codes is None else d_codes.dim) != dim:
         raise ValueError(
-            f"q and {d_name} must have the same dim (last axis); got q {list(q.shape)} and {d_name} {list(d.shape)}"
+            f"q and {d_name} must have the same dim (last axis); "
+            f"got q {_shape(q, q_codes)} and {d_name} {_shape(d, d_codes)}"
+        )
+    if q_codes is not None and (d_codes is None or d_codes.kind != q_codes.kind):
+        came = f"of dtype {d.dtype}" if d_codes is None else f"of kind {d_codes.kind!r}"
+        raise TypeError(
+            f"q may be QuantizedTokens only where {d_name} is, and of its kind; "
+            f"got q of kind {q_codes.kind!r} and {d_name} {came}"
         )
     if dim < 1:
         raise ValueError(f"dim (last axis of q and {d_name}) must be at least 1; got q {list(q.shape)}")

@@ -10,6 +10,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from latemax.arguments import arrays, check
 from latemax.ops import operator
 from latemax.ops.backends import native, pointers
-from latemax.ops.problem import Separate, Side
+from latemax.ops.problem import Codes, Separate, Side
 
 _requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
@@ -28,12 +29,13 @@ def is_ragged(x: Any) -> bool:
     return isinstance(x, (list, tuple)) or (isinstance(x, Tensor) and x.is_nested)
 
 
-def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
+def as_side(name: str, x: Any, mask: Any, other: Any, codes: Codes | None = None) -> Side:
     """The items of a list stay where they are; those of a jagged nested tensor are contiguous already.
 
     Args:
         mask: None, or a list with a mask [l_i] or None for each item.
         other: the other side's tokens: their dim, dtype and device if x is an empty list.
+        codes: what the items mean if they are codes.
     """
     if isinstance(x, Tensor) and x.layout != torch.jagged:
         raise TypeError(f"{name} must be a dense tensor, a list or a jagged nested tensor, got layout {x.layout}")
@@ -45,25 +47,32 @@ def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
         check.check_tokens(name, tokens, (2,), "[n, l_i, dim]")
         if mask is None:
             return Side(tokens, None, offsets)
-    items = list(x.unbind()) if isinstance(x, Tensor) else arrays.all_as_tensors(name, list(x))
-    known = native.read_items(items) if not contiguous and _in_place(items) else None
+    items: list[Any] = list(x.unbind()) if isinstance(x, Tensor) else list(x)
+    known = None
+    if mask is None and _eager() and {*map(type, items)} == {np.ndarray}:
+        known = native.read_items(items, arrays=True)
     if known is None:
-        items = _checked(name, items)
+        items = arrays.all_as_tensors(name, items)
+        known = native.read_items(items) if not contiguous and _in_place(items) else None
+    if known is None:
+        items = _checked(name, items, codes)
     if not items:
         if not isinstance(other, Tensor):
             raise ValueError(f"{name} is an empty list, and the other side is no tensor to take dim and dtype from")
-        return Side(other.new_empty(0, other.shape[-1]), None, other.new_zeros(1, dtype=torch.int64))
+        return Side(other.new_empty(0, other.shape[-1]), None, other.new_zeros(1, dtype=torch.int64), codes=codes)
     masks = None if mask is None else _masks(name, mask, items)
     if contiguous:
         return Side(tokens, None if masks is None else torch.cat(masks), offsets)
-    in_place = known is not None or ((items[0].is_cpu or items[0].is_cuda) and _in_place(items))
-    if items[0].is_cuda:
+    first = arrays.as_tensor(name, items[0])
+    in_place = known is not None or ((first.is_cpu or first.is_cuda) and _in_place(items))
+    if first.is_cuda:
         _refuse_capture(name)
         in_place = in_place and name != "q"
     if not in_place:
         keep = None if masks is None else torch.cat(masks)
         ends = list(itertools.accumulate((item.shape[0] for item in items), initial=0))
-        return Side(torch.cat(items), keep, _sent(torch.tensor(ends, dtype=torch.int64, device="cpu"), items[0].device))
+        offsets = _sent(torch.tensor(ends, dtype=torch.int64, device="cpu"), first.device)
+        return Side(torch.cat(items), keep, offsets, codes=codes)
     if known is None:
         items = [_contiguous_dims(item) for item in items]
         known = pointers.item_table(items)
@@ -71,14 +80,14 @@ def as_side(name: str, x: Any, mask: Any, other: Any) -> Side:
     if masks is not None:
         masks = [m.contiguous() for m in masks]
         pointers.set_masks(table, masks)
-    dim = items[0].shape[1]
-    tokens = items[0].new_full((dim,), math.nan).expand(int(offsets[-1]), dim)
+    dim = first.shape[1]
+    tokens = first.new_full((dim,), math.nan if codes is None else 0).expand(int(offsets[-1]), dim)
     aligned = False
     if tokens.is_cuda:
         aligned = not bool(((table[:, 0] | table[:, 2] * tokens.element_size()) & 15).any())
         numbers = _sent(torch.cat([table.view(-1), offsets]), tokens.device)
         table, offsets = numbers[: table.numel()].view(-1, 3), numbers[table.numel() :]
-    return Side(tokens, None, offsets, Separate(items, masks, table, aligned))
+    return Side(tokens, None, offsets, Separate(items, masks, table, aligned), codes=codes)
 
 
 def _sent(numbers: Tensor, device: torch.device) -> Tensor:
@@ -99,12 +108,14 @@ def _refuse_capture(name: str) -> None:
 def _in_place(items: list[Any]) -> bool:
     """Whether items on the CPU are scored where they are: eager mode, ordinary tensors, no gradient or tangent."""
     return (
-        not torch.compiler.is_compiling()
-        and {*map(type, items)} <= {Tensor, torch.nn.Parameter}
-        and operator.no_mode()
-        and forward_ad._current_level < 0
+        {*map(type, items)} <= {Tensor, torch.nn.Parameter}
+        and _eager()
         and not (torch.is_grad_enabled() and True in map(_requires_grad, items))
     )
+
+
+def _eager() -> bool:
+    return not torch.compiler.is_compiling() and operator.no_mode() and forward_ad._current_level < 0
 
 
 def _contiguous_dims(x: Tensor) -> Tensor:
@@ -141,9 +152,9 @@ def pad_argmax(argmax: Tensor, offsets: Tensor, length: int) -> Tensor:
     return padded.transpose(0, 1).contiguous()
 
 
-def _checked(name: str, items: list[Any]) -> list[Tensor]:
+def _checked(name: str, items: list[Any], codes: Codes | None) -> list[Tensor]:
     for i, item in enumerate(items):
-        check.check_tokens(f"{name}[{i}]", item, (2,), "[l_i, dim]")
+        check.check_tokens(f"{name}[{i}]", item, (2,), "[l_i, dim]", codes)
         for what in ("dtype", "device"):
             if getattr(item, what) != getattr(items[0], what):
                 raise ValueError(

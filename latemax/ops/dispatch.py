@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latemax.ops import tiles
-from latemax.ops.backends import blocks, cuda, native, reference, triton
+from latemax.ops.backends import blocks, cuda, gather, native, reference, triton
 from latemax.ops.backends.base import Backend, PreparedLaunch, Status, WrongDevice
 from latemax.ops.problem import Batch, Gradients, Needs, Plan, Problem, allocate, problem_of
 
@@ -103,7 +103,7 @@ def forward(b: Batch, want_argmax: bool, asked: str) -> tuple[tuple[Tensor, Tens
     """((scores, argmax or None), the plan that ran)."""
     q, d, q_mask, d_mask = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask
     key = None
-    if (q.is_cuda or asked == "triton") and b.q.offsets is None and b.d.offsets is None:
+    if (q.is_cuda or asked == "triton") and b.q.offsets is None and b.d.offsets is None and b.d.codes is None:
         # all but data pointers and empty_score
         key = (
             q.shape, q.stride(), q.dtype, d.shape, d.stride(), d.dtype, q.device, q.data_ptr() & 15, d.data_ptr() & 15,
@@ -134,11 +134,18 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
     """Gradients by the plan that ran forward. Only the mean needs a mask, that of q: argmax names no masked token."""
     if b.mean:
         g = g / b.q.valid().clamp_(min=1).unsqueeze(1)
-    backend, weights = MODULES[plan.backend], b.q.weights
+    weights = b.q.weights
     if weights is None:
-        return backend.backward(b, plan, argmax, g, needs)
+        return _gradients(b, plan, argmax, g, needs)
     # a token that no document's maximum counts may have a weight, or tokens, of NaN or infinity: 0 times them is NaN
     counted = (argmax >= 0).any(1 if b.q.offsets is None else 0)
     b = b._replace(q=b.q._replace(weights=weights.where(counted, 0.0)))
-    grads = backend.backward(b, plan, argmax, g, needs)
+    grads = _gradients(b, plan, argmax, g, needs)
     return grads if grads.weights is None else grads._replace(weights=grads.weights.where(counted, 0.0))
+
+
+def _gradients(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
+    if b.d.codes is not None:
+        # no kernel of a backward pass reads codes
+        return gather.backward(b, argmax, g, needs)
+    return MODULES[plan.backend].backward(b, plan, argmax, g, needs)

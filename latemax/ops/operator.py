@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from latemax.ops import dispatch
 from latemax.ops.backends import native
-from latemax.ops.problem import Batch, Needs, Side, allocate, problem_of
+from latemax.ops.problem import Batch, Codes, Needs, Side, allocate, problem_of
 
 SECOND_DERIVATIVE = (
     "maxsim has no second derivative: its gradient was asked to be differentiated again "
@@ -28,23 +28,42 @@ _library = torch.library.Library("latemax", "DEF")  # kept alive: the registrati
 _library.define(
     "maxsim(Tensor q, Tensor d, Tensor? q_mask, Tensor? d_mask, bool normalize, float? empty_score, bool argmax, "
     "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None, Tensor? q_weights=None, "
-    "bool mean=False) -> (Tensor, Tensor)"
+    "bool mean=False, Tensor? q_scale=None, Tensor? d_scale=None, str q_kind='', str d_kind='', int dim=0) "
+    "-> (Tensor, Tensor)"
 )
 _library.define(
     "maxsim_backward(Tensor g, Tensor q, Tensor d, Tensor argmax, bool normalize, bool needs_q, bool needs_d, "
     "str backend, Tensor? cu_q=None, Tensor? cu_d=None, Tensor? candidates=None, Tensor? q_weights=None, "
-    "Tensor? q_mask=None, bool mean=False, bool needs_weights=False) -> (Tensor, Tensor, Tensor)"
+    "Tensor? q_mask=None, bool mean=False, bool needs_weights=False, Tensor? q_scale=None, Tensor? d_scale=None, "
+    "str q_kind='', str d_kind='', int dim=0) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def _batch(
     q: Tensor, d: Tensor, q_mask: Tensor | None, d_mask: Tensor | None, normalize: bool, empty_score: float | None,
     argmax: bool, backend: str, q_offsets: Tensor | None = None, d_offsets: Tensor | None = None,
-    candidates: Tensor | None = None, q_weights: Tensor | None = None, mean: bool = False,
+    candidates: Tensor | None = None, q_weights: Tensor | None = None, mean: bool = False, *codes: Any,
 ) -> Batch:  # fmt: skip
     empty_score = -math.inf if empty_score is None else empty_score
-    queries, documents = Side(q, q_mask, q_offsets, weights=q_weights), Side(d, d_mask, d_offsets)
+    q_codes, d_codes = _codes(*codes)
+    queries = Side(q, q_mask, q_offsets, weights=q_weights, codes=q_codes)
+    documents = Side(d, d_mask, d_offsets, codes=d_codes)
     return Batch(queries, documents, candidates, normalize, empty_score, mean=mean)
+
+
+def _codes(
+    q_scale: Tensor | None = None, d_scale: Tensor | None = None, q_kind: str = "", d_kind: str = "", dim: int = 0
+) -> tuple[Codes | None, Codes | None]:
+    """Of q and of d."""
+    q_codes = None if q_scale is None else Codes(q_kind, dim, q_scale)
+    return q_codes, None if d_scale is None else Codes(d_kind, dim, d_scale)
+
+
+def _flat_codes(b: Batch) -> tuple:
+    q, d = b.q.codes, b.d.codes
+    if d is None:
+        return None, None, "", "", 0
+    return None if q is None else q.scale, d.scale, "" if q is None else q.kind, d.kind, d.dim
 
 
 def _flat(b: Batch, argmax: bool, backend: str) -> tuple:
@@ -52,16 +71,17 @@ def _flat(b: Batch, argmax: bool, backend: str) -> tuple:
     empty_score = None if b.empty_score == -math.inf else b.empty_score
     return (
         q.tokens, d.tokens, q.mask, d.mask, b.normalize, empty_score, argmax, backend, q.offsets, d.offsets,
-        b.candidates, q.weights, b.mean,
+        b.candidates, q.weights, b.mean, *_flat_codes(b),
     )  # fmt: skip
 
 
 def _for_backward(
     q: Tensor, d: Tensor, normalize: bool, mean: bool, q_offsets: Tensor | None, d_offsets: Tensor | None,
-    candidates: Tensor | None, q_weights: Tensor | None, q_mask: Tensor | None,
+    candidates: Tensor | None, q_weights: Tensor | None, q_mask: Tensor | None, *codes: Any,
 ) -> Batch:  # fmt: skip
-    queries = Side(q, q_mask, q_offsets, weights=q_weights)
-    return Batch(queries, Side(d, None, d_offsets), candidates, normalize, mean=mean)
+    q_codes, d_codes = _codes(*codes)
+    queries = Side(q, q_mask, q_offsets, weights=q_weights, codes=q_codes)
+    return Batch(queries, Side(d, None, d_offsets, codes=d_codes), candidates, normalize, mean=mean)
 
 
 # an operator returns tensors, not None: an output that is not wanted has no element
@@ -75,8 +95,9 @@ def _backward(
     g: Tensor, q: Tensor, d: Tensor, argmax: Tensor, normalize: bool, needs_q: bool, needs_d: bool, backend: str,
     q_offsets: Tensor | None = None, d_offsets: Tensor | None = None, candidates: Tensor | None = None,
     q_weights: Tensor | None = None, q_mask: Tensor | None = None, mean: bool = False, needs_weights: bool = False,
+    *codes: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    b = _for_backward(q, d, normalize, mean, q_offsets, d_offsets, candidates, q_weights, q_mask)
+    b = _for_backward(q, d, normalize, mean, q_offsets, d_offsets, candidates, q_weights, q_mask, *codes)
     # the same facts give the plan that ran forward
     plan = dispatch.plan_for(problem_of(b, argmax=True), backend)
     grads = dispatch.backward(b, plan, argmax, g, Needs(needs_q, needs_d, needs_weights))
@@ -99,6 +120,7 @@ def _(
     g: Tensor, q: Tensor, d: Tensor, argmax: Tensor, normalize: bool, needs_q: bool, needs_d: bool, backend: str,
     q_offsets: Tensor | None = None, d_offsets: Tensor | None = None, candidates: Tensor | None = None,
     q_weights: Tensor | None = None, q_mask: Tensor | None = None, mean: bool = False, needs_weights: bool = False,
+    *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(
         q.new_empty(0) if x is None or not needed else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -110,8 +132,9 @@ def _save(ctx: Any, b: Batch, argmax: Tensor, backend: str) -> None:
     q, d = b.q, b.d
     # only the mean needs a mask: argmax names no masked token
     mask = q.mask if b.mean else None
-    ctx.save_for_backward(q.tokens, d.tokens, argmax, q.offsets, d.offsets, b.candidates, q.weights, mask)
-    ctx.normalize, ctx.mean, ctx.backend = b.normalize, b.mean, backend
+    *scales, q_kind, d_kind, dim = _flat_codes(b)
+    ctx.save_for_backward(q.tokens, d.tokens, argmax, q.offsets, d.offsets, b.candidates, q.weights, mask, *scales)
+    ctx.normalize, ctx.mean, ctx.backend, ctx.codes = b.normalize, b.mean, backend, (q_kind, d_kind, dim)
     ctx.mark_non_differentiable(argmax)
 
 
@@ -123,20 +146,22 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _gradients(ctx: Any, g: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
     """By the registered operator, of q, d and the weights."""
-    q, d, argmax, *rest = ctx.saved_tensors
+    q, d, argmax, *rest, q_scale, d_scale = ctx.saved_tensors
     grads = torch.ops.latemax.maxsim_backward(
-        g, q, d, argmax, ctx.normalize, needs.q, needs.d, ctx.backend, *rest, ctx.mean, needs.weights
-    )
+        g, q, d, argmax, ctx.normalize, needs.q, needs.d, ctx.backend, *rest, ctx.mean, needs.weights, q_scale, d_scale,
+        *ctx.codes,
+    )  # fmt: skip
     return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
 
-WEIGHTS = 11  # the place of q_weights among the arguments of the operator
+# the place of q_weights among the arguments of the operator, and how many follow
+WEIGHTS, AFTER_WEIGHTS = 11, 6
 
 
 def _differentiate(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
     needed = ctx.needs_input_grad  # arguments that are their defaults may be missing at the end
-    of_q, of_d, of_weights = _gradients(ctx, g, Needs(needed[0], needed[1], any(needed[WEIGHTS:])))
-    grads = (of_q, of_d, *[None] * (WEIGHTS - 2), of_weights, None)
+    of_q, of_d, of_weights = _gradients(ctx, g, Needs(needed[0], needed[1], any(needed[WEIGHTS : WEIGHTS + 1])))
+    grads = (of_q, of_d, *[None] * (WEIGHTS - 2), of_weights, *[None] * AFTER_WEIGHTS)
     return grads[: len(needed)]
 
 
@@ -164,11 +189,11 @@ class _MaxSim(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple:
         needs = Needs(*ctx.needs_input_grad[:3])
-        if torch.is_grad_enabled() or not _plain(g) or torch._C._functorch.is_legacy_batchedtensor(g):
+        if torch.is_grad_enabled() or not plain(g) or torch._C._functorch.is_legacy_batchedtensor(g):
             # the registered operator refuses a second derivative, and takes tensors that are not plain
             return (*_gradients(ctx, g, needs), None, None)
         q, d, argmax, *rest = ctx.saved_tensors
-        b = _for_backward(q, d, ctx.normalize, ctx.mean, *rest)
+        b = _for_backward(q, d, ctx.normalize, ctx.mean, *rest, *ctx.codes)
         return (*dispatch.backward(b, ctx.plan, argmax, g, needs), None, None)
 
 
@@ -181,7 +206,7 @@ def no_mode() -> bool:
     )
 
 
-def _plain(*tensors: Tensor | None) -> bool:
+def plain(*tensors: Tensor | None) -> bool:
     """Eager execution of ordinary tensors."""
     return no_mode() and all(x is None or type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
 
@@ -234,12 +259,12 @@ def maxsim(b: Batch, want_argmax: bool, backend: str) -> tuple[Tensor, Tensor | 
     train = torch.is_grad_enabled() and needs_gradient(b)
     if not torch.compiler.is_compiling():
         refuse_transforms("maxsim", q, d, weights)
-        plain = _plain(q, d, b.q.mask, b.d.mask) and (weights is None or _plain(weights))
-        if plain and not train:
+        eager = plain(q, d, b.q.mask, b.d.mask) and (weights is None or plain(weights))
+        if eager and not train:
             return dispatch.forward(b, want_argmax, backend)[0]
     b = b.joined()
     if not torch.compiler.is_compiling():
-        if plain:
+        if eager:
             return _MaxSim.apply(b.q.tokens, b.d.tokens, b.q.weights, b, backend)
         # below a vmap, a tensor may require a gradient although none here does
         train = train or (torch.is_grad_enabled() and not no_mode())

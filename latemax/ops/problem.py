@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from latemax.arguments import arrays
 
 
 def score_dtype(q: torch.dtype, d: torch.dtype) -> torch.dtype:
@@ -15,14 +18,33 @@ def score_dtype(q: torch.dtype, d: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.promote_types(q, d) == torch.float64 else torch.float32
 
 
+def _promoted(q: torch.dtype, d: torch.dtype, q_codes: bool, d_codes: bool) -> torch.dtype:
+    """Products of codes are exact integers; float32 stands for them."""
+    return torch.float32 if q_codes else q if d_codes else torch.promote_types(q, d)
+
+
 class Separate(NamedTuple):
     """Items that are separate in memory, with contiguous dims."""
 
-    tokens: list[Tensor]  # [l_i, dim]
+    tokens: list[Any]  # [l_i, dim]: tensors, or numpy arrays
     masks: list[Tensor] | None  # bool [l_i], contiguous
     # int64 [n, 3] on the device: an address of tokens, of the mask or 0, and the row stride (maxsim_item)
     table: Tensor
     aligned: bool = False  # on a GPU: every row of tokens starts at a multiple of 16 bytes
+
+
+class Codes(NamedTuple):
+    """What turns tokens that are codes into numbers (``latemax.quantized``)."""
+
+    kind: str  # "int8": tokens int8 [..., l, dim]; "binary": uint8 [..., l, ceil(dim / 8)], most significant bit first
+    dim: int
+    scale: Tensor  # float32, the leading shape of tokens, contiguous
+    error: Tensor | None = None  # as scale: only maxsim_bounds reads it
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Codes:
+        """With every tensor of one number a token mapped."""
+        error = None if self.error is None else function(self.error)
+        return self._replace(scale=function(self.scale), error=error)
 
 
 class Side(NamedTuple):
@@ -31,10 +53,16 @@ class Side(NamedTuple):
     tokens: Tensor  # [n, l, dim], own candidates [n_q, n, l, dim], or with offsets [t, dim]
     mask: Tensor | None = None  # bool, the leading shape of tokens
     offsets: Tensor | None = None  # int64 [n + 1] contiguous: ragged items, concatenated in tokens
-    # ragged items that are not concatenated: tokens is NaN, expanded, and says only shape [t, dim], dtype and device
+    # ragged items that are not concatenated: tokens is NaN (codes: 0), expanded, and says only shape [t, dim], dtype
+    # and device
     separate: Separate | None = None
     # [n, l] or with offsets [t], contiguous, in the dtype of the scores: factors of the maxima; queries only
     weights: Tensor | None = None
+    codes: Codes | None = None  # tokens are codes
+
+    @property
+    def dim(self) -> int:
+        return self.tokens.shape[-1] if self.codes is None else self.codes.dim
 
     @property
     def items(self) -> int:
@@ -52,7 +80,8 @@ class Side(NamedTuple):
             return self
         items, masks = self.separate.tokens, self.separate.masks
         mask = None if masks is None else torch.cat(masks)
-        return Side(torch.cat(items), mask, self.offsets, weights=self.weights)
+        tokens = torch.cat(arrays.as_tensors("tokens", items))
+        return Side(tokens, mask, self.offsets, weights=self.weights, codes=self.codes)
 
     def valid(self) -> Tensor:
         """How many tokens of every item the mask keeps, int64 [n].
@@ -120,16 +149,16 @@ class Batch(NamedTuple):
 
     @property
     def dim(self) -> int:
-        return self.q.tokens.shape[-1]
+        return self.q.dim
 
     @property
     def dtype(self) -> torch.dtype:
-        """The promoted dtype of q and d: the precision of the products."""
-        return torch.promote_types(self.q.tokens.dtype, self.d.tokens.dtype)
+        """The promoted dtype of q and d, the precision of the products; that of q if only d is codes."""
+        return _promoted(self.q.tokens.dtype, self.d.tokens.dtype, self.q.codes is not None, self.d.codes is not None)
 
     @property
     def score_dtype(self) -> torch.dtype:
-        return score_dtype(self.q.tokens.dtype, self.d.tokens.dtype)
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 # no document's number, in any corpus
@@ -146,23 +175,27 @@ def _with_rows_of(b: Batch, query_ids: Tensor) -> Batch:
     known = (query_ids >= 0) & (query_ids < b.q.items)
     candidates = torch.where(known.unsqueeze(1), candidates, NO_DOCUMENT)
     rows = torch.where(known, query_ids, 0)
-    tokens, mask, weights, dtype = q.tokens, q.mask, q.weights, q.tokens.dtype
+    tokens, mask, weights, dtype, codes = q.tokens, q.mask, q.weights, q.tokens.dtype, q.codes
     if tokens.requires_grad and dtype.itemsize == 2:
         # the gradients of all rows of a query are added in float32
         tokens = tokens.float()
     if q.offsets is None:
         tokens, mask = tokens.index_select(0, rows), None if mask is None else mask.index_select(0, rows)
         weights = None if weights is None else weights.index_select(0, rows)
+        codes = None if codes is None else codes.each(lambda x: x.index_select(0, rows))
     else:
         if not len(tokens):
             tokens, mask = F.pad(tokens, (0, 0, 0, 1)), None
             weights = None if weights is None else F.pad(weights, (0, 1))
+            codes = None if codes is None else codes.each(lambda x: F.pad(x, (0, 1)))
         i = torch.arange(b.longest, device=rows.device)
         keep = i < q.offsets.diff().index_select(0, rows).unsqueeze(1)  # [n, longest]
         at = (q.offsets.index_select(0, rows).unsqueeze(1) + i).clamp(0, len(tokens) - 1)
         tokens, mask = tokens[at], keep if mask is None else keep & mask[at]
         weights = None if weights is None else weights[at]
-    return b._replace(q=Side(tokens.to(dtype), mask, weights=weights), candidates=candidates, query_ids=None)
+        codes = None if codes is None else codes.each(lambda x: x[at])
+    queries = Side(tokens.to(dtype), mask, weights=weights, codes=codes)
+    return b._replace(q=queries, candidates=candidates, query_ids=None)
 
 
 class Outputs(NamedTuple):
@@ -204,11 +237,13 @@ class Problem(NamedTuple):
     argmax: bool
     weighted: bool = False
     mean: bool = False
+    q_codes: str = ""  # the kind of codes that tokens are
+    d_codes: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The promoted dtype of q and d: the precision of the products."""
-        return torch.promote_types(self.q_dtype, self.d_dtype)
+        """As ``Batch.dtype``."""
+        return _promoted(self.q_dtype, self.d_dtype, self.q_codes != "", self.d_codes != "")
 
 
 class Plan(NamedTuple):
@@ -226,8 +261,9 @@ def problem_of(b: Batch, *, argmax: bool) -> Problem:
     if q_ragged:
         l_q = max(1, -(-l_q // max(1, n_q)))
     return Problem(
-        q.device, q.dtype, d.dtype, torch.get_float32_matmul_precision(), q.shape[-1], n_q, l_q, q_ragged,
+        q.device, q.dtype, d.dtype, torch.get_float32_matmul_precision(), b.dim, n_q, l_q, q_ragged,
         b.own, b.candidates is not None, b.normalize, argmax, b.q.weights is not None, b.mean,
+        "" if b.q.codes is None else b.q.codes.kind, "" if b.d.codes is None else b.d.codes.kind,
     )  # fmt: skip
 
 

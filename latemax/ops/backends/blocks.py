@@ -14,12 +14,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from latemax.ops.backends import gather
+from latemax.ops.backends import decode, gather
 from latemax.ops.backends.base import Status, WrongDevice
 from latemax.ops.backends.gather import clamped_norms, groups, l2_bytes
 from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Plan, Problem, Side
@@ -35,6 +36,8 @@ TOKENS = 2048
 BLOCK_BYTES = 16 << 20
 # padded tokens of a block of ragged documents at most: enough for torch's matmul to run at full rate
 RAGGED_TOKENS = 1 << 14
+# sums of so many products of 8-bit codes are exact in float32: 127 · 127 · 1040 < 2^24
+EXACT_DIMS = 1040
 # the maximum so far [m, rows], and the index it came from or None
 Running = tuple[Tensor, Tensor | None]
 
@@ -62,20 +65,31 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
 
 
 def _dense(b: Batch, out: Outputs) -> None:
-    q, d, q_mask, d_mask = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask
-    (scores, argmax), weights = out, b.q.weights
-    with torch.autocast(q.device.type, enabled=False), torch.no_grad():
-        q = q.to(scores.dtype)
+    d, q_mask, d_mask = b.d.tokens, b.q.mask, b.d.mask
+    (scores, argmax), codes = out, b.d.codes
+    with torch.autocast(d.device.type, enabled=False), torch.no_grad():
+        q, weights = _queries(b, scores.dtype)
         if q_mask is not None:
             q = q.masked_fill(~q_mask.unsqueeze(-1), 0.0)
-        if b.normalize:
-            q = q / clamped_norms(q)
+        scale = None if codes is None else codes.scale
         if d.shape[-2]:
-            for group in groups(d.dim() == 4, len(q), (d, d_mask), (q, q_mask, weights, scores, argmax)):
-                _forward_group(group, b.normalize)
+            for group in groups(d.dim() == 4, len(q), (d, scale, d_mask), (q, q_mask, weights, scores, argmax)):
+                _forward_group(group, b)
         if b.mean:
             scores /= b.q.valid().clamp_(min=1).unsqueeze(1)
         _fill_empty(q_mask, d_mask, d.shape[-2], scores, argmax, b.empty_score)
+
+
+def _queries(b: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(rows to multiply by, factors of the maxima or None). Codes stay integers, and their scale is a factor."""
+    tokens, codes, weights = b.q.tokens, b.q.codes, b.q.weights
+    if codes is None:
+        q = tokens.to(dtype)
+        return q / clamped_norms(q) if b.normalize else q, weights
+    q = decode.integers(tokens, codes.kind, codes.dim, torch.float64 if codes.dim > EXACT_DIMS else dtype)
+    factors = decode.unit_factors(q, codes.scale) if b.normalize else codes.scale.to(q.dtype)
+    # a token of scale 0 is the zero vector, of which all similarities tie
+    return q * (codes.scale != 0).unsqueeze(-1), factors if weights is None else weights * factors
 
 
 def _fill_empty(
@@ -95,9 +109,9 @@ def _fill_empty(
         scores.masked_fill_(~q_mask.any(-1, keepdim=True), 0.0)
 
 
-def _forward_group(group: tuple, normalize: bool) -> None:
-    """q [n_q, l_q, dim] in the dtype of scores, d [n_d, l_d, dim]; scores [n_q, n_d], argmax [n_q, n_d, l_q]."""
-    d, d_mask, q, q_mask, weights, scores, argmax = group
+def _forward_group(group: tuple, b: Batch) -> None:
+    """q [n_q, l_q, dim] in the dtype of products, d [n_d, l_d, dim]; scores [n_q, n_d], argmax [n_q, n_d, l_q]."""
+    d, scale, d_mask, q, q_mask, weights, scores, argmax = group
     (n_q, l_q, dim), (n_d, l_d) = q.shape, d.shape[:2]
     per_block = min(n_q, max(1, ROWS // l_q))
     rows = per_block * l_q
@@ -117,9 +131,9 @@ def _forward_group(group: tuple, normalize: bool) -> None:
         parts: list[Running | None] = [None] * len(columns)
         for start in range(0, end, tokens):
             size = min(tokens, end - start)
-            block = d[n : n + m, start : start + size].to(q.dtype)
-            norms = clamped_norms(block) if normalize else None
-            masked = None if d_mask is None else ~d_mask[n : n + m, start : start + size].unsqueeze(-1)
+            at = slice(n, n + m), slice(start, start + size)
+            block, factors = _documents(b, d[at], None if scale is None else scale[at], q.dtype)
+            masked = None if d_mask is None else ~d_mask[at].unsqueeze(-1)
             if documents_as_rows:
                 block = block.reshape(-1, dim)
             for part, qt in enumerate(columns):
@@ -128,8 +142,8 @@ def _forward_group(group: tuple, normalize: bool) -> None:
                     sims = torch.mm(block, qt, out=out.view(m * size, -1)).view(m, size, -1)
                 else:
                     sims = torch.bmm(qt.T.expand(m, -1, -1), block.mT, out=out.view(m, -1, size)).mT
-                if norms is not None:
-                    sims.div_(norms)
+                if factors is not None:
+                    sims.mul_(factors) if scale is not None else sims.div_(factors)
                 if masked is not None:
                     sims.masked_fill_(masked, -math.inf)
                 parts[part] = _running(parts[part], sims, start, argmax is not None)
@@ -154,7 +168,27 @@ def _forward_group(group: tuple, normalize: bool) -> None:
                 best = best.masked_fill(~keep, 0.0)
                 if argmax is not None:
                     argmax[first:last, n : n + m].masked_fill_(~keep, -1)
-            torch.sum(best, -1, out=scores[first:last, n : n + m])
+            total = scores[first:last, n : n + m]
+            if best.dtype == total.dtype:
+                torch.sum(best, -1, out=total)
+            else:
+                total.copy_(best.sum(-1))
+
+
+def _documents(b: Batch, tokens: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(a block [m, size, dim] to multiply by, what divides its similarities or None; where tokens are codes, what
+    multiplies them)."""
+    codes = b.d.codes
+    if codes is None or scale is None:
+        block = tokens.to(dtype)
+        return block, clamped_norms(block) if b.normalize else None
+    block = decode.integers(tokens, codes.kind, codes.dim, dtype)
+    if b.normalize:
+        return block, decode.unit_factors(block, scale).unsqueeze(-1)
+    if b.q.codes is not None:
+        return block, scale.unsqueeze(-1).to(dtype)
+    # scaled before the product, which then overflows only where a similarity does
+    return block.mul_(scale.unsqueeze(-1)), None
 
 
 def _ends(d_mask: Tensor | None, l_d: int) -> list[int] | None:
@@ -191,13 +225,14 @@ def padded(s: Side, spans: list[tuple[int, int]]) -> Side:
         return pad_sequence([x[first:last] for first, last in spans] + [least], batch_first=True)[:-1]
 
     keep = torch.ones(len(s.tokens), dtype=torch.bool, device=s.tokens.device) if s.mask is None else s.mask
-    return Side(pad(s.tokens), pad(keep), weights=None if s.weights is None else pad(s.weights))
+    codes = None if s.codes is None else s.codes.each(pad)
+    return Side(pad(s.tokens), pad(keep), weights=None if s.weights is None else pad(s.weights), codes=codes)
 
 
 def some(s: Side, at: slice) -> Side:
     """Some of dense items."""
     mask, weights = (None if x is None else x[at] for x in (s.mask, s.weights))
-    return Side(s.tokens[at], mask, weights=weights)
+    return Side(s.tokens[at], mask, weights=weights, codes=None if s.codes is None else s.codes.each(lambda x: x[at]))
 
 
 def blocks_of(numbers: list[int], spans: list[tuple[int, int]]) -> Iterator[list[int]]:
@@ -217,30 +252,35 @@ def blocks_of(numbers: list[int], spans: list[tuple[int, int]]) -> Iterator[list
         yield block
 
 
+def dense_parts(b: Batch) -> Iterator[tuple[slice, Any, Batch]]:
+    """(rows of scores, columns of scores, a dense batch for them); ragged queries are padded to the longest."""
+    q = b.q if b.q.offsets is None else padded(b.q, spans_of(b.q.offsets))
+    if b.d.offsets is None:
+        yield slice(None), slice(None), b._replace(q=q)
+        return
+    spans = [*spans_of(b.d.offsets), (0, 0)]  # candidate -1 is the empty document at the end
+    rows = [(slice(None), list(range(b.n_d)))]
+    if b.candidates is not None:
+        rows = [(slice(a, a + 1), numbers) for a, numbers in enumerate(b.candidates.tolist())]
+    for at, numbers in rows:
+        query = some(q, at)
+        for block in blocks_of(numbers, spans):
+            docs = padded(b.d, [spans[numbers[slot]] for slot in block])
+            yield at, block, b._replace(q=query, d=docs, candidates=None)
+
+
 def _ragged(b: Batch, out: Outputs) -> None:
     n_q, n_d = out.scores.shape
-    q, d_offsets = b.q, b.d.offsets
-    if q.offsets is not None:
-        query_spans = spans_of(q.offsets)
-        q = padded(q, query_spans)
-    argmax = None if out.argmax is None else out.argmax.new_full((n_q, n_d, q.length), -1)
-    if d_offsets is None:
-        _dense(b._replace(q=q), Outputs(out.scores, argmax))
-    else:
-        spans = [*spans_of(d_offsets), (0, 0)]  # candidate -1 is the empty document at the end
-        rows = [(slice(None), list(range(n_d)))]
-        if b.candidates is not None:
-            rows = [(slice(a, a + 1), numbers) for a, numbers in enumerate(b.candidates.tolist())]
-        for at, numbers in rows:
-            query = some(q, at)
-            for block in blocks_of(numbers, spans):
-                docs = padded(b.d, [spans[numbers[slot]] for slot in block])
-                part = out.scores.new_empty(query.items, len(block))
-                best = None if argmax is None else argmax.new_empty((*part.shape, q.length))
-                _dense(b._replace(q=query, d=docs, candidates=None), Outputs(part, best))
-                out.scores[at, block] = part
-                if argmax is not None and best is not None:
-                    argmax[at, block] = best
+    query_spans = [] if b.q.offsets is None else spans_of(b.q.offsets)
+    l_q = max((last - first for first, last in query_spans), default=1) if b.q.offsets is not None else b.q.length
+    argmax = None if out.argmax is None else out.argmax.new_full((n_q, n_d, max(1, l_q)), -1)
+    for at, slots, part in dense_parts(b):
+        scores = out.scores.new_empty(part.q.items, part.n_d)
+        best = None if argmax is None else argmax.new_empty((*scores.shape, part.q.length))
+        _dense(part, Outputs(scores, best))
+        out.scores[at, slots] = scores
+        if argmax is not None and best is not None:
+            argmax[at, slots] = best
     if out.argmax is None or argmax is None:
         return
     if b.q.offsets is None:

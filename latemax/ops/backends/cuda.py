@@ -72,6 +72,8 @@ def why_not(p: Problem, by_name: bool) -> str:
     arch = capability(p.device)
     if arch < 80:
         return f"compute capability {arch / 10} is below 8.0"
+    if p.d_codes:
+        return "codes are Triton's: the CUDA kernels take none"
     if p.q_dtype != p.d_dtype or p.q_dtype not in DTYPES:
         return f"the CUDA kernels take q and d both float16 or both bfloat16, not {p.q_dtype} and {p.d_dtype}"
     if p.weighted or p.mean:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from latemax.ops.problem import Batch, Gradients, Needs
+from latemax.ops.backends import decode
+from latemax.ops.problem import Batch, Gradients, Needs, Side
 
 EPS = 1e-12
 # float32 rows gathered at once
@@ -54,7 +55,7 @@ def groups(
 
 
 def backward(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
-    if b.ragged:
+    if b.ragged or b.d.codes is not None:
         return ragged(b, argmax, g, needs)
     q, d, weights = b.q.tokens, b.d.tokens, b.q.weights
     grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format) if needs.q else None
@@ -112,11 +113,12 @@ def _dense_group(group: tuple, normalize: bool, wide: torch.dtype) -> None:
 
 def ragged(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
     """Any form, dense ones too: query rows are taken as one list, whichever query they belong to."""
+    b = b._replace(q=decode.decoded(b.q, b.score_dtype))
     q, d, q_offsets, d_offsets = b.q.tokens, b.d.tokens, b.q.offsets, b.d.offsets
     n_q, n_d, l_q, l_d, dim = b.q.items, b.n_d, b.q.length, b.d.length, b.dim
     candidates, wide = b.candidates, b.score_dtype
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
-        rows, docs = q.reshape(-1, dim).to(wide), d.reshape(-1, dim)
+        rows, docs = q.reshape(-1, dim).to(wide), d.reshape(-1, d.shape[-1])
         if q_offsets is None:
             owner = torch.arange(n_q, device=q.device).repeat_interleave(l_q)
             argmax = argmax.permute(1, 0, 2).reshape(n_d, n_q * l_q)
@@ -147,7 +149,7 @@ def ragged(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
             weight = g[:, first : first + step].T[:, owner].to(wide).unsqueeze(-1)  # [c, rows, 1]
             lost = ~won.unsqueeze(-1)
             if needs.q or needs.weights:
-                picked = docs.index_select(0, flat).to(wide)
+                picked = _picked(b.d, docs, flat, wide)
                 if b.normalize:
                     picked /= clamped_norms(picked)
                 sum_q += weighted(picked.view(*won.shape, dim), weight, lost).sum(0)
@@ -171,6 +173,15 @@ def ragged(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
             sum_d.view(d.shape).to(d.dtype) if needs.d else None,
             grad_weights,
         )
+
+
+def _picked(s: Side, docs: Tensor, at: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some of the document tokens, as numbers."""
+    rows = docs.index_select(0, at)
+    if s.codes is None:
+        return rows.to(dtype)
+    codes = s.codes.each(lambda x: x.reshape(-1).index_select(0, at))
+    return decode.decoded(Side(rows, codes=codes), dtype).tokens
 
 
 def weighted(rows: Tensor, weight: Tensor, lost: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ Nothing is copied or widened here: the kernels take addresses, shapes and stride
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from latemax.ops.backends.pointers import DTYPES, address
 from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Plan, Problem, Side
 
 name = "native"
+# csrc/cpu/level.h: sums of the products of codes fit in 32 bits
+MOST_CODE_DIMS = 1 << 17
 _cpu, _why_not = pointers.load("_cpu")
 
 
@@ -36,8 +39,10 @@ def why_not(p: Problem, by_name: bool = False) -> str:
         return WrongDevice(f"needs tensors on the CPU; got {p.device}")
     if _cpu is None:
         return status().reason
-    if p.q_dtype not in DTYPES or p.d_dtype not in DTYPES:
+    if torch.float64 in (p.q_dtype, p.d_dtype):
         return "the native kernel does not take float64"
+    if p.d_codes and p.dim > MOST_CODE_DIMS:
+        return f"the native kernel takes codes of at most {MOST_CODE_DIMS} dims; got {p.dim}"
     return ""
 
 
@@ -51,17 +56,17 @@ def plan(p: Problem, by_name: bool = False) -> Plan:
 _exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
-def read_items(items: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+def read_items(items: list[Any], *, arrays: bool = False) -> tuple[Tensor, Tensor] | None:
     """``pointers.item_table`` of tensors [l_i, dim] with contiguous dims, of one dtype and on one device, the CPU or a
-    GPU, in a tenth of the time.
+    GPU, in a tenth of the time; with ``arrays`` of numpy arrays, which are then never made tensors.
 
-    Returns None for any other tensor, for none, and where the extension or torch cannot do this.
+    Returns None for any other tensor or array, for none, and where the extension or torch cannot do this.
     """
-    if _cpu is None or _exchange is None or True in map(Tensor.is_neg, items):
+    if _cpu is None or not (arrays or (_exchange is not None and True not in map(Tensor.is_neg, items))):
         return None
     table = torch.empty(len(items), 3, dtype=torch.int64, device="cpu")
     offsets = torch.empty(len(items) + 1, dtype=torch.int64, device="cpu")
-    known = _cpu.read_items(_exchange, items, table.data_ptr(), offsets.data_ptr())
+    known = _cpu.read_items(None if arrays else _exchange, items, table.data_ptr(), offsets.data_ptr())
     return (table, offsets) if known else None
 
 
@@ -99,7 +104,19 @@ def forward(b: Batch, plan: Plan, out: Outputs) -> None:
     """Raises ValueError for offsets that do not start at 0, fall or leave their tokens, and for unknown candidates."""
     if _has_neg(b):
         b = b._replace(q=_resolved(b.q), d=_resolved(b.d))
-    _cpu.forward(plan.launch, torch.get_num_threads(), *pointers.forward_call(b, out))
+    _cpu.forward(plan.launch, torch.get_num_threads(), *pointers.forward_call(b, out), *pointers.codes(b))
+
+
+def bounds(b: Batch, plan: Plan, lower: Tensor, upper: Tensor, *, coarse: bool = False) -> None:
+    """Bounds of the scores of the tokens that int8 codes were made of, float32 [n_q, n_d].
+
+    ``coarse``: with query tokens of 8 bits where the instruction set multiplies those faster; wider bounds. Raises as
+    ``forward`` does.
+    """
+    if _has_neg(b):
+        b = b._replace(q=_resolved(b.q))
+    call = pointers.call(b, lower.shape, lower, None)
+    _cpu.forward(plan.launch, torch.get_num_threads(), *call, *pointers.codes(b, upper, coarse))
 
 
 def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:

@@ -14,6 +14,7 @@ from latemax.ops.problem import Batch, Outputs, Side
 
 # maxsim_dtype of csrc/maxsim.h
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+CODES = {"int8": 3, "binary": 4}
 
 
 def load(name: str) -> tuple[Any, str]:
@@ -39,8 +40,9 @@ def side(s: Side) -> tuple:
     items = None
     if offsets is not None:
         items = address(offsets), offsets.shape[0] - 1, 0 if s.separate is None else s.separate.table.data_ptr()
+    dtype = DTYPES[tokens.dtype] if s.codes is None else CODES[s.codes.kind]
     return (
-        DTYPES[tokens.dtype], address(tokens), tokens.shape, tokens.stride(), items, address(mask),
+        dtype, address(tokens), tokens.shape, tokens.stride(), items, address(mask),
         None if mask is None else mask.stride(),
     )  # fmt: skip
 
@@ -70,6 +72,14 @@ def call(b: Batch, shape: tuple[int, ...], scores: Tensor | None, argmax: Tensor
 
 def forward_call(b: Batch, out: Outputs) -> tuple:
     return call(b, out.scores.shape, *out)
+
+
+def codes(b: Batch, upper: Tensor | None = None, coarse: bool = False) -> tuple:
+    """What follows ``call`` where documents are codes; nothing where they are not. ``upper``: of bounds."""
+    if b.d.codes is None:
+        return ()
+    q, d = (None, None) if b.q.codes is None else b.q.codes[2:], b.d.codes[2:]
+    return b.dim, *map(address, (*q, *d, upper)), coarse
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latemax import reference
-from latemax.ops.backends import gather
+from latemax.ops.backends import decode, gather
 from latemax.ops.backends.base import Status
 from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Plan, Problem, Side
 
@@ -30,6 +30,7 @@ def plan(p: Problem, by_name: bool) -> Plan:
 
 
 def forward(b: Batch, plan: Plan, out: Outputs) -> None:
+    b = b._replace(q=decode.decoded(b.q, torch.float64), d=decode.decoded(b.d, torch.float64))
     if b.ragged:
         _ragged(b, out)
         return

@@ -1,0 +1,215 @@
+"""maxsim_bounds: the score of the original tokens, in exact arithmetic, is never outside."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal, localcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import latemax
+from latemax import QuantizedTokens, maxsim, maxsim_bounds, maxsim_pairs, quantize
+from latemax.bounds import bound_corpus
+
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+BACKENDS = [pytest.param("auto", id="auto"), pytest.param("cpu", id="torch", marks=pytest.mark.torch_path)]
+
+
+def exact_score(q, d, weights=None, *, normalize=False, mean=False) -> Decimal:
+    """Σ_i w_i max_j <q_i, d_j> of tokens [l, dim] to 100 digits."""
+    with localcontext() as context:
+        context.prec, context.Emin, context.Emax = 100, -10000, 10000
+        rows = [[[Decimal(v) for v in token] for token in x.double().tolist()] for x in (q, d)]
+        if normalize:
+            eps = Decimal("1e-12")
+            lengths = [[max(sum(v * v for v in x).sqrt(), eps) for x in side] for side in rows]
+            rows = [
+                [[v / n for v in x] for x, n in zip(*side, strict=True)] for side in zip(rows, lengths, strict=True)
+            ]
+        best = [max(sum((a * b for a, b in zip(x, y, strict=True)), Decimal(0)) for y in rows[1]) for x in rows[0]]
+        factors = [Decimal(1)] * len(best) if weights is None else [Decimal(w) for w in weights.tolist()]
+        return sum((w * v for w, v in zip(factors, best, strict=True)), Decimal(0)) / (len(best) if mean else 1)
+
+
+def hard(seed: int, l: int, dim: int, dtype: torch.dtype) -> torch.Tensor:  # noqa: E741
+    """Tokens that are hard to bound, any of them at any place."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(max(l, 9), dim, generator=g, dtype=torch.float64)
+    x[0] *= torch.logspace(-30, 3, dim, dtype=torch.float64)
+    x[1] *= 2.0**-140
+    x[2] = 0.3
+    x[3] = 0.0
+    x[3, seed % dim] = -7.0
+    x[4] = x[5] * (1 + 2.0**-10)
+    x[6] = torch.where(x[6] > 0, 127.0, 126.5)
+    x[7] = 0.0
+    x[8] *= 1e-13
+    x = x[torch.randperm(len(x), generator=g)[:l]] * 10.0 ** (seed % 7 - 3)
+    return x.to(dtype).nan_to_num(posinf=6e4, neginf=-6e4)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40), st.sampled_from(DTYPES), st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_exact_score_is_inside(seed, dim, dtype, normalize, weighted, mean):
+    q, d = hard(seed, 3, dim, dtype), hard(seed + 1, 5, dim, dtype)
+    weights = torch.randn(3, generator=torch.Generator().manual_seed(seed)) if weighted else None
+    inside(q, d, weights, normalize=normalize, mean=mean)
+
+
+def inside(q, d, weights=None, *, normalize=False, mean=False, backend="auto"):
+    options = dict(normalize=normalize, q_weights=weights, reduce="mean" if mean else "sum")
+    lower, upper = maxsim_bounds(q, quantize(d), **options, backend=backend)
+    score = exact_score(q, d, weights, normalize=normalize, mean=mean)
+    assert Decimal(lower.item()) <= score <= Decimal(upper.item())
+    return lower, upper
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dim", [517, 1030, 4096])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_many_dims(dim, normalize, backend):
+    for seed in range(3):
+        inside(hard(seed, 2, dim, torch.float32), hard(seed + 7, 3, dim, torch.float32), normalize=normalize,
+               backend=backend)  # fmt: skip
+
+
+@given(st.integers(0, 10**6), st.floats(-38, 38))
+@settings(max_examples=40, deadline=None)
+def test_the_whole_range_of_float32(seed, exponent):
+    g = torch.Generator().manual_seed(seed)
+    q, d = torch.randn(2, 6, generator=g), torch.randn(3, 6, generator=g)
+    inside(q, (d.double() * 10.0**exponent).float().clamp(-3e38, 3e38))
+    inside((q.double() * 10.0**exponent).float().clamp(-3e38, 3e38), d)
+    inside(q.double() * 10.0 ** (exponent * 8), d.double())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bounds_are_tight(backend):
+    """Half a step of the codes, not more: a wide bound is right and useless."""
+    g = torch.Generator().manual_seed(0)
+    q, d = (torch.nn.functional.normalize(torch.randn(n, 64, 128, generator=g), dim=-1) for n in (2, 20))
+    codes = quantize(d)
+    lower, upper = maxsim_bounds(q, codes, backend=backend)
+    reach = codes.error.max() * q.norm(dim=-1).sum(-1, keepdim=True)
+    assert (upper - lower <= 2.1 * reach).all() and (upper - lower >= 0.5 * reach).all()
+    truth = maxsim(q.double(), d.double(), backend="reference")
+    assert (lower <= truth).all() and (truth <= upper).all()
+    small = QuantizedTokens(codes.codes, codes.scale, torch.zeros_like(codes.error), "int8", 128)
+    truth = maxsim(q.double(), codes.dequantize(torch.float64), backend="reference")
+    for normalize in (False, True):
+        lower, upper = maxsim_bounds(q, small, normalize=normalize, backend=backend)
+        assert (upper - lower <= 64 * 2.0**-9).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_form(backend):
+    g = torch.Generator().manual_seed(0)
+    q, d, own = torch.randn(3, 4, 24, generator=g), torch.randn(3, 7, 24, generator=g), torch.randn(3, 2, 7, 24)
+    keep, kept = torch.rand(3, 4, generator=g) < 0.6, torch.rand(3, 7, generator=g) < 0.6
+    some_q, some_d = [q[0], q[1, :2], q[2]], [d[0, :3], d[1, :0], d[2]]
+    for call in (
+        (q, d),
+        (q[0], d),
+        (q, d[1]),
+        (q[0], d[1]),
+        (q, own),
+        (some_q, some_d),
+        (q, some_d),
+        (some_q, d),
+        (q, d, keep, kept),
+    ):
+        for options in ({}, dict(normalize=True, reduce="mean", empty_score=0.1)):
+            x, y, *masks = call
+            codes = [quantize(item) for item in y] if isinstance(y, list) else quantize(y)
+            lower, upper = maxsim_bounds(x, codes, *masks, **options, backend=backend)
+            truth = maxsim(*([i.double() for i in z] if isinstance(z, list) else z.double() for z in (x, y)), *masks,
+                           **options, backend="reference")  # fmt: skip
+            assert lower.shape == upper.shape == truth.shape and lower.dtype == torch.float32
+            for x in (lower, upper):
+                assert torch.equal(x == torch.tensor(options.get("empty_score", -math.inf)), truth == options.get(
+                    "empty_score", -math.inf))  # fmt: skip
+            found = truth != options.get("empty_score", -math.inf)
+            assert ((lower <= truth) & (truth <= upper))[found].all()
+    flat, ends = torch.randn(20, 24, generator=g), torch.tensor([0, 5, 5, 20])
+    for coarse in (False, True):
+        lower, upper = bound_corpus(q, quantize(flat), ends, coarse=coarse, backend=backend)
+        truth = maxsim(q, [flat[:5], flat[:0], flat[5:]])
+        assert ((lower <= truth) & (truth <= upper)).all() and (upper[:, 1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_edges(backend):
+    g = torch.Generator().manual_seed(0)
+    q, d = torch.randn(3, 4, 8, generator=g), torch.randn(2, 5, 8, generator=g)
+    codes = quantize(d)
+    for bad in (math.nan, math.inf):
+        x = q.clone()
+        x[1, 2, 3] = bad
+        keep = torch.ones(3, 4, dtype=torch.bool)
+        lower, upper = maxsim_bounds(x, codes, backend=backend)
+        assert torch.equal(torch.stack([lower[1], upper[1]]).isnan(), torch.full((2, 2), math.isnan(bad)))
+        assert math.isnan(bad) or ((lower[1] == -math.inf) & (upper[1] == math.inf)).all()
+        assert lower[[0, 2]].isfinite().all()
+        keep[1, 2], keep[2] = False, False
+        lower, upper = maxsim_bounds(x, codes, keep, backend=backend)
+        assert lower.isfinite().all() and not lower[2].any() and not upper[2].any()
+    # a token that has no code: its document's score may be anything above the others'
+    unknown = QuantizedTokens(codes.codes, codes.scale, codes.error.clone(), "int8", 8)
+    unknown.error[0, 1] = math.inf
+    for normalize in (False, True):
+        lower, upper = maxsim_bounds(q, unknown, normalize=normalize, backend=backend)
+        assert (upper[:, 0] == math.inf).all() and upper[:, 1].isfinite().all()
+        assert torch.equal(lower[:, 1], maxsim_bounds(q, codes, normalize=normalize, backend=backend)[0][:, 1])
+    assert maxsim_bounds(q, codes[:0], backend=backend)[0].shape == (3, 0)
+    lower, upper = maxsim_bounds(q, codes[:, :0], empty_score=0.1, backend=backend)
+    assert lower.eq(torch.tensor(0.1)).all() and upper.eq(torch.tensor(0.1)).all()
+    assert not maxsim_bounds(q.requires_grad_(), codes, backend=backend)[0].requires_grad
+
+
+@pytest.mark.torch_path
+def test_blocks_change_nothing_but_rounding(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    q, d = torch.randn(3, 4, 24, generator=g), quantize(torch.randn(6, 50, 24, generator=g))
+    mask = torch.rand(6, 50, generator=g) < 0.5
+    whole = maxsim_bounds(q, d, d_mask=mask)
+    for size in (1000, 4000, 20000):
+        monkeypatch.setattr("latemax.ops.backends.bounds.BLOCK_BYTES", size)
+        monkeypatch.setattr("latemax.ops.backends.bounds.ROWS", 8)
+        for ours, truth in zip(maxsim_bounds(q, d, d_mask=mask), whole, strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-6, atol=1e-6)
+
+
+def test_refusals():
+    q, d = torch.randn(2, 5, 24), torch.randn(3, 9, 24)
+    with pytest.raises(TypeError, match="d must be QuantizedTokens or a list of them, got Tensor"):
+        maxsim_bounds(q, d)
+    with pytest.raises(TypeError, match="d must be QuantizedTokens of kind 'int8', whose error is known; got 'binary'"):
+        maxsim_bounds(q, quantize(d, "binary"))
+    with pytest.raises(TypeError, match="maxsim_bounds takes no QuantizedTokens; got them as q"):
+        maxsim_bounds(quantize(q), quantize(d))
+    for backend in ("triton", "cuda"):
+        with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run"):
+            maxsim_bounds(q, quantize(d), backend=backend)
+    with pytest.raises(ValueError, match="same dim"):
+        maxsim_bounds(q[..., :8], quantize(d))
+
+
+def test_torch_sees_one_operator():
+    torch._dynamo.reset()
+    q, d = torch.randn(2, 5, 24), quantize(torch.randn(3, 9, 24))
+    ours = torch.compile(lambda q, d: maxsim_bounds(q, d, normalize=True), fullgraph=True, backend="aot_eager")(q, d)
+    for x, y in zip(ours, maxsim_bounds(q, d, normalize=True), strict=True):
+        torch.testing.assert_close(x, y)
+    torch.library.opcheck(
+        torch.ops.latemax.maxsim_bounds, (q, d.codes, d.scale, d.error, None, None, True, -1.0, "auto"),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = torch.utils._pytree.tree_map(mode.from_tensor, (q, d))
+        assert maxsim_bounds(*fake)[1].shape == (2, 3)
+    batched = torch.vmap(lambda q: latemax.maxsim_bounds(q, d)[0])(q)
+    torch.testing.assert_close(batched, maxsim_bounds(q, d)[0], rtol=1e-3, atol=1e-3)
+    assert maxsim_pairs(q, d[:2]).shape == (2,)
