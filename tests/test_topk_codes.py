@@ -218,7 +218,7 @@ def test_loose_bounds_leave_codes_for_the_plain_scan(tmp_path, monkeypatch):
 
 
 def test_where_an_8_bit_query_is_no_faster_its_bounds_are_computed_once(tmp_path, monkeypatch):
-    items = clustered(400)
+    items = clustered(400, spread=4.0)
     q, store, seen = queries(items), store_of(tmp_path, items), []
     real = bounded.bound_corpus
 
@@ -228,7 +228,7 @@ def test_where_an_8_bit_query_is_no_faster_its_bounds_are_computed_once(tmp_path
 
     monkeypatch.setattr(bounded, "bound_corpus", float_query)
     compare(q, store)
-    assert seen.count(False) == 1 and seen.count(True) > 10
+    assert seen.count(False) == 1 and seen.count(True) > 2
 
 
 def test_documents_without_a_token_and_other_backends(tmp_path):
