@@ -3,8 +3,8 @@ read and scored.
 
 A code bounds what its token's score can be. A document is left out if even its upper bound, with the most that the
 scoring kernel can round it up, is below the k-th best lower bound, with the most that it can round that down. Bounds of
-an 8-bit query come first. Those of the float query follow for what survives, at the end and in one call: starting threads
-for a few documents takes longer than their bounds. The tokens themselves are last.
+an 8-bit query come first. Those of the float query follow for what survives, at the end and in one call: starting
+threads for a few documents takes longer than their bounds. The tokens themselves are last.
 
 Where the bounds are loose, codes cost more than they save. Documents are taken in blocks: where a block shows that more
 than LOOSE of its documents would survive, the next documents are scored without codes, twice as many every time, and
