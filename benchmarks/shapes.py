@@ -192,6 +192,8 @@ class Build(NamedTuple):
     normalize: bool = False
     return_argmax: bool = False
     train: bool = False
+    q_kind: str | None = None
+    d_kind: str | None = None
 
 
 # kind of product -> dtype and float32 matmul precision that take it
@@ -204,8 +206,18 @@ KINDS = {
 
 
 def builds() -> list[Build]:
-    """Every forward tile without flags, the flags on the tiles used most, and the backward kernels."""
+    """Every forward tile without flags, the flags on the tiles used most, codes, and the backward kernels."""
     found = []
+    for codes in ("int8", "binary"):
+        for l_q, n_q in ((32, 1), (128, 1), (32, 16)):
+            plain = Build("half", 128, l_q, n_q, d_kind=codes)
+            found += [plain, plain._replace(q_kind=codes)]
+            if n_q == 1:
+                # float32 query tokens are multiplied as two halves
+                found.append(plain._replace(kind="ieee"))
+        plain = Build("half", 128, d_kind=codes)
+        found += [plain._replace(normalize=True), plain._replace(return_argmax=True), plain._replace(layout="rerank")]
+        found += [plain._replace(dim=768), plain._replace(dim=768, q_kind=codes)]
     for kind in KINDS:
         for dim in (64, 96, 128, 256, 768) if kind == "half" else (128, 768):
             for l_q, n_q in ((16, 1), (32, 1), (64, 1), (128, 1), (1024, 1), (32, 16)):

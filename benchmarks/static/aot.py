@@ -56,8 +56,9 @@ def label(build: Build) -> str:
         words.append(f"layout={build.layout}")
     words += ["train=True"] * build.train + ["d_masked=True"] * build.d_masked
     if build.normalize:
-        dense = build.layout == "dense"
+        dense = build.layout == "dense" and build.d_kind is None
         words.append(f"norm={internals.triton_launch(shape_of(build), null.arch).norm}" if dense else "normalize=True")
+    words += [f"{name}={kind}" for name, kind in (("q", build.q_kind), ("d", build.d_kind)) if kind]
     return " ".join(words + ["argmax=True"] * build.return_argmax)
 
 
@@ -114,7 +115,7 @@ def inspect(cubin: bytes) -> dict[str, int]:
     return dict(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spills=sass.spills(code), loop_spills=sass.spills("\n".join(loop)),
-        wgmma=sass.count("HGMMA", code), mma=sass.count("[HD]MMA", code), utcmma=sass.count(r"UTC\w*MMA", code),
+        wgmma=sass.count("[HI]GMMA", code), mma=sass.count("[HDI]MMA", code), utcmma=sass.count(r"UTC\w*MMA", code),
         loop=len(loop), loop_mma=sum("MMA" in name for name in sass.opcodes(loop)),
         vector_loads=sass.count(r"LDG\S*\.128", code),
     )  # fmt: skip
