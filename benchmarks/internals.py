@@ -15,7 +15,7 @@ from latemax.arguments.batch import batch_of
 from latemax.arguments.check import check_options
 from latemax.cli.bench import fifths, limits, sync
 from latemax.ops import dispatch, operator, tiles
-from latemax.ops.backends import triton
+from latemax.ops.backends import native, triton
 from latemax.ops.backends.base import Status
 from latemax.ops.backends.cuda import status as cuda_status
 from latemax.ops.problem import Batch, Outputs, Problem, Side, allocate, problem_of
@@ -37,6 +37,14 @@ def install_null_driver(arch: int = 90) -> NullDriver:
     triton.interpreted = lambda: True
     triton.capability = lambda device: arch
     return null
+
+
+def limit_native(level: str) -> None:
+    """Lets the native CPU kernel use no instruction set above ``level`` in this process."""
+    known = native.levels()[: native.levels().index(level) + 1]
+    native.levels = lambda: known
+    native.status = lambda: Status(True, f"native kernel ({level}, by order of the benchmark)")
+    dispatch.plan_for.cache_clear()
 
 
 def triton_launch(shape: Shape, capability: int) -> tiles.Launch:

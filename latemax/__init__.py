@@ -19,14 +19,17 @@ __version__ = "0.1.0"
 __all__ = [
     "BinaryScan",
     "Choice",
+    "Lemur",
     "LoRA",
     "MaxSim",
     "MeanPool",
+    "Muvera",
     "PatchEncoder",
     "PatchStore",
     "PatchTokens",
     "QuantizedTokens",
     "Retriever",
+    "RowPool",
     "StoreError",
     "StoreWriter",
     "TextEncoder",
@@ -52,7 +55,9 @@ __all__ = [
 _LATER = {
     "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "Retriever", "TextEncoder", "TextTokens", "add_lora"),
     "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
-    "search": ("BinaryScan", "MeanPool", "TopK", "first_stage_recall", "topk", "two_stage"),
+    "search": (
+        "BinaryScan", "Lemur", "MeanPool", "Muvera", "RowPool", "TopK", "first_stage_recall", "topk", "two_stage",
+    ),  # fmt: skip
 }
 _MODULES = ("analysis", "compat", "viz")
 

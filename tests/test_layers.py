@@ -47,7 +47,7 @@ LEAVES = (
     "latemax.store",
     "latemax.encoders",
 )
-# Imported only by those named; each may import the stack and the leaves (compat: only `latemax` and the store).
+# Imported only by those named; each may import the stack and the leaves (compat: only `latemax`, the store and arrays).
 # One may name another's types under TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
 TOPS = {
     "latemax.analysis": ("latemax.demo", "latemax.cli"),
@@ -153,7 +153,7 @@ def may_import(source: str, target: str, when: str) -> bool:
     if target == "latemax.kernels":
         return source in ("latemax.ops.backends.triton_launch", "latemax.ops.backends.smooth_triton")
     if source == "latemax.compat":
-        return target in ("latemax", "latemax.store")
+        return target in ("latemax", "latemax.store", "latemax.arguments.arrays")
     if target == "latemax.encoders":
         return source in TOPS or (source == "latemax" and when != "file")
     return source in TOPS or target in LEAVES or LEVEL[target] < LEVEL[source]

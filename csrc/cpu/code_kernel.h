@@ -20,17 +20,6 @@ LATEMAX_INLINE vf to_float(vi x) {
 #endif
 }
 
-LATEMAX_INLINE vf root(vf x) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX2__)
-    return (vf)_mm256_sqrt_ps((__m256)x);
-#else
-    for (int l = 0; l < LATEMAX_LANES; ++l) x[l] = __builtin_sqrtf(x[l]);
-    return x;
-#endif
-}
-
 LATEMAX_INLINE vi broadcast(const char *row) { return vi{} + load<int32_t>(row); }
 
 /* Sums of 2 products of 16 bits. */
@@ -180,7 +169,7 @@ template <class Op, int U, int V, bool ARGMAX>
 LATEMAX_INLINE void code_tile(const vi *panel, const Rows &rows, int64_t j, int64_t dim, vf (&best)[V], vi (&at)[V]) {
     vf s[U][V];
     products<Op>(panel, rows, j, dim, s);
-    fold<MAXSIM_F32, U, V, ARGMAX>(s, rows, j, dim, best, at);
+    fold<U, V, ARGMAX>(s, rows, j, best, at);
 }
 
 template <class Op, int U, int TAIL, int V, bool ARGMAX>

@@ -20,7 +20,7 @@ constexpr int64_t BATCH_BYTES = 256 << 10;
 /* the same for rows that are widened first: the next rows are prefetched meanwhile and share the cache */
 constexpr int64_t WIDE_BATCH_BYTES = 64 << 10;
 /* the same for codes: rewritten rows are not prefetched again, and stay in L1 */
-constexpr int64_t CODE_BATCH_BYTES = 16 << 10;
+constexpr int64_t CODE_BATCH_BYTES = 12 << 10;
 /* tokens of a unit of codes: the rows prefetched after a batch are mostly of the same unit, and thread */
 constexpr int64_t CODE_UNIT_TOKENS = 4096;
 /* the most running maxima that a thread keeps */

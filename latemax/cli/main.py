@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("store", metavar="STORE", help="the store's folder")
     query = search.add_mutually_exclusive_group(required=True)
     query.add_argument("--text", metavar="WORDS", help="a text, encoded with the store's own model")
-    query.add_argument("--image", metavar="CROP", help="an image, encoded with the store's own model")
+    query.add_argument(
+        "--image", metavar="CROP", help="an image, or report.pdf#page=3, encoded with the store's own model"
+    )
     query.add_argument("--tokens", metavar="FILE", help=".npy, .safetensors or .pt with [l_q, dim] or [n_q, l_q, dim]")
     search.add_argument("-k", type=_positive, default=10, metavar="N", help="number of results (default: %(default)s)")
     search.add_argument("--size", type=int, help="size of the crop in pixels (default: that of the store's images)")

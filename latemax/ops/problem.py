@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latemax.arguments import arrays
+
 
 def score_dtype(q: torch.dtype, d: torch.dtype) -> torch.dtype:
     """Sums and scores are float32, or float64 if the promoted dtype is."""
@@ -24,7 +26,7 @@ def _promoted(q: torch.dtype, d: torch.dtype, q_codes: bool, d_codes: bool) -> t
 class Separate(NamedTuple):
     """Items that are separate in memory, with contiguous dims."""
 
-    tokens: list[Tensor]  # [l_i, dim]
+    tokens: list[Any]  # [l_i, dim]: tensors, or numpy arrays
     masks: list[Tensor] | None  # bool [l_i], contiguous
     # int64 [n, 3] on the device: an address of tokens, of the mask or 0, and the row stride (maxsim_item)
     table: Tensor
@@ -78,7 +80,8 @@ class Side(NamedTuple):
             return self
         items, masks = self.separate.tokens, self.separate.masks
         mask = None if masks is None else torch.cat(masks)
-        return Side(torch.cat(items), mask, self.offsets, weights=self.weights, codes=self.codes)
+        tokens = torch.cat(arrays.as_tensors("tokens", items))
+        return Side(tokens, mask, self.offsets, weights=self.weights, codes=self.codes)
 
     def valid(self) -> Tensor:
         """How many tokens of every item the mask keeps, int64 [n].

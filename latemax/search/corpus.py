@@ -73,6 +73,10 @@ class Corpus:
         """The mask [b - a, l_d] of a dense corpus that has one."""
         return None
 
+    def grid_rows(self) -> Tensor | None:
+        """Rows of every document's grid, int64 [n_d], 0 where it has none; None where no document has one."""
+        return None
+
     def find(self, ids: Sequence[object]) -> Tensor:
         """The documents of ids, int64; ValueError for an unknown one."""
         raise ValueError("within is a list of ids, and this corpus has none: pass a tensor of indices or a bool mask")
@@ -209,6 +213,9 @@ class Stored(Corpus):
     def read_some(self, documents: Tensor, out: Any) -> None:
         self.snapshot.read_some(documents.numpy(), out)
 
+    def grid_rows(self) -> Tensor | None:
+        return torch.from_numpy(self.snapshot.grid_rows())
+
     def find(self, ids: Sequence[object]) -> Tensor:
         plain = [check_id(id) for id in ids]
         found = torch.from_numpy(self.snapshot.find(plain))
@@ -242,6 +249,10 @@ class Subset(Corpus):
 
     def read(self, a: int, b: int, out: Any) -> None:
         self.whole.read_some(self.documents[a:b], out)
+
+    def grid_rows(self) -> Tensor | None:
+        rows = self.whole.grid_rows()
+        return None if rows is None else rows[self.documents]
 
     def keep(self, a: int, b: int) -> Tensor | None:
         mask = self.whole.keep(0, len(self.whole))

@@ -171,6 +171,19 @@ class Snapshot:
         """The metadata of all documents, in order."""
         return [{} if text is None else catalog.parse_meta(self.catalog, text) for text in self._column("meta")]
 
+    def grid_rows(self) -> np.ndarray:
+        """Rows of every document's grid, int64; 0 where it has none."""
+        return np.array([rows or 0 for rows in self._column("rows")], dtype=np.int64)
+
+    def follows(self, generation: int | None, identity: str | None) -> bool:
+        """Whether a generation is one of this store, as far as the store still knows."""
+        with self._db() as db:
+            return bool(
+                db.execute(
+                    "SELECT 1 FROM commits WHERE generation = ? AND nonce = ?", (generation, identity)
+                ).fetchall()
+            )
+
     @cached_property
     def ids(self) -> list[int] | list[str]:
         ids = self._column("id")
