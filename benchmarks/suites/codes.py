@@ -2,8 +2,8 @@
 
     python -m benchmarks.suites.codes [--tiny] [--json FILE]
 
-Every score is checked before it is timed. Peers are optional: ``pip install fast-maxsim==0.2.0 numkong==7.8.6``. numkong
-screens in 8 bits and is approximate; its packing is not timed.
+Every score is checked before it is timed. Peers are optional: ``pip install fast-maxsim==0.2.0 numkong==7.8.6``.
+numkong screens in 8 bits and is approximate; its packing is not timed.
 """
 
 from __future__ import annotations
