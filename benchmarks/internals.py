@@ -39,6 +39,14 @@ def install_null_driver(arch: int = 90) -> NullDriver:
     return null
 
 
+def limit_native(level: str) -> None:
+    """Lets the native CPU kernel use no instruction set above ``level`` in this process."""
+    known = native.levels()[: native.levels().index(level) + 1]
+    native.levels = lambda: known
+    native.status = lambda: Status(True, f"native kernel ({level}, by order of the benchmark)")
+    dispatch.plan_for.cache_clear()
+
+
 def triton_launch(shape: Shape, capability: int) -> tiles.Launch:
     """The forward launch of a dense shape on a GPU of this compute capability, which need not be here."""
     dtype = getattr(torch, shape.dtype)

@@ -15,8 +15,7 @@ over patches) are trained with the same settings, and each model is then scored 
 
 Compositions and crops are held out, photos are not: every photo is seen in training.
 
-    python examples/train_grounding.py                # the whole table
-    python examples/train_grounding.py --seeds 0      # one seed
+    python examples/train_grounding.py                # the whole table; --seeds 0: one seed
     python examples/train_grounding.py --quick        # a few steps as a trial run; the numbers mean nothing
 
 Needs ``pip install "latemax[demo]"``.
@@ -58,6 +57,7 @@ OBJECTIVES = {
     "kept": "MaxSim, CLS kept",
     "dropped": "MaxSim, CLS dropped",
 }
+RUNS = [(how, use_lora) for how in OBJECTIVES for use_lora in (False, True)]
 METRICS = ("p_at_1_pooled", "p_at_1_kept", "p_at_1_dropped", "pointing_kept", "pointing_dropped", "cls_wins")
 
 
@@ -67,16 +67,13 @@ class Settings:
 
     Attributes:
         size: canvas side in pixels.
-        n_train: number of training canvases.
-        n_test: number of held-out canvases.
+        n_train, n_test: number of training and of held-out canvases.
         dim: features per token after the projection.
-        rank: rank of the LoRA updates.
-        blocks: number of last blocks that LoRA adapts; the earlier ones run once and are cached.
+        rank, blocks: rank of the LoRA updates, and number of the last blocks that have them; earlier ones are cached.
         warm_steps: steps with a frozen ViT.
         steps: further steps at lower rates, which also train LoRA if there is one.
         batch: captions per step.
-        warm_lr: learning rate of the warm steps.
-        lr: learning rate of the further steps.
+        warm_lr, lr: learning rates of the warm and of the further steps.
         lora_lr: learning rate of the LoRA factors.
     """
 
@@ -310,8 +307,7 @@ def run(
     from tqdm import tqdm
 
     start, cpu_start = time.perf_counter(), time.process_time()
-    n_runs = len(seeds) * len(OBJECTIVES) * 2
-    rows = []
+    rows, n_runs = [], len(seeds) * len(RUNS)
     # disable=None draws no bar if stderr is not a terminal
     with tqdm(total=n_runs * (s.warm_steps + s.steps), unit="step", disable=None if progress else True) as bar:
         for seed in seeds:
@@ -321,10 +317,9 @@ def run(
                 encode(encoder, *compose(photos, s.n_train, s.size, 2 * seed), s),
                 encode(encoder, *compose(photos, s.n_test, s.size, 2 * seed + 1), s),
             )
-            for how in OBJECTIVES:
-                for use_lora in (False, True):
-                    bar.set_description(f"seed {seed}: {how}{' + LoRA' if use_lora else ''}")
-                    rows.append(run_one(encoder.model, len(photos), data, how, use_lora, seed, s, bar.update))
+            for how, use_lora in RUNS:
+                bar.set_description(f"seed {seed}: {how}{' + LoRA' if use_lora else ''}")
+                rows.append(run_one(encoder.model, len(photos), data, how, use_lora, seed, s, bar.update))
     for row in rows:
         if row["seed"] != seeds[0]:
             del row["maps"]
@@ -348,16 +343,15 @@ def run(
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns mean and standard deviation over the seeds (0 for one seed), a row per objective and use of LoRA."""
     table = []
-    for how in OBJECTIVES:
-        for use_lora in (False, True):
-            mine = [row for row in rows if row["trained"] == how and row["lora"] == use_lora]
-            values = {name: [row[name] for row in mine] for name in METRICS}
-            values |= {f"cosine_{name}": [row["cosine"][name] for row in mine] for name in mine[0]["cosine"]}
-            table.append({
-                "trained": how, "lora": use_lora, "seeds": len(mine),
-                "mean": {name: statistics.mean(v) for name, v in values.items()},
-                "sd": {name: statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()},
-            })  # fmt: skip
+    for how, use_lora in RUNS:
+        mine = [row for row in rows if row["trained"] == how and row["lora"] == use_lora]
+        values = {name: [row[name] for row in mine] for name in METRICS}
+        values |= {f"cosine_{name}": [row["cosine"][name] for row in mine] for name in mine[0]["cosine"]}
+        table.append({
+            "trained": how, "lora": use_lora, "seeds": len(mine),
+            "mean": {name: statistics.mean(v) for name, v in values.items()},
+            "sd": {name: statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()},
+        })  # fmt: skip
     return table
 
 

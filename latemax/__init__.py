@@ -17,15 +17,19 @@ from latemax.quantized import QuantizedTokens, quantize
 
 __version__ = "0.1.0"
 __all__ = [
+    "BinaryScan",
     "Choice",
+    "Lemur",
     "LoRA",
     "MaxSim",
     "MeanPool",
+    "Muvera",
     "PatchEncoder",
     "PatchStore",
     "PatchTokens",
     "QuantizedTokens",
     "Retriever",
+    "RowPool",
     "StoreError",
     "StoreWriter",
     "TextEncoder",
@@ -51,7 +55,9 @@ __all__ = [
 _LATER = {
     "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "Retriever", "TextEncoder", "TextTokens", "add_lora"),
     "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
-    "search": ("MeanPool", "TopK", "first_stage_recall", "topk", "two_stage"),
+    "search": (
+        "BinaryScan", "Lemur", "MeanPool", "Muvera", "RowPool", "TopK", "first_stage_recall", "topk", "two_stage",
+    ),  # fmt: skip
 }
 _MODULES = ("analysis", "compat", "viz")
 

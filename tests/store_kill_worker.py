@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from latemax.store import PatchStore, StoreError, StoreWriter
+from latemax.store.packed import empty
 
 SHIM = ctypes.CDLL(sys.argv[1])
 SECTOR = 512
@@ -45,6 +46,21 @@ def fragmented(folder):
     with StoreWriter(folder) as writer:
         writer.remove(1)
         writer.replace(document(50), 5)
+
+
+def with_codes(folder):
+    with StoreWriter(folder, codes="int8") as writer:
+        for i in range(3):
+            writer.add(document(i), i)
+        writer.commit()
+        for i in range(3, 6):
+            writer.add(document(i), i)
+
+
+def fragmented_with_codes(folder):
+    with_codes(folder)
+    with StoreWriter(folder) as writer:
+        writer.remove(1)
 
 
 def nothing(folder):
@@ -85,6 +101,8 @@ CASES = {
     "mixed": (base, mixed, False),
     "compact": (fragmented, StoreWriter.compact, False),
     "compact under a reader": (fragmented, StoreWriter.compact, True),
+    "replace with codes": (with_codes, replace, False),
+    "compact with codes": (fragmented_with_codes, StoreWriter.compact, False),
 }
 
 
@@ -100,6 +118,11 @@ def contents(folder):
         return {}
     store = PatchStore(folder)
     store.verify()
+    if store.codes:
+        codes = empty(torch.int8, store.n_tokens, store.dim)
+        store.read(0, len(store), codes)
+        if not torch.equal(codes.dequantize().round(), torch.cat(list(store)).float()):
+            raise StoreError("the codes are of other tokens")
     return {id: (float(x[0, 0]), len(x)) for id, x in zip(store.ids, store, strict=True)}
 
 

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,15 @@ def test_colpali_losses():
     assert colpali_engine.maxsim_kd(q, d[None]).tolist() == [[pytest.approx(-0.6), 0.0, 1.0]]
     assert colpali_engine.maxsim_kd(q.bfloat16(), d[None].bfloat16()).dtype == torch.float32
     assert colpali_engine.maxsim_kd(q.bfloat16(), d[None].bfloat16(), padding="host").dtype == torch.bfloat16
+
+
+def test_colpali_smooth_losses():
+    loss = SimpleNamespace(use_smooth_max=True, tau=0.1, normalize_scores=False)
+    q, d = t(E1)[None], torch.stack([t(BAD, ZERO), t(ZERO, ZERO), t(GOOD, ZERO)])
+    assert colpali_engine.inbatch_scores(loss, q, d).tolist() == [[pytest.approx(-0.6), 0.0, 1.0]]
+    host = [0.1 * math.log(math.exp(s / 0.1) + 1) for s in (-0.6, 0.0, 1.0)]
+    assert colpali_engine.inbatch_scores(loss, q, d, padding="host").tolist() == [pytest.approx(host, abs=1e-6)]
+    assert colpali_engine.inbatch_scores(loss, q.bfloat16(), d.bfloat16(), padding="host").dtype == torch.bfloat16
 
 
 def test_nonzero_rows():

@@ -40,12 +40,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-    folder, generator = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
+    folder = tmp_path_factory.mktemp("images")
     (folder / "more").mkdir()
-    for name in ("a.png", "b.jpg", "c.png", "more/d.PNG"):
-        pixels = torch.randint(0, 256, (60, 60, 3), generator=generator, dtype=torch.uint8)
-        image.fromarray(pixels.numpy()).save(folder / name)
+    for number, name in enumerate(("a.png", "b.jpg", "c.png", "more/d.PNG")):
+        write_image(folder / name, number, (60, 60))
     (folder / "notes.txt").write_text("not an image")
     return folder
 
@@ -150,8 +148,7 @@ def fuzz(folder, image, count):
         suffix = ("png", "jpg", "webp", "bmp", "gif", "tiff")[number // 7 % 6]
         path = folder / f"{kind}-{number}.{suffix}"
         made[kind] = made.get(kind, 0) + 1
-        buffer = io.BytesIO()
-        kind_of = "jpeg" if suffix == "jpg" else suffix
+        buffer, kind_of = io.BytesIO(), "jpeg" if suffix == "jpg" else suffix
         if kind == "long":
             path, kind_of = path.with_suffix(".png"), "png"
             image.new("L", (90_000, 1)).save(buffer, kind_of)

@@ -43,7 +43,8 @@ def toolkit() -> Path | None:
 def test_layouts_are_those_of_cute(tmp_path):
     program = tmp_path / "oracle"
     folders = [cutlass(), toolkit(), toolkit() / "cccl", emulator.HERE, ROOT / "csrc", ROOT / "csrc" / "cuda"]
-    sources = [ROOT / "tests" / "native" / "cute_oracle.cpp", emulator.HERE / "emulator.cpp"]
+    oracle = ROOT / "tests" / "native" / "cute_oracle.cpp"
+    sources = [oracle, emulator.HERE / "emulator.cpp", emulator.HERE / "warp.cpp"]
     options = ["-std=c++17", "-w", *(f"-I{folder}" for folder in folders), *map(str, sources), "-o", str(program)]
     subprocess.run(["g++", *options], check=True)
     done = subprocess.run([program], capture_output=True, text=True)

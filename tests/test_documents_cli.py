@@ -212,6 +212,24 @@ def test_names_of_any_bytes(indexed, report, tmp_path):
     assert indexed(os.fsdecode(odd))[1]["already"] == 3
 
 
+def test_a_page_is_a_query(indexed, report, tmp_path, capsys):
+    indexed(report)
+
+    def search(name):
+        status = cli.main(["search", str(tmp_path / "store"), "--image", f"{report}{name}", "--normalize", "--json"])
+        said = capsys.readouterr()
+        return json.loads(said.out) if status == 0 else said.err
+
+    for page in (1, 3):
+        found = search(f"#page={page}")
+        assert found["query"] == f"{report}#page={page}" and found["results"][0][0]["id"].endswith(f"#page={page}")
+    for name in ("", "#page=0", "#page=4", "#page=-1", "#page=x"):
+        assert search(name) == f"latemax search: --image {report}{name}: name a page of it, #page=1 to #page=3\n"
+    assert search(".pdf#page=1") == f"latemax search: --image {report}.pdf: no such file\n"
+    report.write_bytes(pdf([""], encrypted=True))
+    assert search("#page=1") == f"latemax search: --image {report}#page=1: encrypted: needs a password\n"
+
+
 def test_without_pypdfium2_the_extra_is_named(indexed, report, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
     status, _, said = indexed(report)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 STACK = (
     ("latemax.kernels",),
     ("latemax.ops.backends.native", "latemax.ops.backends.decode"),
-    ("latemax.ops.backends.gather",),
+    ("latemax.ops.backends.gather", "latemax.ops.backends.triton_operands"),
     ("latemax.ops.backends.blocks", "latemax.ops.backends.reference", "latemax.ops.backends.triton_launch"),
     ("latemax.ops.backends.triton", "latemax.ops.backends.smooth_triton"),
     ("latemax.ops.backends.smooth", "latemax.ops.backends.bounds"),
@@ -47,7 +47,7 @@ LEAVES = (
     "latemax.store",
     "latemax.encoders",
 )
-# Imported only by those named; each may import the stack and the leaves (compat: only `latemax` and the store).
+# Imported only by those named; each may import the stack and the leaves (compat: only `latemax`, the store and arrays).
 # One may name another's types under TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
 TOPS = {
     "latemax.analysis": ("latemax.demo", "latemax.cli"),
@@ -143,8 +143,8 @@ def may_import(source: str, target: str, when: str) -> bool:
         by_type = source in TOPS and when == "typing"
         return source in TOPS[target] or by_type or (source == "latemax" and when != "file")
     if source in LEAVES and target in LEAVES:
-        # arrays are taken wherever tensors are
-        if target == "latemax.arguments.arrays":
+        # arrays are taken wherever tensors are, and a store keeps codes
+        if target == "latemax.arguments.arrays" or (source, target) == ("latemax.store", "latemax.quantized"):
             return True
         in_ops = source.startswith("latemax.ops") and target.startswith("latemax.ops")
         return in_ops and LEAVES.index(target) < LEAVES.index(source)
@@ -153,7 +153,7 @@ def may_import(source: str, target: str, when: str) -> bool:
     if target == "latemax.kernels":
         return source in ("latemax.ops.backends.triton_launch", "latemax.ops.backends.smooth_triton")
     if source == "latemax.compat":
-        return target in ("latemax", "latemax.store")
+        return target in ("latemax", "latemax.store", "latemax.arguments.arrays")
     if target == "latemax.encoders":
         return source in TOPS or (source == "latemax" and when != "file")
     return source in TOPS or target in LEAVES or LEVEL[target] < LEVEL[source]

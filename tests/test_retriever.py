@@ -35,26 +35,6 @@ def family(request):
     return row, Retriever(model, processor), model, processor
 
 
-def host_inputs(model, processor, images=None, texts=None):
-    """What the host's own documentation feeds to the model."""
-    if type(model).__name__ != "NeoMMEForRetrieval":
-        call = processor.process_images if images else processor.process_queries
-        return call(images or texts, return_tensors="pt")
-    kind, task = ("image", "document") if images else ("text", "query")
-    return processor.apply_chat_template(
-        [[{"role": "user", "content": [{"type": kind, kind: item}]}] for item in images or texts],
-        task=task, tokenize=True, return_dict=True, processor_kwargs={"return_tensors": "pt", "padding": True},
-    )  # fmt: skip
-
-
-def host_tokens(model, inputs):
-    """The host's embeddings, unpadded."""
-    inputs.pop("labels", None)
-    with torch.no_grad():
-        found = model(**inputs).embeddings
-    return [row[mask != 0] for row, mask in zip(found, inputs["attention_mask"], strict=True)]
-
-
 def scored(found):
     return [tokens[mask] for tokens, mask in zip(found.tokens, found.mask, strict=True)]
 
@@ -65,8 +45,8 @@ def test_tokens_and_scores_are_the_hosts(family):
     pages = retriever.encode_images(images, batch_size=3)
     queries = retriever.encode_queries(QUERIES)
     d, q = (
-        host_tokens(model, host_inputs(model, processor, images=images)),
-        host_tokens(model, host_inputs(model, processor, texts=QUERIES)),
+        retriever_models.host_tokens(model, retriever_models.host_inputs(model, processor, images=images)),
+        retriever_models.host_tokens(model, retriever_models.host_inputs(model, processor, texts=QUERIES)),
     )
     for ours, theirs in ((scored(pages), d), (scored(queries), q)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -76,6 +56,12 @@ def test_tokens_and_scores_are_the_hosts(family):
         theirs = torch.cat([processor.score_retrieval(q, [page]) for page in d], 1)
         torch.testing.assert_close(scores, theirs, rtol=0, atol=1e-4)
     assert pages.space == queries.space == "retrieval"
+
+
+def test_the_table_of_the_docs_is_fresh(family):
+    name = next(name for name, row in FAMILIES.items() if row is family[0])
+    *row, difference = retriever_models.cells(name)
+    assert f"| {' | '.join(row)} |" in (ROOT / "docs" / "documents.md").read_text() and float(difference) <= 1e-5
 
 
 def test_a_token_does_not_depend_on_the_batch(family):

@@ -354,9 +354,9 @@ def test_shards_stay_inside_the_folder(folder):
 def test_another_version_is_named(folder):
     db = sqlite3.connect(folder / "catalog.sqlite")
     with db:
-        db.execute("UPDATE store SET format_version = 2")
+        db.execute("UPDATE store SET format_version = 3")
     db.close()
-    with pytest.raises(StoreError, match="reads version 1, the store has 2"):
+    with pytest.raises(StoreError, match="reads versions 1 and 2, the store has 3"):
         PatchStore(folder)
 
 

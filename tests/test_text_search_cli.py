@@ -1,6 +1,9 @@
 """``latemax index`` and ``latemax search --text`` with models that have a text side."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from latemax import PatchStore, StoreWriter, cli, maxsim
 pytest.importorskip("transformers", reason="the models are those of transformers")
 pytest.importorskip("safetensors", reason="stores are written with safetensors")
 retriever_models = pytest.importorskip("retriever_models")
+DOCS = (Path(__file__).parents[1] / "docs" / "documents.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -91,25 +95,25 @@ def test_an_image_query_of_the_same_model(clip, photos, tmp_path, capsys):
     assert "Picture of the query" in (tmp_path / "o").read_text(encoding="utf-8")
 
 
-def test_the_same_in_python(colpali, tmp_path):
-    """From a PDF to a page with the answer, without the command line."""
+def test_the_page_of_the_docs(colpali, tmp_path, monkeypatch):
+    """The Python of docs/documents.md runs, with a tiny model, and its commands are commands."""
     pytest.importorskip("pypdfium2", reason="PDF files are read with pypdfium2")
     import latemax
-    from latemax.encoders import PdfPages
+    from latemax.cli.main import _parser
 
     (tmp_path / "report.pdf").write_bytes(pdf([words("revenue"), words("a dog")]))
-    retriever = latemax.Retriever.from_pretrained(colpali)
-    meta = {"model_id": retriever.model_id, "space": retriever.space}
-    with PdfPages(tmp_path / "report.pdf") as pages:
-        with StoreWriter(tmp_path / "store", meta=meta) as writer:
-            for number, image in enumerate(pages, 1):
-                page = retriever.encode_images(image)
-                writer.add(page.tokens[0], f"report.pdf#page={number}", regions=page.regions[0])
-        store = PatchStore(tmp_path / "store")
-        text = retriever.encode_queries("a dog")
-        found = latemax.topk(text, store, 2, return_argmax=True)
-        html = latemax.viz.search_page(text, found, store, query="a dog", images=lambda i: pages[i])
-    assert html.count("data:image/jpeg") == 2 and "report.pdf#page=2" in html and "<bdi>dog</bdi>" in html
+    monkeypatch.chdir(tmp_path)
+    tiny = latemax.Retriever.from_pretrained(colpali)
+    monkeypatch.setattr(latemax.Retriever, "from_pretrained", lambda name: tiny)
+    (block,) = re.findall(r"^```python\n(.*?)^```", DOCS, re.MULTILINE | re.DOTALL)
+    namespace = {}
+    exec(compile(block, "documents.md", "exec"), namespace)
+    html = namespace["html"]
+    assert html.count("data:image/jpeg") == 2 and "report.pdf#page=2" in html and "<bdi>revenue</bdi>" in html
+    commands = re.findall(r"^latemax (.*)$", DOCS, re.MULTILINE)
+    for command in commands:
+        _parser().parse_args(shlex.split(command, comments=True))
+    assert len(commands) == 8
 
 
 def test_an_adapter_of_the_space_of_text(clip, photos, tmp_path, capsys):

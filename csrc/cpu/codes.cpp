@@ -147,7 +147,9 @@ CodeToken pack_codes(const maxsim_args &args, const Level &level, Form form, int
     if (form == BITS) {
         for (int64_t k = 0; k < (args.dim + 7) / 8; ++k) lane.put(k / 4, k % 4, x[k]);
         const double scale = from.scale[token], length = scale * std::sqrt(static_cast<double>(args.dim));
-        return {args.normalize ? scale / std::max(length, static_cast<double>(EPS)) : scale, 0, false};
+        /* its signs are no zeros */
+        const bool zero = scale == 0;
+        return {args.normalize ? scale / std::max(length, static_cast<double>(EPS)) : scale, 0, zero};
     }
     if (args.q.dtype == MAXSIM_I8)
         return pack_int8(args, form, lane, reinterpret_cast<const int8_t *>(x), from.scale[token],
@@ -158,6 +160,13 @@ CodeToken pack_codes(const maxsim_args &args, const Level &level, Form form, int
 
 void infinite_maximum(const maxsim_args &args, const Level &level, int64_t query, int64_t token, const Item &document,
                       int64_t length, float *best, int32_t *at) {
+    if (args.q.dtype == MAXSIM_BITS) {
+        int64_t first = 0;
+        while (document.mask && !document.mask[first * document.mask_stride]) ++first;
+        *best = 0;
+        if (at) *at = static_cast<int32_t>(first);
+        return;
+    }
     const Item from = item(args.q, 0, query);
     std::vector<float> q(args.dim);
     widen_row(level, args.q.dtype, from.tokens + token * from.stride, args.q.stride_k, args.dim, q.data());

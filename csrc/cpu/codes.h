@@ -22,14 +22,14 @@ inline int64_t panel_height(const maxsim_args &args, Form form) {
 struct CodeToken {
     double scale;  /* of its maxima; NaN if it holds NaN */
     double error;  /* bounds: of the panel, relative to its norm */
-    bool infinite; /* it holds infinities */
+    bool infinite; /* it holds infinities, or is the zero vector in one-bit codes */
 };
 
 /* Writes one query token, [height] at a distance of `stride` lanes. wide: scratch for dim floats. */
 CodeToken pack_codes(const maxsim_args &args, const Level &level, Form form, int64_t query, int64_t token, char *out,
                      int64_t stride, float *wide);
 
-/* The maximum for a query token that holds infinities, by plain loops over a document with a valid token. */
+/* The maximum for a query token that is `infinite`, by plain loops over a document with a valid token. */
 void infinite_maximum(const maxsim_args &args, const Level &level, int64_t query, int64_t token, const Item &document,
                       int64_t length, float *best, int32_t *at);
 

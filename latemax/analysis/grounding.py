@@ -148,7 +148,7 @@ def _of_ranking(q: Tensor, found: TopK, store: object, *, d_mask: Tensor | None,
         grid = store.grid(i)
         if grid is None:
             raise ValueError(f"document {store.ids[i]!r} must be stored with a grid; it has none")
-        maps.append(grounding_map(q, store[i].to(q.device), grid, **options))
+        maps.append(grounding_map(q, store.floats(i).to(q.device), grid, **options))
     return maps
 
 

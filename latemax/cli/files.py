@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PDF = ".pdf"
+# between the path of a PDF and a number, as PDF viewers take it
+PAGE = "#page="
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", PDF, ".png", ".tif", ".tiff", ".webp")
 
 
@@ -47,8 +49,8 @@ class ImageFile(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The path, of a page with ``#page=N``, as PDF viewers take it; the id of the document before escaping."""
-        return self.path if self.place.page is None else f"{self.path}#page={self.place.page}"
+        """The path, of a page with ``#page=N``; the id of the document before escaping."""
+        return self.path if self.place.page is None else f"{self.path}{PAGE}{self.place.page}"
 
     @property
     def id(self) -> str:
@@ -141,6 +143,33 @@ class Opener:
         if self._pages is not None:
             self._pages.close()
         self._pages = None
+
+
+def open_image(name: str) -> Image:
+    """Opens an image file, or a page of a PDF file by the name that `index` gives it, ``report.pdf#page=3``.
+
+    Returns:
+        The image, upright and RGB.
+
+    Raises:
+        ImportError: a PDF, and pypdfium2 is missing.
+        FileNotFoundError: no such file.
+        ValueError: no readable image; a PDF that cannot be read, has no such page, or is named without a page.
+    """
+    path, mark, page = name.rpartition(PAGE)
+    if not mark or os.path.exists(name):
+        path, page = name, ""
+    if not path.lower().endswith(PDF):
+        return load_image(name, "--image")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"--image {path}: no such file")
+    try:
+        with PdfPages(path) as pages:
+            if not (page.isdecimal() and 1 <= int(page) <= len(pages)):
+                raise ValueError(f"name a page of it, #page=1 to #page={len(pages)}")
+            return pages[int(page) - 1]
+    except ValueError as error:
+        raise ValueError(f"--image {name}: {error}") from error
 
 
 def reason_of(error: Exception) -> str:

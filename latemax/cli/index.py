@@ -34,6 +34,7 @@ class Known(NamedTuple):
 def index(
     paths: Sequence[str], *, model: str, store: str, dtype: str = "float16", size: int | None = None,
     batch_size: int = 16, device: str | None = None, adapter: str | None = None, prune: bool = False,
+    codes: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Encodes images into a store with their paths as ids, and encodes those again that changed since.
 
@@ -57,6 +58,7 @@ def index(
         adapter: a LoRA file for the model.
         prune: remove the documents of those images in ``paths`` whose file was deleted, and of pages that their PDF no
             longer has.
+        codes: "int8" also stores 8-bit codes; None does what the store does.
 
     Returns:
         ``{"store", "indexed", "replaced", "already", "deleted", "removed", "left_out": [{"path", "reason"}, …],
@@ -82,7 +84,7 @@ def index(
         meta |= {"model_id": meta["model"], "space": encoder.space}
     else:
         meta |= {key: stored[key] for key in ("model_id", "space") if key in stored}
-    with open_store(store, dtype, meta) as writer:
+    with open_store(store, dtype, codes, meta) as writer:
         known = documents_of(store)
         folders, here = [os.path.realpath(path) for path in paths], {image.place for image in found.images}
         read = {place.real for place in here}
@@ -168,14 +170,14 @@ def stored_meta(store: str) -> dict[str, Any] | None:
         return None
 
 
-def open_store(store: str, dtype: str, meta: dict[str, Any]) -> StoreWriter:
+def open_store(store: str, dtype: str, codes: str | None, meta: dict[str, Any]) -> StoreWriter:
     """Opens the writer.
 
     Raises:
         StoreError: as `StoreWriter`, or other settings than those of the store.
         ValueError: a store with integer ids, which paths cannot join.
     """
-    writer = StoreWriter(store, dtype=getattr(torch, dtype), shard_bytes=SHARD_BYTES, meta=meta)
+    writer = StoreWriter(store, dtype=getattr(torch, dtype), codes=codes, shard_bytes=SHARD_BYTES, meta=meta)
     if writer.id_type == "int":
         writer.close()
         raise ValueError(f"{store} has integer ids, to which paths of images cannot be added")

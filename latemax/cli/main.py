@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         default="float16",
         help="dtype of the stored tokens (default: %(default)s)",
     )
+    index.add_argument(
+        "--codes", choices=("int8",), help="also store 8-bit codes, from which search finds the same images faster"
+    )
     index.add_argument("--size", type=int, help="image size in pixels (default: the model's own)")
     index.add_argument("--batch-size", type=_positive, default=16, help="images per batch (default: %(default)s)")
     index.add_argument("--device", help="device of the encoder (default: cpu)")
@@ -93,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("store", metavar="STORE", help="the store's folder")
     query = search.add_mutually_exclusive_group(required=True)
     query.add_argument("--text", metavar="WORDS", help="a text, encoded with the store's own model")
-    query.add_argument("--image", metavar="CROP", help="an image, encoded with the store's own model")
+    query.add_argument(
+        "--image", metavar="CROP", help="an image, or report.pdf#page=3, encoded with the store's own model"
+    )
     query.add_argument("--tokens", metavar="FILE", help=".npy, .safetensors or .pt with [l_q, dim] or [n_q, l_q, dim]")
     search.add_argument("-k", type=_positive, default=10, metavar="N", help="number of results (default: %(default)s)")
     search.add_argument("--size", type=int, help="size of the crop in pixels (default: that of the store's images)")
@@ -110,6 +115,33 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--verify", action="store_true", help="check every byte of the store first")
     search.add_argument("--json", action="store_true", help="print the results as JSON")
     search.set_defaults(run=_search)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="what 8-bit and 1-bit codes and mean pooling keep of a store's exact ranking"
+    )
+    evaluate.add_argument("store", metavar="STORE", help="the store's folder")
+    evaluate.add_argument(
+        "--queries", metavar="FILE", nargs="+", required=True,
+        help="files of query tokens (.npy, .safetensors, .pt), or images, encoded with the store's own model",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "-k", type=_positive, default=10, metavar="N", help="results that count (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--candidates",
+        type=_positive,
+        default=50,
+        metavar="N",
+        help="candidates of a first stage (default: %(default)s)",
+    )
+    evaluate.add_argument("--normalize", action="store_true", help="L2-normalize all tokens before scoring")
+    evaluate.add_argument(
+        "--memory", type=_positive, default=1024, metavar="MIB", help="MiB of read buffers (default: %(default)s)"
+    )
+    evaluate.add_argument("--device", help="device of the encoder (default: cpu)")
+    evaluate.add_argument("--plot", metavar="FILE", help="write a plot of quality against bytes")
+    evaluate.add_argument("--json", action="store_true", help="print the results as JSON")
+    evaluate.set_defaults(run=_evaluate)
 
     store = commands.add_parser("store", help="describe, check, clean or upgrade a store")
     store.add_argument("store", metavar="STORE", help="the store's folder")
@@ -155,7 +187,7 @@ def _index(args: argparse.Namespace) -> int:
 
     done = index(
         args.images, model=args.model, store=args.out, dtype=args.dtype, size=args.size, batch_size=args.batch_size,
-        device=args.device, adapter=args.adapter, prune=args.prune,
+        device=args.device, adapter=args.adapter, prune=args.prune, codes=args.codes,
     )  # fmt: skip
     print(json.dumps(done, indent=2) if args.json else render(done))
     if not done["left_out"]:
@@ -170,6 +202,16 @@ def _search(args: argparse.Namespace) -> None:
         args.store, text=args.text, image=args.image, tokens=args.tokens, k=args.k, size=args.size, where=args.where,
         patches=args.patches, html=args.html, normalize=args.normalize, memory_mib=args.memory, device=args.device,
         verify=args.verify,
+    )  # fmt: skip
+    print(json.dumps(found, indent=2) if args.json else render(found))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from latemax.cli.evaluate import evaluate, render
+
+    found = evaluate(
+        args.store, queries=args.queries, k=args.k, candidates=args.candidates, normalize=args.normalize,
+        memory_mib=args.memory, device=args.device, plot=args.plot,
     )  # fmt: skip
     print(json.dumps(found, indent=2) if args.json else render(found))
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from latemax.cli.files import open_image
 from latemax.cli.index import check_device
 from latemax.cli.models import WITH_TEXT, load_model
 from latemax.cli.terminal import printable
 from latemax.search import TopK, topk
 from latemax.store import PatchStore, StoreError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # patches shown per result
 PATCHES = 5
@@ -30,7 +34,8 @@ def search(
     Args:
         store: the store's folder.
         text: words, encoded with the model that the store was indexed with, which must have a text side.
-        image: a file, encoded with that model. One of ``text``, ``image`` and ``tokens`` is given.
+        image: a file, or a page of a PDF (``report.pdf#page=3``), encoded with that model. One of ``text``, ``image``
+            and ``tokens`` is given.
         tokens: a .npy, .safetensors (its only tensor, or the one called "tokens") or .pt file, [l_q, dim] or
             [n_q, l_q, dim].
         k: number of results.
@@ -99,7 +104,7 @@ def best_patches(q: Tensor, pages: PatchStore, i: int, normalize: bool) -> list[
     """Returns the patches of document i that the score of query q [l_q, dim] comes from, largest part first."""
     from latemax.analysis import grounding_map
 
-    tokens = pages[i]
+    tokens = pages.floats(i)
     if not len(tokens):
         return []
     rows, columns = pages.grid(i) or (1, len(tokens))
@@ -129,13 +134,13 @@ class Query(NamedTuple):
     Attributes:
         name: as it was given.
         tokens: [l_q, dim] or [n_q, l_q, dim].
-        image: an image file that the tokens were made of, or None.
+        image: the image that the tokens were made of, or None.
         words: of a text, else None. word_of: the word of each token, -1 for none.
     """
 
     name: str
     tokens: Tensor
-    image: str | None = None
+    image: Image | None = None
     words: list[str] | None = None
     word_of: Tensor | None = None
 
@@ -160,10 +165,12 @@ def _query(
             f"{pages.path} holds tokens of the space {space or 'patches'!r} of {name}, and --text makes tokens of the "
             f"space 'text' or 'retrieval': index it with a model that has a text side (CLIP, SigLIP, ColPali, …)"
         )
+    # before the model is loaded: a wrong name ends the call at once
+    picture = None if image is None else open_image(image)
     model = load_model(name, adapter, space, device)
     if text is None:
-        (found,) = model.images([image], pages.meta.get("size") if size is None else size)
-        return Query(str(image), found.tokens, image)
+        (found,) = model.images([picture], pages.meta.get("size") if size is None else size)
+        return Query(str(image), found.tokens, picture)
     words = model.text(text)
     mask = words.mask[0]
     return Query(text, words.tokens[0][mask], None, words.words[0], words.word_of[0][mask])

@@ -14,8 +14,8 @@ def info(store: str) -> dict[str, Any]:
     """Describes a store.
 
     Returns:
-        ``{"store", "documents", "tokens", "dim", "dtype", "ids", "generation", "shards", "bytes", "meta"}``; ``bytes``
-        is the size of all its files, ``meta`` what its maker recorded.
+        ``{"store", "documents", "tokens", "dim", "dtype", "codes", "ids", "generation", "shards", "bytes", "meta"}``;
+        ``bytes`` is the size of all its files, ``meta`` what its maker recorded.
     """
     pages = PatchStore(store)
     return {
@@ -24,6 +24,7 @@ def info(store: str) -> dict[str, Any]:
         "tokens": pages.n_tokens,
         "dim": pages.dim,
         "dtype": str(pages.dtype).removeprefix("torch."),
+        "codes": pages.codes,
         "ids": pages.id_type,
         "generation": pages.generation,
         "shards": len(pages.shards),
@@ -36,7 +37,8 @@ def render_info(found: dict[str, Any]) -> str:
     """Formats what `info` returned as text."""
     lines = [
         printable(found["store"]),
-        f"  documents   {found['documents']:,} of {found['tokens']:,} tokens, dim {found['dim']}, {found['dtype']}",
+        f"  documents   {found['documents']:,} of {found['tokens']:,} tokens, dim {found['dim']}, {found['dtype']}"
+        + (f" with {found['codes']} codes" if found["codes"] else ""),
         f"  on disk     {found['bytes'] / 1e6:,.1f} MB, {found['shards']} shards, generation {found['generation']}",
         *(f"  {printable(str(key)):10}  {printable(str(value))}" for key, value in found["meta"].items()),
     ]

@@ -11,9 +11,8 @@ class Target(NamedTuple):
     module: str
     name: str  # a function, or Class.method; a static method without self
     ours: str
-    method: bool = False  # called with self, which the replacement does not take
+    method: bool = False  # called with self, which the replacement does not take; else it takes self like the host
     attributes: tuple[str, ...] = ()  # of self, passed by name
-    takes_self: bool = False  # the replacement takes self, by position
 
 
 class Host(NamedTuple):
@@ -37,14 +36,10 @@ HOSTS: dict[str, Host] = {
         (
             *_same("colpali_engine.utils.maxsim", "maxsim_inbatch", "maxsim_kd"),
             *(
-                Target(
-                    "colpali_engine.loss.late_interaction_losses",
-                    f"{loss}.forward",
-                    "explicit_negatives_loss",
-                    takes_self=True,
-                )
+                Target("colpali_engine.loss.late_interaction_losses", f"{loss}.forward", "explicit_negatives_loss")
                 for loss in ("ColbertNegativeCELoss", "ColbertPairwiseNegativeCELoss")
             ),
+            Target("colpali_engine.loss.late_interaction_losses", "ColbertModule._inbatch_scores", "inbatch_scores"),
             Target(
                 "colpali_engine.utils.processing_utils",
                 "BaseVisualRetrieverProcessor.score_multi_vector",

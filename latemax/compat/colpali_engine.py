@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latemax import maxsim, maxsim_pairs
+from latemax import maxsim, maxsim_pairs, smooth_maxsim
 from latemax.compat._inputs import EMPTY_SCORE, Items, check_padding, nonzero_rows, retrieval_scores
 
-__all__ = ["explicit_negatives_loss", "maxsim_inbatch", "maxsim_kd", "score_multi_vector"]
+__all__ = ["explicit_negatives_loss", "inbatch_scores", "maxsim_inbatch", "maxsim_kd", "score_multi_vector"]
 
 
 def score_multi_vector(
@@ -68,6 +67,23 @@ def maxsim_kd(query: Tensor, doc: Tensor, *, padding: str = "exact") -> Tensor:
     return _padded(query, doc, padding)
 
 
+def inbatch_scores(self: Any, query_embeddings: Tensor, doc_embeddings: Tensor, *, padding: str = "exact") -> Tensor:
+    """``ColbertModule._inbatch_scores``, which every in-batch loss calls.
+
+    Args:
+        self: the loss. With ``use_smooth_max`` the maxima are ``latemax.smooth_maxsim`` of its ``tau``.
+        query_embeddings: [b_q, l_q, dim]. doc_embeddings: [b_d, l_d, dim].
+        padding: as in ``maxsim_inbatch``.
+
+    Returns:
+        scores [b_q, b_d], divided by the lengths of the queries if the loss normalizes.
+    """
+    scores = _padded(query_embeddings, doc_embeddings, padding, tau=_tau(self))
+    if self.normalize_scores:
+        scores = self._apply_normalization(scores, _lengths(query_embeddings))
+    return scores
+
+
 def explicit_negatives_loss(
     self: Any,
     query_embeddings: Tensor,
@@ -80,23 +96,19 @@ def explicit_negatives_loss(
     """``forward`` of ``ColbertNegativeCELoss`` and ``ColbertPairwiseNegativeCELoss``, positives included.
 
     Args:
-        self: the loss. With ``use_smooth_max`` its own ``forward`` runs.
+        self: the loss. With ``use_smooth_max`` the maxima are ``latemax.smooth_maxsim`` of its ``tau``.
         query_embeddings: [b, l_q, dim]. doc_embeddings: positives [b', l_d, dim], those of the queries from ``offset``.
         neg_doc_embeddings: negatives of every query [b, n, l_n, dim].
-        padding: as in ``maxsim_inbatch``. The in-batch term scores by the host's ``maxsim_inbatch``: patch that too.
+        padding: as in ``maxsim_inbatch``. The in-batch term scores by the host's ``_inbatch_scores``: patch that too.
 
     Returns:
         the loss, a scalar.
     """
-    check_padding(padding)
-    if self.use_smooth_max:
-        own = inspect.unwrap(type(self).forward)
-        return own(self, query_embeddings, doc_embeddings, neg_doc_embeddings, offset)
-    own_documents = doc_embeddings[offset : offset + len(query_embeddings)]
-    positives = _padded(query_embeddings, own_documents, padding, pairs=True)
-    negatives = maxsim_kd(query_embeddings, neg_doc_embeddings, padding=padding)
+    own_documents, tau = doc_embeddings[offset : offset + len(query_embeddings)], _tau(self)
+    positives = _padded(query_embeddings, own_documents, padding, pairs=True, tau=tau)
+    negatives = _padded(query_embeddings, neg_doc_embeddings, padding, tau=tau)
     if self.normalize_scores:
-        lengths = (query_embeddings[:, :, 0] != 0).sum(dim=1)
+        lengths = _lengths(query_embeddings)
         positives, negatives = (self._apply_normalization(x, lengths) for x in (positives, negatives))
     loss = torch.nn.functional.softplus((negatives - positives.unsqueeze(1)) / self.temperature).mean()
     weight = self.in_batch_term_weight
@@ -106,9 +118,25 @@ def explicit_negatives_loss(
     return loss
 
 
-def _padded(query: Tensor, doc: Tensor, padding: str, *, pairs: bool = False) -> Tensor:
+def _tau(loss: Any) -> float | None:
+    return loss.tau if loss.use_smooth_max else None
+
+
+def _lengths(query: Tensor) -> Tensor:
+    """The lengths by which colpali-engine normalizes: tokens that do not begin with 0."""
+    return (query[:, :, 0] != 0).sum(dim=1)
+
+
+def _padded(query: Tensor, doc: Tensor, padding: str, *, pairs: bool = False, tau: float | None = None) -> Tensor:
+    """Scores by maxima, or by smooth maxima with ``tau``; with ``pairs``, of query i and document i."""
     check_padding(padding)
-    score = maxsim_pairs if pairs else maxsim
-    if padding == "host":
-        return score(query, doc).to(torch.promote_types(query.dtype, doc.dtype))
-    return score(query, doc, d_mask=nonzero_rows(doc), empty_score=EMPTY_SCORE)
+    if pairs and tau is not None:
+        return _padded(query, doc.unsqueeze(1), padding, tau=tau).squeeze(1)  # own candidates, one of each query
+    options: dict[str, Any] = {}
+    if padding == "exact":
+        options = dict(d_mask=nonzero_rows(doc), empty_score=EMPTY_SCORE)
+    if tau is None:
+        scores = (maxsim_pairs if pairs else maxsim)(query, doc, **options)
+    else:
+        scores = smooth_maxsim(query, doc, tau=tau, **options)
+    return scores if padding == "exact" else scores.to(torch.promote_types(query.dtype, doc.dtype))

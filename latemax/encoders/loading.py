@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from .weights import dinov2_small
 
 # The distribution that has MultiVectorEncoder.
 ST = "sentence-transformers"
+M = TypeVar("M", bound=nn.Module)
 Loaded = tuple[nn.Module, ImageTransform | None]
 LOCAL_NAMES: dict[str, Callable[[], str | os.PathLike[str]]] = {"dinov2-small": dinov2_small}
 
@@ -38,6 +39,15 @@ def load(name_or_path: str | os.PathLike[str], with_processor: bool = True) -> L
     if name in LOCAL_NAMES and not os.path.exists(name):
         name = os.fspath(LOCAL_NAMES[name]())
     return _transformers(name, with_processor)
+
+
+def pretrained(
+    cls: type[M], load: Callable[[Any], tuple[Any, Any]], name_or_path: str | os.PathLike[str], options: dict[str, Any]
+) -> M:
+    """``cls(model, processor, **options)`` of what ``load`` finds under a name, in eval mode."""
+    with quiet(loads="transformers"):
+        model, processor = load(name_or_path)
+    return cls(model, processor, **{"model_id": hub.model_name(name_or_path), **options}).eval()
 
 
 def load_text(name_or_path: str | os.PathLike[str]) -> tuple[nn.Module, Any]:

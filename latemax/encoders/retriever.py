@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from .batching import check_batch, gather, steps
 from .hosts import HOSTS, Encoded, Host, Pair, vision_tower
-from .hub import model_name
 from .images import load_image
 from .layouts import WHOLE, Layout, cells
-from .loading import load_retriever
+from .loading import load_retriever, pretrained
 from .modes import eval_mode
 from .pieces import check_texts, query_pieces
 from .pixels import as_list
@@ -80,9 +79,7 @@ class Retriever(nn.Module):
             ValueError: No such name, no retriever, or weights that the files lack.
             OSError: Nothing loadable there, or the hub cannot be reached and its files are not in the cache.
         """
-        with quiet(loads="transformers"):
-            model, processor = load_retriever(name_or_path)
-        return cls(model, processor, **{"model_id": model_name(name_or_path), **options}).eval()
+        return pretrained(cls, load_retriever, name_or_path, options)
 
     @property
     def family(self) -> str:

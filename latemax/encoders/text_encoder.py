@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from .adapters.base import parameter_like
 from .batching import check_batch, steps
-from .hub import model_name
-from .loading import load_text
+from .loading import load_text, pretrained
 from .modes import eval_mode
 from .pieces import Tokenized, check_texts
 from .quiet import quiet
@@ -83,9 +82,7 @@ class TextEncoder(nn.Module):
             ValueError: No such name, or no text tower in the model.
             OSError: Nothing loadable there, or the hub cannot be reached and its files are not in the cache.
         """
-        with quiet(loads="transformers"):
-            model, tokenizer = load_text(name_or_path)
-        return cls(model, tokenizer, **{"model_id": model_name(name_or_path), **options}).eval()
+        return pretrained(cls, load_text, name_or_path, options)
 
     @property
     def family(self) -> str:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latemax.arguments import arrays
+
 
 def score_dtype(q: torch.dtype, d: torch.dtype) -> torch.dtype:
     """Sums and scores are float32, or float64 if the promoted dtype is."""
@@ -24,7 +26,7 @@ def _promoted(q: torch.dtype, d: torch.dtype, q_codes: bool, d_codes: bool) -> t
 class Separate(NamedTuple):
     """Items that are separate in memory, with contiguous dims."""
 
-    tokens: list[Tensor]  # [l_i, dim]
+    tokens: list[Any]  # [l_i, dim]: tensors, or numpy arrays
     masks: list[Tensor] | None  # bool [l_i], contiguous
     # int64 [n, 3] on the device: an address of tokens, of the mask or 0, and the row stride (maxsim_item)
     table: Tensor
@@ -51,8 +53,8 @@ class Side(NamedTuple):
     tokens: Tensor  # [n, l, dim], own candidates [n_q, n, l, dim], or with offsets [t, dim]
     mask: Tensor | None = None  # bool, the leading shape of tokens
     offsets: Tensor | None = None  # int64 [n + 1] contiguous: ragged items, concatenated in tokens
-    # ragged items that are not concatenated: tokens is NaN (codes: 0), expanded, and says only shape [t, dim], dtype and
-    # device
+    # ragged items that are not concatenated: tokens is NaN (codes: 0), expanded, and says only shape [t, dim], dtype
+    # and device
     separate: Separate | None = None
     # [n, l] or with offsets [t], contiguous, in the dtype of the scores: factors of the maxima; queries only
     weights: Tensor | None = None
@@ -78,7 +80,8 @@ class Side(NamedTuple):
             return self
         items, masks = self.separate.tokens, self.separate.masks
         mask = None if masks is None else torch.cat(masks)
-        return Side(torch.cat(items), mask, self.offsets, weights=self.weights, codes=self.codes)
+        tokens = torch.cat(arrays.as_tensors("tokens", items))
+        return Side(tokens, mask, self.offsets, weights=self.weights, codes=self.codes)
 
     def valid(self) -> Tensor:
         """How many tokens of every item the mask keeps, int64 [n].

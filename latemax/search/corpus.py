@@ -12,16 +12,22 @@ from torch import Tensor
 
 from latemax.arguments import arrays
 from latemax.arguments.check import as_mask, check_tokens
+from latemax.quantized import QuantizedTokens
+from latemax.search.tokens import bytes_of, concatenated, copy, dtype_of
 from latemax.store import PatchStore
 from latemax.store.documents import check_id
-from latemax.store.packed import check
+from latemax.store.packed import check, token_bytes
+from latemax.store.packed import empty as empty_tokens
 
 # Bytes of tokens that a piece of a corpus which has to be copied may take.
 PIECE_BYTES = 1 << 28
 
 
 class Corpus:
-    """Documents in order. ``offsets``: int64 [n_d + 1] on the CPU, of all tokens as if they were concatenated."""
+    """Documents in order. ``offsets``: int64 [n_d + 1] on the CPU, of all tokens as if they were concatenated.
+
+    Tokens are tensors, or all QuantizedTokens; dtype is int8 or uint8 then.
+    """
 
     offsets: Tensor
     dim: int
@@ -31,36 +37,51 @@ class Corpus:
     resident = True
     # whether `view` copies
     copies = False
+    # the same documents as int8 codes, from which `topk` finds what to read
+    codes: Corpus | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def view(self, a: int, b: int) -> Tensor:
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token."""
+        return self.dim * self.dtype.itemsize
+
+    def view(self, a: int, b: int) -> Any:
         """Documents a … b - 1 as [t, dim], in place where the corpus is contiguous."""
         raise NotImplementedError
 
-    def read(self, a: int, b: int, out: Tensor) -> None:
-        """Documents a … b - 1 into out [t, dim] on the CPU."""
-        out.copy_(self.view(a, b))
+    def empty(self, rows: int) -> Any:
+        """Uninitialised tokens [rows, dim] on the CPU."""
+        return torch.empty(rows, self.dim, dtype=self.dtype, device="cpu")
 
-    def some(self, documents: Tensor) -> Tensor:
+    def read(self, a: int, b: int, out: Any) -> None:
+        """Documents a … b - 1 into out [t, dim] on the CPU."""
+        copy(self.view(a, b), out)
+
+    def some(self, documents: Tensor) -> Any:
         """Documents of rising number as [t, dim], a copy."""
         parts = [self.view(a, b) for a, b in _stretches(documents)]
-        return torch.cat(parts) if parts else self.view(0, 0)
+        return concatenated(parts) if parts else self.view(0, 0)
 
-    def read_some(self, documents: Tensor, out: Tensor) -> None:
+    def read_some(self, documents: Tensor, out: Any) -> None:
         """Documents of rising number into out [t, dim] on the CPU."""
-        out.copy_(self.some(documents))
+        copy(self.some(documents), out)
 
     def keep(self, a: int, b: int) -> Tensor | None:
         """The mask [b - a, l_d] of a dense corpus that has one."""
+        return None
+
+    def grid_rows(self) -> Tensor | None:
+        """Rows of every document's grid, int64 [n_d], 0 where it has none; None where no document has one."""
         return None
 
     def find(self, ids: Sequence[object]) -> Tensor:
         """The documents of ids, int64; ValueError for an unknown one."""
         raise ValueError("within is a list of ids, and this corpus has none: pass a tensor of indices or a bool mask")
 
-    def pieces(self, candidates: Tensor, memory: int = PIECE_BYTES) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def pieces(self, candidates: Tensor, memory: int = PIECE_BYTES) -> Iterator[tuple[Any, Tensor, Tensor]]:
         """(tokens [t, dim], offsets int64 [n + 1], candidates within them) that cover candidates int64 [n_q, k].
 
         A candidate is named by one piece, and -1 in all others. Tokens that have to be copied take ``memory`` bytes, or
@@ -70,7 +91,7 @@ class Corpus:
         chosen = Subset(self, named[named >= 0])
         # -1 stays -1: it is below all that are named
         at = torch.searchsorted(chosen.documents.to(candidates.device), candidates).masked_fill(candidates < 0, -1)
-        row, a = self.dim * self.dtype.itemsize, 0
+        row, a = self.token_bytes, 0
         while a < len(chosen):
             limit = int(chosen.offsets[a]) + memory // row
             b = max(a + 1, int(torch.searchsorted(chosen.offsets, limit, right=True)) - 1)
@@ -111,66 +132,89 @@ class Dense(Corpus):
 
 
 class Flat(Corpus):
-    """tokens [t_d, dim], concatenated."""
+    """tokens [t_d, dim], concatenated; a tensor or QuantizedTokens."""
 
-    def __init__(self, tokens: Tensor, offsets: Tensor):
+    def __init__(self, tokens: Any, offsets: Tensor):
         self.tokens, self.offsets = tokens, offsets
-        self.dim, self.dtype, self.device = tokens.shape[1], tokens.dtype, tokens.device
+        self.dim, self.dtype, self.device = tokens.shape[1], dtype_of(tokens), tokens.device
 
-    def view(self, a: int, b: int) -> Tensor:
+    @property
+    def token_bytes(self) -> int:
+        return bytes_of(self.tokens)
+
+    def view(self, a: int, b: int) -> Any:
         return self.tokens[int(self.offsets[a]) : int(self.offsets[b])]
 
-    def pieces(self, candidates: Tensor, memory: int = PIECE_BYTES) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def pieces(self, candidates: Tensor, memory: int = PIECE_BYTES) -> Iterator[tuple[Any, Tensor, Tensor]]:
         yield self.tokens, self.offsets, candidates
 
 
 class Items(Corpus):
-    """A list of [l_i, dim]."""
+    """A list of [l_i, dim], tensors or QuantizedTokens."""
 
     copies = True
 
-    def __init__(self, items: list[Tensor]):
+    def __init__(self, items: list[Any]):
         self.items = items
         self.offsets = torch.tensor([0, *map(len, items)], dtype=torch.int64, device="cpu").cumsum(0)
-        self.dim, self.dtype, self.device = items[0].shape[1], items[0].dtype, items[0].device
+        self.dim, self.dtype, self.device = items[0].shape[1], dtype_of(items[0]), items[0].device
 
-    def view(self, a: int, b: int) -> Tensor:
-        return torch.cat(self.items[a:b]) if b > a else self.items[0][:0]
+    @property
+    def token_bytes(self) -> int:
+        return bytes_of(self.items[0])
 
-    def read(self, a: int, b: int, out: Tensor) -> None:
-        torch.cat(self.items[a:b], out=out)
+    def view(self, a: int, b: int) -> Any:
+        return concatenated(self.items[a:b] if b > a else [self.items[0][:0]])
 
-    def some(self, documents: Tensor) -> Tensor:
-        return torch.cat([self.items[0][:0], *(self.items[i] for i in documents.tolist())])
+    def read(self, a: int, b: int, out: Any) -> None:
+        if isinstance(out, Tensor):
+            torch.cat(self.items[a:b], out=out)
+        else:
+            copy(self.view(a, b), out)
+
+    def some(self, documents: Tensor) -> Any:
+        return concatenated([self.items[0][:0], *(self.items[i] for i in documents.tolist())])
 
 
 class Stored(Corpus):
-    """A store, as it is at this moment: refreshing it changes nothing here."""
+    """A store, or its codes, as it is at this moment: refreshing it changes nothing here."""
 
     resident = False
     copies = True
 
-    def __init__(self, store: PatchStore):
+    def __init__(self, store: PatchStore, codes: bool = False):
         if store.dim is None or store.dtype is None:
             raise ValueError(f"corpus must hold at least one document, got {store}")
         self.snapshot, self.path = store.snapshot(), store.path
         self.offsets = self.snapshot.offsets
-        self.dim, self.dtype, self.device = store.dim, store.dtype, torch.device("cpu")
+        self.dim, self.dtype, self.device = store.dim, torch.int8 if codes else store.dtype, torch.device("cpu")
+        if store.codes and not codes:
+            self.codes = Stored(store, codes=True)
 
-    def view(self, a: int, b: int) -> Tensor:
+    @property
+    def token_bytes(self) -> int:
+        return token_bytes(self.dtype, self.dim)
+
+    def view(self, a: int, b: int) -> Any:
         return self.some(torch.arange(a, b, device="cpu"))
 
-    def read(self, a: int, b: int, out: Tensor) -> None:
+    def empty(self, rows: int) -> Any:
+        return empty_tokens(self.dtype, rows, self.dim)
+
+    def read(self, a: int, b: int, out: Any) -> None:
         self.snapshot.read(a, b, out)
 
-    def some(self, documents: Tensor) -> Tensor:
+    def some(self, documents: Tensor) -> Any:
         rows = int((self.offsets[documents + 1] - self.offsets[documents]).sum())
-        out = torch.empty(rows, self.dim, dtype=self.dtype, device="cpu")
+        out = self.empty(rows)
         self.read_some(documents, out)
         return out
 
-    def read_some(self, documents: Tensor, out: Tensor) -> None:
+    def read_some(self, documents: Tensor, out: Any) -> None:
         self.snapshot.read_some(documents.numpy(), out)
+
+    def grid_rows(self) -> Tensor | None:
+        return torch.from_numpy(self.snapshot.grid_rows())
 
     def find(self, ids: Sequence[object]) -> Tensor:
         plain = [check_id(id) for id in ids]
@@ -190,12 +234,25 @@ class Subset(Corpus):
         self.dim, self.dtype, self.device = whole.dim, whole.dtype, whole.device
         self.offsets = torch.zeros(len(documents) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(whole.offsets[documents + 1] - whole.offsets[documents], 0, out=self.offsets[1:])
+        if whole.codes is not None:
+            self.codes = Subset(whole.codes, documents)
 
-    def view(self, a: int, b: int) -> Tensor:
+    @property
+    def token_bytes(self) -> int:
+        return self.whole.token_bytes
+
+    def view(self, a: int, b: int) -> Any:
         return self.whole.some(self.documents[a:b])
 
-    def read(self, a: int, b: int, out: Tensor) -> None:
+    def empty(self, rows: int) -> Any:
+        return self.whole.empty(rows)
+
+    def read(self, a: int, b: int, out: Any) -> None:
         self.whole.read_some(self.documents[a:b], out)
+
+    def grid_rows(self) -> Tensor | None:
+        rows = self.whole.grid_rows()
+        return None if rows is None else rows[self.documents]
 
     def keep(self, a: int, b: int) -> Tensor | None:
         mask = self.whole.keep(0, len(self.whole))
@@ -245,12 +302,18 @@ def of(corpus: Any, d_mask: Tensor | np.ndarray | None = None) -> Corpus:
     Raises:
         TypeError, ValueError: naming ``corpus`` or ``d_mask``, the rule and what came.
     """
+    if isinstance(corpus, Corpus):
+        return corpus
     corpus = arrays.as_tensors("corpus", corpus)
     dense = isinstance(corpus, Tensor) and not corpus.is_nested
     if d_mask is not None and not dense:
         raise ValueError(f"d_mask goes with a dense corpus [n_d, l_d, dim] only, got {type(corpus).__name__}")
     if isinstance(corpus, PatchStore):
         return Stored(corpus)
+    if isinstance(corpus, QuantizedTokens):
+        check_codes("corpus", corpus, 3, "[n_d, l_d, dim]")
+        n_d, l_d = corpus.shape[:2]
+        return Flat(corpus._map(lambda x: x.flatten(0, 1)), torch.arange(n_d + 1, device="cpu") * l_d)
     if dense:
         check_tokens("corpus", corpus, (3,), "[n_d, l_d, dim], a list, (tokens, offsets) or a PatchStore")
         return Dense(corpus, as_mask("d_mask", d_mask, "corpus", corpus))
@@ -261,28 +324,37 @@ def of(corpus: Any, d_mask: Tensor | np.ndarray | None = None) -> Corpus:
     if _is_pair(corpus):
         tokens, offsets = corpus
         check(tokens, offsets)
-        check_tokens("corpus[0]", tokens, (2,), "[t_d, dim]")
+        if isinstance(tokens, Tensor):
+            check_tokens("corpus[0]", tokens, (2,), "[t_d, dim]")
         return Flat(tokens, offsets.to("cpu", torch.int64))
     if isinstance(corpus, (list, tuple)):
         return _items(list(corpus))
     raise TypeError(
-        "corpus must be a tensor [n_d, l_d, dim], a list of [l_i, dim], a jagged nested tensor, (tokens, offsets) or a "
-        f"PatchStore, got {type(corpus).__name__}"
+        "corpus must be a tensor [n_d, l_d, dim], a list of [l_i, dim], a jagged nested tensor, (tokens, offsets), "
+        f"QuantizedTokens or a PatchStore, got {type(corpus).__name__}"
     )
 
 
 def _is_pair(corpus: Any) -> bool:
-    two = isinstance(corpus, tuple) and len(corpus) == 2 and all(isinstance(x, Tensor) for x in corpus)
-    return two and corpus[1].dim() == 1
+    two = isinstance(corpus, tuple) and len(corpus) == 2 and isinstance(corpus[0], Tensor | QuantizedTokens)
+    return two and isinstance(corpus[1], Tensor) and corpus[1].dim() == 1
 
 
-def _items(items: list[Tensor]) -> Corpus:
+def check_codes(name: str, x: QuantizedTokens, dims: int, shapes: str) -> None:
+    if len(x.shape) != dims:
+        raise ValueError(f"{name} must be {shapes}, got shape {list(x.shape)}")
+
+
+def _items(items: list[Any]) -> Corpus:
     if not items:
         raise ValueError("corpus must hold at least one document, got an empty list")
     for i, item in enumerate(items):
-        check_tokens(f"corpus[{i}]", item, (2,), "[l_i, dim]")
+        if isinstance(item, QuantizedTokens):
+            check_codes(f"corpus[{i}]", item, 2, "[l_i, dim]")
+        else:
+            check_tokens(f"corpus[{i}]", item, (2,), "[l_i, dim]")
         for what, ours, first in (
-            ("dtype", item.dtype, items[0].dtype),
+            ("dtype", dtype_of(item), dtype_of(items[0])),
             ("device", item.device, items[0].device),
             ("dim", item.shape[1], items[0].shape[1]),
         ):

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from latemax._progress import Bar
-from latemax.api import Weights, maxsim, rerank, score_corpus
+from latemax.api import Weights, maxsim, rerank
 from latemax.arguments import arrays, check, ragged
+from latemax.search import bounded
 from latemax.search import corpus as corpora
-from latemax.search import stream
-from latemax.search.merge import TopK, merge
+from latemax.search.margin import margin_of
+from latemax.search.merge import TopK
+from latemax.search.scan import SCORE_BYTES, Scan
 from latemax.search.spaces import unwrapped
 
-# Of a chunk's scores, at once: the scores, their keys, the order as int64, a sort's copy of both, and the indices.
-SCORE_BYTES = 48
 Within = Tensor | np.ndarray | Sequence[int] | Sequence[str] | None
 
 
@@ -39,6 +39,7 @@ def topk(
     memory: int = 1 << 30,
     device: torch.device | str | None = None,
     progress: bool = False,
+    codes: Any = "auto",
     backend: str = "auto",
 ) -> TopK:
     """The k documents of a corpus that score highest for every query: exactly what `maxsim` on all of them would rank.
@@ -64,6 +65,11 @@ def topk(
             device each. Queries, results and corpora that are in memory already are not counted.
         device: where to score; None is where q is. q goes there too.
         progress: a bar on stderr.
+        codes: "auto" uses the codes of a store that has them: they say which documents cannot be among the k best, and
+            only the others are read. The scores and indices are the same, bit for bit in our own kernels; `TopK.stats`
+            says how much was read. "off" reads every document. QuantizedTokens of kind "int8" are the codes of a corpus
+            in memory, in a form of a corpus with the same lengths, on the CPU or where the scoring runs; `quantize`
+            makes them, without a mask, and nothing checks that they are of these tokens.
 
     Returns:
         TopK(scores [n_q, k] float32 (float64 if the promoted dtype is), indices [n_q, k] int64), on the device; [k]
@@ -82,56 +88,54 @@ def topk(
     empty_score = check.check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
+    given = not isinstance(codes, str)
+    if not given and codes not in ("auto", "off"):
+        raise ValueError(f"codes must be 'auto', 'off' or QuantizedTokens, got {codes!r}")
     check.check_positive("k", k)
     check.check_positive("memory", memory)
     q, q_mask = unwrapped(q, q_mask, corpus)
     found = corpora.of(corpus, d_mask)
+    if given:
+        found.codes = bounded.codes_of(codes, found)
     documents = corpora.chosen(within, found)
     corpora.at_most(k, found, documents)
     q, q_mask, q_weights = on_device(q, q_mask, q_weights, device)
     one = q if isinstance(q, Tensor) else q[0]
     one_query = isinstance(q, Tensor) and not q.is_nested and q.dim() == 2
     n_q = 1 if one_query else len(q)
-    if found.device.type != "cpu" and found.device != one.device:
-        raise ValueError(f"corpus must be on the CPU or where q is scored, {one.device}; got {found.device}")
+    for name, place in (("corpus", found), ("codes", found.codes)):
+        if place is not None and place.device.type != "cpu" and place.device != one.device:
+            raise ValueError(f"{name} must be on the CPU or where q is scored, {one.device}; got {place.device}")
     if one.shape[-1] != found.dim:
         raise ValueError(f"q and corpus must have the same dim; got {one.shape[-1]} and {found.dim}")
 
     searched = found if documents is None else corpora.Subset(found, documents)
-    moves = found.device != one.device
-    copied = moves or searched.copies
-    row = found.dim * found.dtype.itemsize * (2 if moves or not found.resident else 1) if copied else 0
     merging = 2 * n_q * k * SCORE_BYTES
     if memory <= merging:
         raise ValueError(f"memory must hold the {k} best of {n_q} queries, {merging} bytes; got {memory}")
-    runs = corpora.runs(searched, memory - merging, row, n_q * SCORE_BYTES)
     options = dict(normalize=normalize, empty_score=empty_score, q_weights=q_weights, reduce=reduce, backend=backend)
-    kept, bar = None, Bar(len(searched), "searching ") if progress else None
+    scan, stats = Scan(q, q_mask, k, memory - merging, options), None
+    bar = Bar(len(searched), "searching ") if progress else None
     with torch.no_grad():
-        for (a, b), tokens in stream.chunks(searched, runs, one.device):
-            scores = _score(q, q_mask, searched, a, b, tokens, options)
-            scores = scores.unsqueeze(0) if one_query else scores
-            if kept is None:
-                kept = TopK(scores[:, :0], torch.empty(n_q, 0, dtype=torch.int64, device=scores.device))
-            kept = merge(kept, scores, a, k)
-            if bar is not None:
-                bar.tick(b - a)
+        runs = scan.runs(searched)
+        if (given or codes == "auto") and bounded.fits(scan, searched):
+            margin = margin_of(q, q_mask, q_weights, d_dtype=found.dtype, normalize=normalize, reduce=reduce)
+            if margin.usable:
+                stats = bounded.Search(scan, searched, margin, options, bar).run()
+        if stats is None:
+            for (a, b), scores in scan.chunks(searched, runs):
+                scan.keep(scores, torch.arange(a, b, device="cpu"))
+                if bar is not None:
+                    bar.tick(b - a)
+        kept = scan.kept
         assert kept is not None
         if documents is not None:
             kept = TopK(kept.scores, documents.to(kept.indices.device)[kept.indices])
+        kept.stats = stats
         if return_argmax:
             one_q = (q.unsqueeze(0), None if q_mask is None else q_mask.unsqueeze(0)) if one_query else (q, q_mask)
             kept.argmax = _argmax(*one_q, found, kept.indices, memory - merging, normalize, backend)
     return kept.row(0) if one_query else kept
-
-
-def _score(
-    q: Any, q_mask: Any, found: corpora.Corpus, a: int, b: int, tokens: Tensor, options: dict[str, Any]
-) -> Tensor:
-    keep = found.keep(a, b)
-    if keep is None:
-        return score_corpus(q, tokens, found.offsets[a : b + 1] - found.offsets[a], q_mask, **options)
-    return maxsim(q, tokens.view(b - a, -1, found.dim), q_mask, keep.to(tokens.device), **options)
 
 
 def _argmax(

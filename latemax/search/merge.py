@@ -21,7 +21,9 @@ class TopK(_Ranking):
         scores: [n_q, k] float32 or float64. indices: [n_q, k] int64; of one query [l_q, dim], [k] each.
         argmax: int32 [n_q, k, l_q], the token of its document that each query token's maximum is; None unless asked
             for. -1 for masked query tokens, and where a document or a slot is empty.
-        stats: None.
+        stats: what `latemax.topk` read of a corpus with codes: ``{"documents", "rescored", "bytes"}``, how many there
+            were to rank, how many were scored from their own tokens, and the bytes of codes and tokens that were read.
+            None elsewhere.
     """
 
     argmax: Tensor | None
@@ -58,9 +60,9 @@ def best(scores: Tensor, indices: Tensor, k: int) -> TopK:
     return TopK(scores.gather(1, order), indices.gather(1, order))
 
 
-def merge(kept: TopK, scores: Tensor, first: int, k: int) -> TopK:
-    """``kept``, all of lower index, and a chunk's scores [n_q, n] of documents first … first + n - 1."""
-    indices = torch.arange(first, first + scores.shape[1], device=scores.device).expand(len(scores), -1)
+def merge(kept: TopK, scores: Tensor, indices: Tensor, k: int) -> TopK:
+    """``kept``, and scores [n_q, n] of other documents of rising number, int64 [n]."""
     # so that what is sorted together is at most 2k wide
-    chunk = best(scores, indices, k)
-    return best(torch.cat([kept.scores, chunk.scores], 1), torch.cat([kept.indices, chunk.indices], 1), k)
+    chunk = best(scores, indices.expand(len(scores), -1), k)
+    order = torch.cat([kept.indices, chunk.indices], 1).sort(dim=-1)
+    return best(torch.cat([kept.scores, chunk.scores], 1).gather(1, order.indices), order.values, k)

@@ -11,99 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latemax._progress import Bar
 from latemax.api import Weights, rerank
 from latemax.arguments import arrays, check
 from latemax.ops.problem import score_dtype
 from latemax.search import corpus as corpora
-from latemax.search import stream
 from latemax.search.exact import Within, topk
+from latemax.search.first import FirstStage
 from latemax.search.merge import TopK, best
 from latemax.search.spaces import unwrapped
 
-ENGINES = ("auto", "faiss", "torch")
 # A first stage: called with q [n_q, l_q, dim], its mask or None, and a number; or an object whose method ``first`` also
 # takes ``within``, the documents to choose from.
 First = Callable[[Tensor, Tensor | None, int], Tensor | np.ndarray]
-
-
-class MeanPool:
-    """A first stage: every image as the mean of its tokens, every query as the mean of its own, ranked by cosine.
-
-    Args:
-        corpus: as in `topk`; read once, in chunks. A document without a token is the zero vector.
-        engine: "faiss" (``pip install faiss-cpu``), "torch" (an exact matrix product), or "auto": faiss where it is
-            installed. `engine` of the object says which it is.
-        factory: faiss's description of the index, such as "Flat" (exact), "IVF1024,Flat" or "HNSW32".
-        memory: bytes that chunks may take while pooling. progress: a bar on stderr.
-
-    Raises:
-        ImportError: engine="faiss" without faiss.
-        TypeError, ValueError: as `topk`.
-    """
-
-    def __init__(
-        self, corpus: Any, *, engine: str = "auto", factory: str = "Flat", memory: int = 1 << 30, progress: bool = False
-    ):
-        if engine not in ENGINES:
-            raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
-        faiss = None
-        if engine != "torch":
-            try:
-                import faiss
-            except ImportError as error:
-                if engine == "faiss":
-                    raise ImportError("engine='faiss' needs faiss: pip install faiss-cpu") from error
-        if faiss is None and factory != "Flat":
-            raise ValueError(f"factory goes with faiss, which is not at hand, got {factory!r}; pip install faiss-cpu")
-        self.engine = "torch" if faiss is None else "faiss"
-        self.vectors = pooled(corpora.of(corpus), memory, progress)  # [n_d, dim] float32 on the CPU, of length 1
-        if faiss is not None:
-            self._index = faiss.index_factory(self.vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-            self._index.train(self.vectors.numpy())
-            self._index.add(self.vectors.numpy())
-
-    def first(self, q: Tensor, q_mask: Tensor | None, n: int, within: Tensor | None = None) -> Tensor:
-        """Candidates of every query.
-
-        Args:
-            q: [n_q, l_q, dim]. q_mask: [n_q, l_q] or None.
-            n: how many.
-            within: int64 indices of the documents to choose from, which are ranked exactly; None is all.
-
-        Returns:
-            int64 [n_q, n], best first; -1 where the index found fewer, or where ``within`` holds fewer.
-        """
-        q = q.detach().float()
-        if q_mask is not None:
-            # a masked token influences nothing, whatever it holds
-            q = q.masked_fill(~q_mask.bool().unsqueeze(-1), 0)
-        wanted = F.normalize(q.sum(1), dim=-1).cpu()
-        if within is not None:
-            within = within.cpu()
-            ranked = (wanted @ self.vectors[within].T).topk(min(n, len(within)), dim=-1).indices
-            return F.pad(within[ranked], (0, n - ranked.shape[1]), value=-1)
-        if self.engine == "torch":
-            return (wanted @ self.vectors.T).topk(n, dim=-1).indices
-        return torch.from_numpy(self._index.search(wanted.numpy(), n)[1])
-
-    __call__ = first
-
-
-def pooled(corpus: corpora.Corpus, memory: int, progress: bool = False) -> Tensor:
-    """Mean token of every document, of length 1: float32 [n_d, dim] on the CPU."""
-    # two buffers of tokens, one widened copy, and the number of the document for every token
-    row = corpus.dim * (2 * corpus.dtype.itemsize + 4) + 8
-    runs = corpora.runs(corpus, memory, row, 0)
-    found = torch.zeros(len(corpus), corpus.dim, device="cpu")
-    bar = Bar(len(corpus), "pooling ") if progress else None
-    for (a, b), tokens in stream.chunks(corpus, runs, corpus.device):
-        lengths = corpus.offsets[a : b + 1].diff()
-        owner = torch.arange(a, b, device="cpu").repeat_interleave(lengths)
-        found.index_add_(0, owner, tokens.detach().float().cpu())
-        if bar is not None:
-            bar.tick(b - a)
-    return F.normalize(found, dim=-1)
 
 
 def two_stage(
@@ -130,8 +49,9 @@ def two_stage(
         q: [l_q, dim] or [n_q, l_q, dim], or encoded tokens. corpus: as in `topk`, without a mask.
         k: how many; 1 <= k <= n_candidates.
         first: called as ``first(q [n_q, l_q, dim], q_mask or None, n)``, returns candidates int64 [n_q, n] in any
-            order, -1 for none: a `MeanPool`, or any search of yours. A candidate named twice counts once. Of an object
-            with a method ``first`` that is called, with ``within=`` (int64 indices) where two_stage was given it.
+            order, -1 for none: a `MeanPool`, `RowPool`, `Muvera` or `Lemur` of this corpus, or any search of yours. A
+            candidate named twice counts once. Of an object with a method ``first`` that is called, with ``within=``
+            (int64 indices) where two_stage was given it.
         n_candidates: how many to ask for; at most n_d are asked for.
         within: as in `topk`; candidates of a plain callable that are outside are dropped.
         q_mask, normalize, empty_score, q_weights, reduce, backend: as in `maxsim`; `first` is not given the weights.
@@ -142,7 +62,8 @@ def two_stage(
         fill the end; argmax is -1 there.
 
     Raises:
-        TypeError, ValueError: as `topk`; candidates of another shape, dtype or outside the corpus.
+        TypeError, ValueError: as `topk`; candidates of another shape, dtype or outside the corpus; a first stage of
+            another generation of the store.
     """
     empty_score = check.check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
@@ -168,7 +89,7 @@ def two_stage(
     if one_query:
         q, q_mask = q.unsqueeze(0), None if q_mask is None else q_mask.unsqueeze(0)
         q_weights = None if q_weights is None else q_weights.unsqueeze(0)
-    candidates = _candidates(first, q, q_mask, n, len(found), documents).to(found.device)
+    candidates = _candidates(first, q, q_mask, n, found, documents).to(found.device)
     candidates = F.pad(candidates, (0, max(0, k - candidates.shape[1])), value=-1)
     q, q_mask = q.detach().to(found.device), None if q_mask is None else q_mask.to(found.device)
 
@@ -197,9 +118,12 @@ def two_stage(
 
 
 def _candidates(
-    first: First, q: Tensor, q_mask: Tensor | None, n: int, n_d: int, within: Tensor | None = None
+    first: First, q: Tensor, q_mask: Tensor | None, n: int, corpus: corpora.Corpus, within: Tensor | None = None
 ) -> Tensor:
     """What a first stage names, within ``within``: rising, each once, then -1."""
+    if isinstance(first, FirstStage):
+        first.check(corpus)
+    n_d = len(corpus)
     if within is not None and hasattr(first, "first"):
         came = first.first(q, q_mask, min(n, len(within)), within=within)
     else:
@@ -255,6 +179,6 @@ def first_stage_recall(
     exact = topk(q, corpus, k, q_mask, within=within, **options).indices.cpu()
     found = corpora.of(corpus)
     mask, documents = check.as_mask("q_mask", q_mask, "q", q), corpora.chosen(within, found)
-    candidates = _candidates(first, q, mask, min(n_candidates, len(found)), len(found), documents).cpu()
+    candidates = _candidates(first, q, mask, min(n_candidates, len(found)), found, documents).cpu()
     share = (exact.unsqueeze(-1) == candidates.unsqueeze(1)).any(-1).float().mean(-1)
     return Recall(float(share.mean()), share)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from latemax.search.corpus import Corpus
+from latemax.search.tokens import copy
 
 Run = tuple[int, int]
 
 
-def chunks(corpus: Corpus, runs: list[Run], device: torch.device) -> Iterator[tuple[Run, Tensor]]:
+def chunks(corpus: Corpus, runs: list[Run], device: torch.device) -> Iterator[tuple[Run, Any]]:
     """((a, b), tokens [t, dim] of documents a … b - 1 on the device) in order; valid until the next."""
     if corpus.resident and corpus.device == device:
         return (((a, b), corpus.view(a, b)) for a, b in runs)
@@ -25,16 +26,19 @@ def _rows(corpus: Corpus, run: Run) -> int:
     return int(corpus.offsets[run[1]] - corpus.offsets[run[0]])
 
 
-def _buffers(corpus: Corpus, runs: list[Run], **where: Any) -> list[Tensor]:
+def _buffers(corpus: Corpus, runs: list[Run], place: Callable[[Tensor], Tensor] | None = None) -> list[Any]:
     longest = max((_rows(corpus, run) for run in runs), default=0)
-    return [torch.empty(longest, corpus.dim, dtype=corpus.dtype, **where) for _ in runs[:2]]
+    buffers = [corpus.empty(longest) for _ in runs[:2]]
+    if place is None:
+        return buffers
+    return [place(x) if isinstance(x, Tensor) else x._map(place) for x in buffers]
 
 
-def _read_ahead(corpus: Corpus, runs: list[Run]) -> Iterator[tuple[Run, Tensor]]:
+def _read_ahead(corpus: Corpus, runs: list[Run]) -> Iterator[tuple[Run, Any]]:
     """Through two host buffers; a thread fills one while the other is scored."""
-    buffers = _buffers(corpus, runs, device="cpu")
+    buffers = _buffers(corpus, runs)
 
-    def read(i: int) -> Tensor:
+    def read(i: int) -> Any:
         tokens = buffers[i % 2][: _rows(corpus, runs[i])]
         corpus.read(*runs[i], tokens)
         return tokens
@@ -48,19 +52,20 @@ def _read_ahead(corpus: Corpus, runs: list[Run]) -> Iterator[tuple[Run, Tensor]]
             yield run, tokens
 
 
-def _to_cuda(corpus: Corpus, runs: list[Run], device: torch.device) -> Iterator[tuple[Run, Tensor]]:
+def _to_cuda(corpus: Corpus, runs: list[Run], device: torch.device) -> Iterator[tuple[Run, Any]]:
     """Through two pinned host buffers and two on the device; copies on a side stream.
 
     A host buffer is filled again once its copy has ended (the thread waits for the event), a device buffer is copied
     into again once the scoring that read it has ended (the side stream waits for the event; the host does not).
     """
-    hosts, devices = _buffers(corpus, runs, device="cpu", pin_memory=True), _buffers(corpus, runs, device=device)
+    hosts = _buffers(corpus, runs, lambda x: torch.empty_like(x, pin_memory=True))
+    devices = _buffers(corpus, runs, lambda x: torch.empty_like(x, device=device))
     compute, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     # the device buffers were allocated on the stream that computes
     side.wait_stream(compute)
     copied, scored = [torch.cuda.Event() for _ in hosts], [torch.cuda.Event() for _ in hosts]
 
-    def send(i: int) -> Tensor:
+    def send(i: int) -> Any:
         slot, rows = i % 2, _rows(corpus, runs[i])
         with torch.cuda.device(device), torch.no_grad():
             # an event that was never recorded is complete
@@ -68,7 +73,7 @@ def _to_cuda(corpus: Corpus, runs: list[Run], device: torch.device) -> Iterator[
             corpus.read(*runs[i], hosts[slot][:rows])
             with torch.cuda.stream(side):
                 side.wait_event(scored[slot])
-                devices[slot][:rows].copy_(hosts[slot][:rows], non_blocking=True)
+                copy(hosts[slot][:rows], devices[slot][:rows], non_blocking=True)
                 copied[slot].record(side)
         return devices[slot][:rows]
 

@@ -35,11 +35,13 @@ def to_arrow(corpus, *, dtype: torch.dtype | None = None, ids=None) -> pyarrow.T
         ids: of a pair, one a document; None numbers them. A store brings its own.
 
     Raises:
-        TypeError: bfloat16 or float64 without a dtype to convert to.
+        TypeError: bfloat16 or float64 without a dtype to convert to; a store of codes.
         ImportError: pyarrow is missing.
     """
     pa = _pyarrow()
     if isinstance(corpus, PatchStore):
+        if corpus.dtype == torch.int8:
+            raise TypeError(f"corpus must hold floats, got {corpus}")
         if ids is not None:
             raise ValueError("ids must be None for a PatchStore, which has its own")
         if corpus.dim is None:

@@ -22,7 +22,8 @@ import numpy as np
 from .files import StoreError, is_plain
 from .packed import DTYPES
 
-FORMAT_VERSION = 1
+# 2: the store has codes. A store without them keeps version 1.
+FORMAT_VERSION, WITH_CODES = 1, 2
 # Seconds to wait for another process's transaction.
 BUSY = 60.0
 INT64 = np.dtype("<i8")
@@ -41,6 +42,11 @@ class StoreRow(NamedTuple):
     next_id: int
     next_seq: int
     meta: str
+
+    @property
+    def codes(self) -> str | None:
+        """ "int8" where every shard of tokens has a shard of their codes after it, else None."""
+        return "int8" if self.format_version == WITH_CODES and self.dtype != "int8" else None
 
 
 class CommitRow(NamedTuple):
@@ -63,7 +69,7 @@ class ShardRow(NamedTuple):
     shard: int
     name: str
     state: str  # pending or committed
-    kind: str  # what it holds: "tokens"
+    kind: str  # what it holds: "tokens", which documents name, or "codes" of the tokens of the shard before
     dtype: str
     dim: int
     tokens: int
@@ -257,16 +263,19 @@ def read_store(db: sqlite3.Connection) -> StoreRow:
     versions = db.execute("SELECT format_version FROM store").fetchall()
     if len(versions) != 1:
         raise StoreError(f"{file_of(db)} is damaged: {len(versions)} rows in store")
-    if versions[0][0] != FORMAT_VERSION:
+    if versions[0][0] not in (FORMAT_VERSION, WITH_CODES):
         raise StoreError(
-            f"{file_of(db)}: this latemax reads version {FORMAT_VERSION}, the store has {versions[0][0]!r}"
+            f"{file_of(db)}: this latemax reads versions {FORMAT_VERSION} and {WITH_CODES}, the store has "
+            f"{versions[0][0]!r}"
         )
     found = db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid").fetchall()
     if [sql for (sql,) in found] != list(SCHEMA):
         raise StoreError(f"{file_of(db)} is damaged: its tables are not those of a store")
     (row,) = select(db, "store")
-    if row.dtype not in (None, *DTYPES) or row.id_type not in (None, "int", "str"):
-        raise StoreError(f"{file_of(db)}: dtype {row.dtype!r} or id_type {row.id_type!r} is unknown")
+    if row.dtype not in (None, *DTYPES) or (row.dtype == "int8" and row.format_version != WITH_CODES):
+        raise StoreError(f"{file_of(db)}: dtype {row.dtype!r} is unknown in version {row.format_version}")
+    if row.id_type not in (None, "int", "str"):
+        raise StoreError(f"{file_of(db)}: id_type {row.id_type!r} is unknown")
     if len({row.dim is None, row.dtype is None, row.id_type is None}) != 1 or (row.dim or 1) < 1:
         raise StoreError(f"{file_of(db)} is damaged: dim {row.dim!r}, dtype {row.dtype!r}, id_type {row.id_type!r}")
     parse_meta(Path(file_of(db)), row.meta)

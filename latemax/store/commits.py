@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch import Tensor
 from . import catalog, locks, shards
 from .catalog import INT64, CommitRow, DocumentRow, ShardRow, StoreRow
 from .files import CATALOG, StoreError, sync_folder
+
+# a catalogue in the making
+NEW = CATALOG + ".new"
 
 
 def record(
@@ -67,24 +71,35 @@ def record(
     return row
 
 
-def write_shards(
-    folder: Path, parts: Sequence[tuple[Iterable[Tensor], int]], *, dtype: str, dim: int
-) -> list[ShardRow]:
-    """Writes one shard for each of (documents, their tokens in all), synced and ready to be committed.
+class NewShard(NamedTuple):
+    """A shard to be written. ``tensors``: in the order of the file, of ``tokens`` tokens in all."""
+
+    tensors: Iterable[Tensor]
+    tokens: int
+    dtype: str
+    kind: str = "tokens"
+
+
+def write_shards(folder: Path, parts: Sequence[NewShard], *, dim: int) -> list[ShardRow]:
+    """Writes shards of consecutive numbers, synced and ready to be committed.
 
     The names are on the disk as pending before the files are; they are cleared again if anything fails.
     """
     with catalog.opened(folder / CATALOG, write=True) as db:
         number = db.execute("SELECT coalesce(max(shard), -1) + 1 FROM shards").fetchone()[0]
         rows = [
-            ShardRow(n, f"shard-{n:06d}-{os.urandom(4).hex()}.safetensors", "pending", "tokens", dtype, dim, 0, 0, b"")
-            for n in range(number, number + len(parts))
+            ShardRow(
+                n, f"shard-{n:06d}-{os.urandom(4).hex()}.safetensors", "pending", part.kind, part.dtype, dim, 0, 0, b""
+            )
+            for n, part in enumerate(parts, number)
         ]
         catalog.insert(db, "shards", rows)
     with discarding(folder):
-        for i, (documents, tokens) in enumerate(parts):
-            size, digest = shards.write(folder / rows[i].name, documents, dtype=dtype, tokens=tokens, dim=dim)
-            rows[i] = rows[i]._replace(state="committed", tokens=tokens, size=size, sha256=digest)
+        for i, part in enumerate(parts):
+            size, digest = shards.write(
+                folder / rows[i].name, part.tensors, dtype=part.dtype, tokens=part.tokens, dim=dim
+            )
+            rows[i] = rows[i]._replace(state="committed", tokens=part.tokens, size=size, sha256=digest)
         sync_folder(folder)
     return rows
 
@@ -152,5 +167,22 @@ def _keep(db: sqlite3.Connection, kept: list[int]) -> None:
     db.executemany("DELETE FROM documents WHERE seq = ?", ((seq,) for seq in spans[dead, 0].tolist()))
     db.execute("DELETE FROM regions WHERE digest NOT IN (SELECT regions FROM documents WHERE regions IS NOT NULL)")
     used = {shard for (shard,) in db.execute("SELECT DISTINCT shard FROM documents")}
-    unused = [row for row in catalog.read_shards(db).values() if row.shard not in used]
+    rows = catalog.read_shards(db)
+    used |= {shard + 1 for shard in used if shard + 1 in rows and rows[shard + 1].kind == "codes"}
+    unused = [row for row in rows.values() if row.shard not in used]
     catalog.insert(db, "shards", [row._replace(state="pending") for row in unused])
+
+
+def create_new(folder: Path, meta: str) -> None:
+    """An empty catalogue under a name of its own, which `os.replace` makes the store's."""
+    for left in (folder / NEW, folder / (NEW + "-journal")):
+        left.unlink(missing_ok=True)
+    catalog.create(folder / NEW, meta)
+
+
+def make_catalog(folder: Path, meta: str) -> None:
+    """An empty catalogue, which appears whole or not at all."""
+    create_new(folder, meta)
+    os.replace(folder / NEW, folder / CATALOG)
+    sync_folder(folder)
+    sync_folder(folder.absolute().parent)

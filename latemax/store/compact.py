@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from . import catalog
 from .catalog import DocumentRow, StoreRow
-from .commits import clear_generations, discarding, record, write_shards
+from .commits import NewShard, clear_generations, discarding, record, write_shards
 from .files import CATALOG
-from .packed import DTYPES
+from .packed import DTYPES, empty, token_bytes
+from .shards import CODES
 from .snapshot import Snapshot
 
 # Bytes of tokens in memory at once.
@@ -30,17 +30,18 @@ def compact(folder: Path, store: StoreRow, shard_bytes: int) -> StoreRow:
     parts = _plan(snapshot, shard_bytes)
     if parts:
         assert store.dtype is not None and store.dim is not None
-        lengths = [int(snapshot.ends[part.stop] - snapshot.ends[part.start]) for part in parts]
-        written = write_shards(
-            folder,
-            [(_tokens(snapshot, part), length) for part, length in zip(parts, lengths, strict=True)],
-            dtype=store.dtype,
-            dim=store.dim,
-        )
+        wanted = []
+        for part in parts:
+            tokens = int(snapshot.ends[part.stop] - snapshot.ends[part.start])
+            wanted.append(NewShard(_tensors(snapshot, part, store.dtype), tokens, store.dtype))
+            if store.codes:
+                wanted.append(NewShard(_tensors(snapshot, part, store.codes), tokens, store.codes, "codes"))
+        written = write_shards(folder, wanted, dim=store.dim)
+        moved = [row for row in written if row.kind == "tokens"]
         with discarding(folder), catalog.opened(folder / CATALOG, write=True) as db:
             rows: list[DocumentRow] = []
             removed: list[DocumentRow] = []
-            for shard, part in zip(written, parts, strict=True):
+            for shard, part in zip(moved, parts, strict=True):
                 start = 0
                 for i in part:
                     row = catalog.document_row(db, int(snapshot.seq[i]))
@@ -56,7 +57,7 @@ def _plan(snapshot: Snapshot, shard_bytes: int) -> list[Documents]:
     """The documents of every shard to be written; a shard that is whole and at least half full stays."""
     if snapshot.store.dim is None:
         return []
-    row = snapshot.store.dim * DTYPES[snapshot.store.dtype].itemsize
+    row = token_bytes(DTYPES[snapshot.store.dtype], snapshot.store.dim)
     found: list[Documents] = []
     # a stretch of documents between shards that stay, and whether it is one whole shard
     begin, whole = 0, 0
@@ -87,12 +88,15 @@ def _split(snapshot: Snapshot, documents: Documents, tokens: int) -> list[Docume
     return found
 
 
-def _tokens(snapshot: Snapshot, documents: Documents) -> Iterator[Tensor]:
-    """The tokens of consecutive documents, a buffer at a time."""
-    dim, dtype = snapshot.store.dim, DTYPES[snapshot.store.dtype]
-    rows = max(1, BUFFER // (dim * dtype.itemsize))
-    for part in _split(snapshot, documents, rows):
-        count = int(snapshot.ends[part.stop] - snapshot.ends[part.start])
-        out = torch.empty(count, dim, dtype=dtype, device="cpu")
-        snapshot.read(part.start, part.stop, out)
-        yield out
+def _tensors(snapshot: Snapshot, documents: Documents, dtype: str) -> Iterator[Tensor]:
+    """The tokens of consecutive documents, or their codes, in the order of a shard and a buffer at a time."""
+    dim = snapshot.store.dim
+    assert dim is not None
+    rows = max(1, BUFFER // token_bytes(DTYPES[dtype], dim))
+    for name in CODES if dtype == "int8" else ("tokens",):
+        for part in _split(snapshot, documents, rows):
+            count = int(snapshot.ends[part.stop] - snapshot.ends[part.start])
+            tokens = empty(DTYPES[dtype], count, dim)
+            out = tokens if isinstance(tokens, Tensor) else getattr(tokens, name)
+            snapshot.read_part(name, part.start, part.stop, out)
+            yield out

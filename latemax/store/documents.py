@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latemax.arguments.arrays import as_tensor
+from latemax.quantized import QuantizedTokens, quantize
+
 from .catalog import to_json
-from .packed import DTYPES
+from .packed import DTYPES, FLOATS, Tokens
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # float32 fractions may round past the edge of the image
@@ -29,7 +33,7 @@ class Place(NamedTuple):
 class Document(NamedTuple):
     """A document that waits for the commit. ``content``: its own copy of the tokens, or where they are already."""
 
-    content: Tensor | Place
+    content: Tokens | Place
     grid: tuple[int, int] | None
     regions: bytes | None
     meta: str | None
@@ -40,16 +44,55 @@ class Document(NamedTuple):
         return self.content.length if isinstance(self.content, Place) else len(self.content)
 
 
-def check_tokens(tokens: Tensor, dim: int | None, dtype: torch.dtype | None) -> None:
-    if not isinstance(tokens, Tensor) or tokens.dtype not in NAMES:
+def as_tokens(tokens: Any, dim: int | None, dtype: torch.dtype | None, quantized: bool) -> Tokens:
+    """Tokens [l, dim] as a store keeps them, in memory of their own: the caller may reuse its memory.
+
+    Args:
+        tokens: floats, or QuantizedTokens for a store of codes. dim, dtype: of the store, None if it has none yet.
+        quantized: floats are quantized, for a store of codes.
+
+    Raises:
+        TypeError, ValueError: naming tokens, the rule and what came.
+    """
+    tokens = as_tensor("tokens", tokens)
+    codes = isinstance(tokens, QuantizedTokens)
+    if not codes and (not isinstance(tokens, Tensor) or tokens.dtype not in FLOATS.values()):
         came = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"tokens must be a float16, bfloat16 or float32 tensor, got {came}")
-    if tokens.dim() != 2 or tokens.shape[1] < 1:
+    if len(tokens.shape) != 2 or tokens.shape[1] < 1:
         raise ValueError(f"tokens must be [l, dim], got shape {list(tokens.shape)}")
-    if dtype not in (None, tokens.dtype):
-        raise TypeError(f"tokens must have the store's dtype, {dtype}; got {tokens.dtype}")
     if dim not in (None, tokens.shape[1]):
         raise ValueError(f"tokens must have the store's dim, {dim}; got shape {list(tokens.shape)}")
+    if dtype == torch.int8:
+        if not codes and not quantized:
+            raise TypeError(f"tokens must be QuantizedTokens, or quantize must be True; got {tokens.dtype}")
+        found = tokens if codes else quantize(tokens)
+        _check_codes(found)
+        return found._map(lambda x: x.to("cpu", copy=codes).contiguous())
+    if codes or quantized:
+        raise TypeError("tokens must be floats, without quantize: codes go into a store that is made with dtype='int8'")
+    if dtype not in (None, tokens.dtype):
+        raise TypeError(f"tokens must have the store's dtype, {dtype}; got {tokens.dtype}")
+    return tokens.detach().to("cpu", copy=True).contiguous()
+
+
+def _check_codes(tokens: QuantizedTokens) -> None:
+    if tokens.kind != "int8" or tokens.error is None:
+        raise ValueError(f"tokens must be of kind 'int8', got {tokens.kind!r}")
+    for name, x in (("scale", tokens.scale), ("error", tokens.error)):
+        if not bool((x.isfinite() & (x >= 0)).all()):
+            raise ValueError(f"{name} of tokens must be finite and at least 0")
+    if tokens.codes.numel() and int(tokens.codes.amin()) < -127:
+        raise ValueError("codes of tokens must be -127 to 127, got -128")
+
+
+def codes_of(tokens: Tensor) -> QuantizedTokens:
+    """The int8 codes that a store keeps of tokens [l, dim]; one with NaN or infinity gets code 0 and error inf."""
+    finite = tokens.isfinite().all(-1)
+    found = quantize(tokens, mask=finite)
+    assert found.error is not None
+    found.error.masked_fill_(~finite, math.inf)
+    return found
 
 
 def check_id(id: object, id_type: str | None = None) -> int | str:

@@ -18,7 +18,7 @@ def merge_stores(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     Everything is checked before anything is written; ``out`` is made whole: its documents appear in one commit a shard.
 
     Args:
-        paths: of stores with one dim, dtype, kind of ids and meta; no id may be in two.
+        paths: of stores with one dim, dtype, kind of codes and of ids, and meta; no id may be in two.
         out: a folder that holds no store yet.
 
     Raises:
@@ -37,7 +37,7 @@ def merge_stores(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
                 f"stores must have one meta; {stores[0].path} has {stores[0].meta}, {store.path} has {store.meta}"
             )
     for store in real:
-        for name in ("dim", "dtype", "id_type"):
+        for name in ("dim", "dtype", "codes", "id_type"):
             ours, first = getattr(store, name), getattr(real[0], name)
             if ours != first:
                 raise StoreError(f"stores must have one {name}; {real[0].path} has {first}, {store.path} has {ours}")
@@ -47,7 +47,8 @@ def merge_stores(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
             if id in owner:
                 raise ValueError(f"id {id!r} is in {owner[id]} and in {store.path}")
             owner[id] = store.path
-    with StoreWriter(out, dtype=real[0].dtype if real else None, meta=stores[0].meta) as writer:
+    dtype, codes = (real[0].dtype, real[0].codes) if real else (None, None)
+    with StoreWriter(out, dtype=dtype, codes=codes, meta=stores[0].meta) as writer:
         for store in real:
             snapshot = store.snapshot()
             with catalog.opened(snapshot.catalog) as db:

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+from latemax.quantized import QuantizedTokens
+
+FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# int8: codes, a scale and an error for each token (QuantizedTokens)
+DTYPES = {**FLOATS, "int8": torch.int8}
+Tokens = Tensor | QuantizedTokens
+
+
+def token_bytes(dtype: torch.dtype, dim: int) -> int:
+    """Bytes of one token."""
+    return dim + 8 if dtype == torch.int8 else dim * dtype.itemsize
+
+
+def empty(dtype: torch.dtype, rows: int, dim: int) -> Tokens:
+    """Uninitialised tokens on the CPU."""
+    tokens = torch.empty(rows, dim, dtype=dtype, device="cpu")
+    if dtype != torch.int8:
+        return tokens
+    scale, error = torch.empty(2, rows, device="cpu")
+    return QuantizedTokens(tokens, scale, error, "int8", dim)
 
 
 class Packed(NamedTuple):
-    """Document i is ``tokens[offsets[i] : offsets[i + 1]]``."""
+    """Document i is ``tokens[offsets[i] : offsets[i + 1]]``; QuantizedTokens of a store of codes."""
 
-    tokens: Tensor  # [t_d, dim]
+    tokens: Any  # Tensor or QuantizedTokens [t_d, dim]
     offsets: Tensor  # int32 or int64 [n_d + 1], from 0 to t_d, never falling
 
     @classmethod
@@ -37,16 +56,16 @@ class Packed(NamedTuple):
         lengths = torch.tensor([0, *map(len, documents)], dtype=torch.int64, device="cpu")
         return cls(torch.cat(list(documents)), lengths.cumsum(0))
 
-    def documents(self) -> list[Tensor]:
+    def documents(self) -> list[Any]:
         """Views [l_i, dim], one a document."""
         bounds = self.offsets.tolist()
         return [self.tokens[a:b] for a, b in pairwise(bounds)]
 
 
-def check(tokens: Tensor, offsets: Tensor) -> None:
+def check(tokens: Tokens, offsets: Tensor) -> None:
     """TypeError or ValueError unless the two are what `Packed` says; reads the offsets."""
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-        came = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+    if not isinstance(tokens, (Tensor, QuantizedTokens)) or len(tokens.shape) != 2:
+        came = list(tokens.shape) if isinstance(tokens, (Tensor, QuantizedTokens)) else type(tokens).__name__
         raise ValueError(f"tokens must be a tensor [t_d, dim], got {came}")
     if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
         came = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__

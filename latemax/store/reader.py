@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .documents import check_id
-from .packed import DTYPES, Packed
+from .packed import DTYPES, Packed, Tokens
 from .shards import Shard
 from .snapshot import Snapshot
 from .verify import verify
@@ -23,7 +23,8 @@ from .verify import verify
 class PatchStore(Sequence):
     """A packed corpus on disk: a folder with a catalogue and safetensors shards, as it was at one commit.
 
-    ``store[i]`` is document i, and ``store["page-1"]`` the document of that id: [l, dim]. Opening reads the catalogue
+    ``store[i]`` is document i, and ``store["page-1"]`` the document of that id: [l, dim], a tensor, or QuantizedTokens
+    in a store of dtype int8. Opening reads the catalogue
     and every shard's size and header, and no token; `verify` checks every byte. What a writer commits, removes or
     compacts later changes nothing here until `refresh`. Copies, pickles and the workers of a DataLoader open the same
     folder at the same commit.
@@ -33,7 +34,8 @@ class PatchStore(Sequence):
 
     Attributes:
         path: the folder. generation: the commit's number.
-        dim, dtype: of the tokens; float16, bfloat16 or float32. None where no document was ever committed.
+        dim, dtype: of the tokens; float16, bfloat16, float32 or int8. None where no document was ever committed.
+        codes: "int8" where the store has 8-bit codes next to its tokens, else None.
         id_type: "int" or "str". meta: the JSON object that the writer gave the store.
         offsets: int64 [n_d + 1] into all tokens, as if they were concatenated. n_tokens: of all documents.
 
@@ -67,7 +69,7 @@ class PatchStore(Sequence):
             FileNotFoundError, StoreError: as opening; the store then stays where it was.
         """
         old = self._snapshot
-        new = Snapshot(self.path, known={shard.name: shard for shard in old.shards})
+        new = Snapshot(self.path, known={shard.name: shard for shard in old.files})
         if new.identity == old.identity:
             return False
         self._snapshot = new
@@ -85,6 +87,10 @@ class PatchStore(Sequence):
     def dtype(self) -> torch.dtype | None:
         dtype = self._snapshot.store.dtype
         return None if dtype is None else DTYPES[dtype]
+
+    @property
+    def codes(self) -> str | None:
+        return self._snapshot.store.codes
 
     @property
     def id_type(self) -> str | None:
@@ -110,8 +116,8 @@ class PatchStore(Sequence):
 
     @property
     def shards(self) -> list[Shard]:
-        """The files that hold documents of this commit, in the order they were written."""
-        return self._snapshot.shards
+        """The files that hold documents of this commit and their codes, in the order they were written."""
+        return self._snapshot.files
 
     @property
     def n_tokens(self) -> int:
@@ -131,7 +137,7 @@ class PatchStore(Sequence):
             raise IndexError(f"document {index} of {n}")
         return index % n
 
-    def __getitem__(self, key: int | str) -> Tensor:  # type: ignore[override]
+    def __getitem__(self, key: int | str) -> Tokens:  # type: ignore[override]
         """The tokens of a document by its number or its string id: a copy, [l, dim].
 
         Raises:
@@ -142,6 +148,11 @@ class PatchStore(Sequence):
         if not hasattr(key, "__index__"):
             raise TypeError(f"a store is asked for the number or the id of a document, got {type(key).__name__}")
         return self._snapshot.document(self._index(key))
+
+    def floats(self, i: int) -> Tensor:
+        """The tokens of document i, a copy, [l, dim]; of a store of dtype int8 the float32 values of its codes."""
+        tokens = self._snapshot.document(self._index(i))
+        return tokens if isinstance(tokens, Tensor) else tokens.dequantize()
 
     def __contains__(self, id: object) -> bool:
         """Whether there is a document of that id."""
@@ -200,7 +211,8 @@ class PatchStore(Sequence):
     def __repr__(self) -> str:
         return (
             f"PatchStore({str(self.path)!r}: {len(self)} documents, {self.n_tokens} tokens, dim {self.dim}, "
-            f"{str(self.dtype).removeprefix('torch.')}, {len(self.shards)} shards, generation {self.generation})"
+            f"{str(self.dtype).removeprefix('torch.')}{f' with {self.codes} codes' if self.codes else ''}, "
+            f"{len(self.shards)} shards, generation {self.generation})"
         )
 
     def packed(self) -> Iterator[Packed]:
@@ -213,8 +225,11 @@ class PatchStore(Sequence):
             offsets = snapshot.offsets[first : last + 1] - snapshot.offsets[first]
             yield Packed(shard.tokens[start : start + int(offsets[-1])], offsets)
 
-    def read(self, first: int, last: int, out: Tensor) -> None:
-        """Documents first … last - 1 into out [t, dim]; contiguous, on the CPU, of this dtype; maps no pages."""
+    def read(self, first: int, last: int, out: Tokens) -> None:
+        """Documents first … last - 1 into out [t, dim]; contiguous, on the CPU; maps no pages.
+
+        ``out`` has the store's dtype, or is QuantizedTokens where the store has codes.
+        """
         self._snapshot.read(first, last, out)
 
     def verify(self) -> None:

@@ -10,20 +10,25 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latemax.quantized import QuantizedTokens
+
 from .catalog import ShardRow
 from .files import DESCRIPTORS, StoreError
-from .packed import DTYPES
+from .packed import DTYPES, Tokens
 
-SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+SAFETENSORS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int8: "I8"}
 # Tokens begin at a multiple of this, so that mapped rows are aligned for vector loads.
 ALIGNMENT = 64
+# The tensors of a shard of codes.
+CODES = ("scale", "error", "codes")
 _keys = itertools.count()
 
 
@@ -31,19 +36,54 @@ def as_bytes(x: Tensor) -> memoryview:
     return memoryview(np.asarray(x.view(-1).view(torch.uint8))) if x.numel() else memoryview(b"")
 
 
+class Part(NamedTuple):
+    """A tensor of a shard: [tokens, dim], or [tokens] with width 1."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    width: int  # elements of a token
+    begin: int  # bytes from the end of the header
+
+
+def parts_of(dtype: str, tokens: int, dim: int) -> list[Part]:
+    """The tensors of a shard, in the order of the file: wider elements first, so that all are aligned."""
+    if dtype != "int8":
+        return [Part("tokens", DTYPES[dtype], (tokens, dim), dim, 0)]
+    return [
+        Part("scale", torch.float32, (tokens,), 1, 0),
+        Part("error", torch.float32, (tokens,), 1, 4 * tokens),
+        Part("codes", torch.int8, (tokens, dim), dim, 8 * tokens),
+    ]
+
+
+def in_file_order(documents: Sequence[Tokens]) -> Iterator[Tensor]:
+    """The tensors that `write` takes: of codes all scales first, then all errors."""
+    for name in CODES:
+        yield from (getattr(x, name) for x in documents if isinstance(x, QuantizedTokens))
+    yield from (x for x in documents if isinstance(x, Tensor))
+
+
 def header(dtype: str, tokens: int, dim: int) -> bytes:
-    """The first bytes of a shard: all before its tokens."""
-    size = tokens * dim * DTYPES[dtype].itemsize
+    """The first bytes of a shard: all before its tensors."""
+    parts = parts_of(dtype, tokens, dim)
     text = json.dumps(
-        {"tokens": {"dtype": SAFETENSORS[dtype], "shape": [tokens, dim], "data_offsets": [0, size]}},
+        {
+            part.name: {
+                "dtype": SAFETENSORS[part.dtype],
+                "shape": part.shape,
+                "data_offsets": [part.begin, part.begin + tokens * part.width * part.dtype.itemsize],
+            }
+            for part in parts
+        },
         separators=(",", ":"),
     ).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
-def write(path: Path, documents: Iterable[Tensor], *, dtype: str, tokens: int, dim: int) -> tuple[int, bytes]:
-    """Writes a new shard of contiguous CPU documents [l, dim], ``tokens`` in all, and syncs the file.
+def write(path: Path, tensors: Iterable[Tensor], *, dtype: str, tokens: int, dim: int) -> tuple[int, bytes]:
+    """Writes a new shard of contiguous CPU tensors in the order of the file, ``tokens`` in all, and syncs the file.
 
     Returns:
         Its size in bytes and its SHA-256.
@@ -51,7 +91,7 @@ def write(path: Path, documents: Iterable[Tensor], *, dtype: str, tokens: int, d
     digest, size = hashlib.sha256(), 0
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        for part in itertools.chain([memoryview(header(dtype, tokens, dim))], map(as_bytes, documents)):
+        for part in itertools.chain([memoryview(header(dtype, tokens, dim))], map(as_bytes, tensors)):
             digest.update(part)
             size += len(part)
             while part:
@@ -72,7 +112,7 @@ class Shard:
     def __init__(self, folder: Path, row: ShardRow):
         self._key = next(_keys)
         self.path, self.row = folder / row.name, row
-        self.dtype: torch.dtype = DTYPES[row.dtype]
+        self._parts = {part.name: part for part in parts_of(row.dtype, row.tokens, row.dim)}
         self._map: weakref.ref[mmap.mmap] | None = None
         try:
             with DESCRIPTORS.borrow(self._key, self.path) as fd:
@@ -96,12 +136,14 @@ class Shard:
         return f"shard {self.row.name} of {self.path.parent}"
 
     def _check_header(self, fd: int, size: int) -> int:
-        """Where the tokens begin."""
+        """Where the tensors begin."""
         expected = header(self.row.dtype, self.row.tokens, self.row.dim)
         if size < 8:
             raise StoreError(f"{self._name} is corrupt: its header is not safetensors: {size} bytes")
         if os.pread(fd, len(expected), 0) == expected:
             return len(expected)
+        if "tokens" not in self._parts:
+            raise StoreError(f"{self._name} is corrupt: its header is not the one it was written with")
         # another header of the same meaning: a shard of the old format, with its offsets and ids
         length = int.from_bytes(os.pread(fd, 8, 0), "little")
         try:
@@ -113,19 +155,21 @@ class Shard:
             last = max(tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise StoreError(f"{self._name} is corrupt: its header is not safetensors: {error}") from error
-        wanted = SAFETENSORS[self.row.dtype], [self.row.tokens, self.row.dim]
+        dtype = DTYPES[self.row.dtype]
+        wanted = SAFETENSORS[dtype], [self.row.tokens, self.row.dim]
         if (kind, shape) != wanted:
             raise StoreError(
                 f"{self._name} is corrupt: tokens is {kind} {shape}, the catalogue says {wanted[0]} {wanted[1]}"
             )
-        row = self.row.dim * self.dtype.itemsize
+        row = self.row.dim * dtype.itemsize
         if type(begin) is not int or begin < 0 or end != begin + self.row.tokens * row or 8 + length + last != size:
             raise StoreError(f"{self._name} is corrupt: its header describes other bytes than its {size}")
         return 8 + length + begin
 
-    def read(self, start: int, out: Tensor) -> None:
-        """Tokens ``start`` … of this shard into out [t, dim], contiguous on the CPU; leaves no pages mapped."""
-        position = self._data + start * self.row.dim * self.dtype.itemsize
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Tokens ``start`` … of one of the tensors into out, contiguous on the CPU; leaves no pages mapped."""
+        part = self._parts[name]
+        position = self._data + part.begin + start * part.width * part.dtype.itemsize
         view, done = as_bytes(out), 0
         with DESCRIPTORS.borrow(self._key, self.path) as fd:
             while done < len(view):
@@ -135,13 +179,20 @@ class Shard:
                 done += count
 
     @property
-    def tokens(self) -> Tensor:
+    def tokens(self) -> Tokens:
         """[tokens, dim] on the file's own pages: nothing is read before it is used, and nothing may be written.
 
         The mapping lives as long as tensors of it do. Before Python 3.13 it keeps a descriptor.
         """
+        found = [self._map_of(part) for part in self._parts.values()]
+        if len(found) == 1:
+            return found[0]
+        scale, error, codes = found
+        return QuantizedTokens(codes, scale, error, "int8", self.row.dim)
+
+    def _map_of(self, part: Part) -> Tensor:
         if not self.row.tokens:
-            return torch.empty(0, self.row.dim, dtype=self.dtype, device="cpu")
+            return torch.empty(part.shape, dtype=part.dtype, device="cpu")
         mapped = None if self._map is None else self._map()
         if mapped is None:
             # read-only: Linux refuses a writable private map of more than the machine's memory
@@ -151,5 +202,7 @@ class Shard:
             self._map = weakref.ref(mapped)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            flat = torch.frombuffer(mapped, dtype=self.dtype, count=self.row.tokens * self.row.dim, offset=self._data)
-        return flat.view(self.row.tokens, self.row.dim)
+            flat = torch.frombuffer(
+                mapped, dtype=part.dtype, count=self.row.tokens * part.width, offset=self._data + part.begin
+            )
+        return flat.view(part.shape)

@@ -16,8 +16,8 @@ from torch import Tensor
 from . import catalog, locks, where
 from .catalog import DocumentRow
 from .files import StoreError, find_catalog
-from .packed import DTYPES
-from .shards import Shard
+from .packed import DTYPES, Tokens, empty
+from .shards import CODES, Shard
 
 
 class Snapshot:
@@ -75,11 +75,20 @@ class Snapshot:
                 raise StoreError(f"{self.catalog} is damaged: documents are in shard {number}, which it does not have")
             if (row.kind, row.dtype, row.dim) != ("tokens", self.store.dtype, self.store.dim):
                 raise StoreError(f"{self.catalog}: shard {row.name} does not hold tokens like the store's others")
+            codes = rows.get(number + 1)
+            wanted = ("committed", "codes", self.store.codes, row.dim, row.tokens)
+            if self.store.codes and (codes is None or wanted != (codes.state, *codes[3:7])):
+                raise StoreError(f"{self.catalog} is damaged: shard {row.name} has no codes")
         names = [rows[number] for number in numbers.tolist()]
         room = np.array([row.tokens for row in names], dtype=np.int64)
         if ((start < 0) | (length < 0) | (start + length > room[index])).any():
             raise StoreError(f"{self.catalog} is damaged: documents go beyond the end of their shards")
         self.shards = [known.get(row.name) or Shard(self.folder, row) for row in names]
+        # of the shard at the same place of `shards`
+        self.codes = None
+        if self.store.codes:
+            beside = [rows[number + 1] for number in numbers.tolist()]
+            self.codes = [known.get(row.name) or Shard(self.folder, row) for row in beside]
         self.ends = np.zeros(len(documents) + 1, dtype=np.int64)
         np.cumsum(length, out=self.ends[1:])
         self.offsets = torch.from_numpy(self.ends)
@@ -92,8 +101,22 @@ class Snapshot:
     def __len__(self) -> int:
         return len(self.seq)
 
-    def read(self, first: int, last: int, out: Tensor) -> None:
-        """Documents first … last - 1 into out [t, dim]; contiguous, on the CPU, of this dtype; maps no pages."""
+    @property
+    def files(self) -> list[Shard]:
+        """The files that hold documents, in the order they were written."""
+        return sorted([*self.shards, *(self.codes or [])], key=lambda shard: shard.row.shard)
+
+    def read(self, first: int, last: int, out: Tokens) -> None:
+        """Documents first … last - 1 into out [t, dim]; contiguous, on the CPU; maps no pages.
+
+        ``out`` has the store's dtype, or is QuantizedTokens where the store has codes.
+        """
+        for name in ("tokens",) if isinstance(out, Tensor) else CODES:
+            self.read_part(name, first, last, out if isinstance(out, Tensor) else getattr(out, name))
+
+    def read_part(self, name: str, first: int, last: int, out: Tensor) -> None:
+        """One tensor of documents first … last - 1: "tokens", "codes", "scale" or "error"."""
+        shards = self.shards if name == "tokens" or self.codes is None else self.codes
         ends, row = self.ends, 0
         run = int(self.run_first.searchsorted(first, "right")) - 1
         while first < last:
@@ -101,10 +124,10 @@ class Snapshot:
             count = int(ends[stop] - ends[first])
             if count:
                 at = int(self.run_start[run] + ends[first] - ends[begin])
-                self.shards[self.run_shard[run]].read(at, out[row : row + count])
+                shards[self.run_shard[run]].read(name, at, out[row : row + count])
             row, first, run = row + count, stop, run + 1
 
-    def read_some(self, documents: np.ndarray, out: Tensor) -> None:
+    def read_some(self, documents: np.ndarray, out: Tokens) -> None:
         """Documents of rising number into out, neighbours in one go."""
         row = 0
         for part in np.split(documents, np.flatnonzero(np.diff(documents) != 1) + 1):
@@ -114,9 +137,9 @@ class Snapshot:
                 self.read(first, last, out[row : row + count])
                 row += count
 
-    def document(self, i: int) -> Tensor:
-        dim, dtype = self.store.dim, DTYPES[self.store.dtype]
-        out = torch.empty(int(self.ends[i + 1] - self.ends[i]), dim, dtype=dtype, device="cpu")
+    def document(self, i: int) -> Tokens:
+        assert self.store.dtype is not None and self.store.dim is not None
+        out = empty(DTYPES[self.store.dtype], int(self.ends[i + 1] - self.ends[i]), self.store.dim)
         self.read(i, i + 1, out)
         return out
 
@@ -147,6 +170,19 @@ class Snapshot:
     def metas(self) -> list[dict[str, Any]]:
         """The metadata of all documents, in order."""
         return [{} if text is None else catalog.parse_meta(self.catalog, text) for text in self._column("meta")]
+
+    def grid_rows(self) -> np.ndarray:
+        """Rows of every document's grid, int64; 0 where it has none."""
+        return np.array([rows or 0 for rows in self._column("rows")], dtype=np.int64)
+
+    def follows(self, generation: int | None, identity: str | None) -> bool:
+        """Whether a generation is one of this store, as far as the store still knows."""
+        with self._db() as db:
+            return bool(
+                db.execute(
+                    "SELECT 1 FROM commits WHERE generation = ? AND nonce = ?", (generation, identity)
+                ).fetchall()
+            )
 
     @cached_property
     def ids(self) -> list[int] | list[str]:

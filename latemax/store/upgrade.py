@@ -12,11 +12,10 @@ import torch
 
 from . import catalog
 from .catalog import DocumentRow, ShardRow
-from .commits import record
+from .commits import NEW, create_new, record
 from .files import CATALOG, MANIFEST, SHARD, StoreError, is_plain, sha256, sync_folder
 from .locks import WriterLock
-from .packed import DTYPES
-from .writer import NEW, create_new
+from .packed import FLOATS
 
 FORMAT, VERSION = "latemax.PatchStore", 1
 
@@ -82,7 +81,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     manifest = json.loads(path.read_bytes())
     if manifest["format"] != FORMAT or manifest["version"] != VERSION:
         raise ValueError(f"format {manifest['format']!r} and version {manifest['version']!r} are unknown")
-    if manifest["dtype"] not in DTYPES or manifest["id_type"] not in ("int", "str"):
+    if manifest["dtype"] not in FLOATS or manifest["id_type"] not in ("int", "str"):
         raise ValueError(f"dtype {manifest['dtype']!r} or id_type {manifest['id_type']!r} is unknown")
     numbers = [
         manifest["dim"],

@@ -45,7 +45,7 @@ def verify(snapshot: Snapshot) -> None:
         removed = documents[seen & (end == i)][:, 0]
         if commit.added != added.tobytes() or commit.removed != removed.tobytes():
             raise StoreError(f"{snapshot.catalog} is damaged: generation {commit.generation} has other documents")
-    wrong = [shard.name for shard in snapshot.shards if sha256(shard.path) != shard.row.sha256]
+    wrong = [shard.name for shard in snapshot.files if sha256(shard.path) != shard.row.sha256]
     if wrong:
         raise StoreError(
             f"{snapshot.folder}: wrong checksum (SHA-256), the bytes have changed: shard {', '.join(wrong)}"

@@ -15,23 +15,24 @@ from torch import Tensor
 from latemax.arguments.arrays import as_tensor
 
 from . import catalog, packed
-from .catalog import DocumentRow
-from .commits import clear_pending, discarding, record, write_shards
+from .catalog import FORMAT_VERSION, WITH_CODES, DocumentRow
+from .commits import NewShard, clear_pending, discarding, make_catalog, record, write_shards
 from .compact import compact
 from .documents import (
     NAMES,
     Document,
     Place,
+    as_tokens,
     check_grid,
     check_id,
     check_meta,
     check_regions,
-    check_tokens,
+    codes_of,
 )
-from .files import CATALOG, StoreError, refuse_leftovers, sync_folder
+from .files import CATALOG, StoreError, refuse_leftovers
 from .locks import GATE, WriterLock
-
-NEW = CATALOG + ".new"
+from .packed import Tokens, token_bytes
+from .shards import in_file_order
 
 
 class StoreWriter:
@@ -43,17 +44,21 @@ class StoreWriter:
 
     Args:
         path: the folder; made if missing.
-        dtype: of the tokens, float16, bfloat16 or float32; None takes the store's own, or the first document's.
+        dtype: of the tokens, float16, bfloat16 or float32, or "int8" for a store that keeps nothing but 8-bit codes;
+            None takes the store's own, or the first document's.
+        codes: "int8" also keeps 8-bit codes of float tokens, in shards of their own, from which `latemax.topk` finds
+            the same documents faster; None takes the store's own.
         shard_bytes: changes are committed as soon as new tokens reach this many bytes; `compact` makes shards of this
             size.
         meta: a JSON object, kept for the store as a whole; must be equal where the store exists already.
 
     Attributes:
-        path, shard_bytes: as given. dim, dtype, id_type: of the store, None until its first document. meta: as stored.
+        path, shard_bytes: as given. dim, dtype, id_type: of the store, None until its first document. codes, meta: as
+            stored.
 
     Raises:
-        StoreError: another writer is at work, the store is damaged or of the old format, or meta or dtype is not the
-            store's.
+        StoreError: another writer is at work, the store is damaged or of the old format, or meta, dtype or codes is not
+            the store's.
 
     Example:
         >>> with StoreWriter("pages", dtype=torch.float16) as writer:
@@ -64,12 +69,18 @@ class StoreWriter:
         self,
         path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        codes: str | None = None,
         shard_bytes: int = 1 << 28,
         meta: Mapping[str, Any] | None = None,
     ):
+        dtype = torch.int8 if isinstance(dtype, str) and dtype == "int8" else dtype
         if dtype is not None and dtype not in NAMES:
-            raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
+            raise TypeError(f"dtype must be float16, bfloat16, float32 or 'int8', got {dtype!r}")
+        if codes not in (None, "int8"):
+            raise ValueError(f"codes must be 'int8' or None, got {codes!r}")
+        if codes and dtype == torch.int8:
+            raise ValueError("codes must be None where dtype is 'int8': the store has codes alone then")
         if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
             raise ValueError(f"shard_bytes must be an int >= 1, got {shard_bytes!r}")
         text = None if meta is None else check_meta(meta)
@@ -78,12 +89,12 @@ class StoreWriter:
         self._lock = WriterLock(self.path)
         self._pid = os.getpid()
         try:
-            self._open(dtype, text)
+            self._open(dtype, codes, text)
         except BaseException:
             self._lock.close()
             raise
 
-    def _open(self, dtype: torch.dtype | None, meta: str | None) -> None:
+    def _open(self, dtype: Any, codes: str | None, meta: str | None) -> None:
         if not (self.path / CATALOG).exists():
             refuse_leftovers(self.path)
             make_catalog(self.path, meta or "{}")
@@ -98,10 +109,13 @@ class StoreWriter:
         stored = None if store.dtype is None else packed.DTYPES[store.dtype]
         if None not in (dtype, stored) and dtype != stored:
             raise StoreError(f"dtype must be the store's own, {stored}, or None; got {dtype}")
+        if codes and stored and codes != store.codes:
+            raise StoreError(f"codes must be the store's own, {store.codes}, or None; got {codes!r}")
         if meta is not None and json.loads(meta) != self.meta:
             raise StoreError(f"meta must be what {self.path} was made with, {self.meta}; got {json.loads(meta)}")
         self.dim: int | None = store.dim
         self.dtype: torch.dtype | None = stored or dtype
+        self.codes: str | None = store.codes if stored else codes
         self.id_type: str | None = store.id_type
         # None: not committed yet
         self._ids: dict[int | str, int | None] = dict(rows)
@@ -128,40 +142,40 @@ class StoreWriter:
 
     def add(
         self,
-        tokens: Tensor | np.ndarray,
+        tokens: Tokens | np.ndarray,
         id: int | str | None = None,
         grid: tuple[int, int] | None = None,
         meta: Mapping[str, Any] | None = None,
         *,
         regions: Tensor | np.ndarray | None = None,
+        quantize: bool = False,
     ) -> None:
         """Appends one document.
 
         Args:
             tokens: [l, dim], l >= 0, in the store's dtype (convert first: nothing is rounded in silence); copied. A
-                tensor or an array (bfloat16 by ``ml_dtypes``).
+                tensor or an array (bfloat16 by ``ml_dtypes``); QuantizedTokens in a store of dtype "int8".
             id: an int of 64 bits or a string, one kind a store, each once; None takes the next number, which no
                 document had before.
             grid: (rows, cols) of patches, rows · cols = l.
             meta: a JSON object of the document, for `PatchStore.document_meta` and `PatchStore.where`.
             regions: float32 [l, 4] instead of a grid: left, top, right, bottom of every token as fractions of the
                 image, NaN for a token that is no patch.
+            quantize: tokens are floats, to be quantized; for a store of dtype "int8". NaN and infinity are refused.
 
         Raises:
             TypeError, ValueError: naming the argument; the store is as it was.
             StoreError: the writer is closed.
         """
         self._usable()
-        tokens = as_tensor("tokens", tokens)
-        check_tokens(tokens, self.dim, self.dtype)
+        content = as_tokens(tokens, self.dim, self.dtype, quantize)
         id = self._new_id(id)
         if grid is not None and regions is not None:
             raise ValueError("grid or regions may be given, not both")
         document = Document(
-            # a copy: the caller may reuse its memory before the commit
-            tokens.detach().to("cpu", copy=True).contiguous(),
-            None if grid is None else check_grid(grid, len(tokens)),
-            None if regions is None else check_regions(regions, len(tokens)),
+            content,
+            None if grid is None else check_grid(grid, len(content)),
+            None if regions is None else check_regions(regions, len(content)),
             None if meta is None else check_meta(meta),
             None,
         )
@@ -175,9 +189,10 @@ class StoreWriter:
 
     def _put(self, id: int | str, document: Document) -> None:
         tokens = document.content
-        if isinstance(tokens, Tensor):
-            self.dim, self.dtype = tokens.shape[1], tokens.dtype
-            self._bytes += tokens.numel() * tokens.element_size()
+        if not isinstance(tokens, Place):
+            self.dim = tokens.shape[1]
+            self.dtype = tokens.dtype if isinstance(tokens, Tensor) else torch.int8
+            self._bytes += _bytes(tokens)
         self.id_type = type(id).__name__
         if isinstance(id, int):
             self._next_id = max(self._next_id, id + 1)
@@ -187,14 +202,19 @@ class StoreWriter:
             self.commit()
 
     def add_packed(
-        self, tokens: Tensor | np.ndarray, offsets: Tensor | np.ndarray, ids: Sequence[int | str] | None = None
+        self,
+        tokens: Tokens | np.ndarray,
+        offsets: Tensor | np.ndarray,
+        ids: Sequence[int | str] | None = None,
+        *,
+        quantize: bool = False,
     ) -> None:
         """Appends contiguous documents, all or none: everything is checked before the first is kept.
 
         Args:
             tokens: [t_d, dim]; document i is ``tokens[offsets[i] : offsets[i + 1]]``.
             offsets: int32 or int64 [n_d + 1].
-            ids: one a document, as in `add`; None numbers them.
+            ids: one a document, as in `add`; None numbers them. quantize: as in `add`.
 
         Raises:
             TypeError, ValueError, StoreError: as `add`.
@@ -202,7 +222,7 @@ class StoreWriter:
         self._usable()
         tokens, offsets = as_tensor("tokens", tokens), as_tensor("offsets", offsets)
         packed.check(tokens, offsets)
-        check_tokens(tokens, self.dim, self.dtype)
+        tokens = as_tokens(tokens, self.dim, self.dtype, quantize)
         documents = packed.Packed(tokens, offsets).documents()
         if ids is not None and len(ids) != len(documents):
             raise ValueError(f"ids must hold one a document, {len(documents)}; got {len(ids)}")
@@ -217,23 +237,23 @@ class StoreWriter:
             twice = next(id for i, id in enumerate(checked) if id in checked[:i])
             raise ValueError(f"id {twice!r} is in ids twice")
         for id, document in zip(checked, documents, strict=True):
-            copy = document.detach().to("cpu", copy=True).contiguous()
-            self._put(id, Document(copy, None, None, None, None))
+            self._put(id, Document(document, None, None, None, None))
 
     def replace(
         self,
-        tokens: Tensor | np.ndarray | None,
+        tokens: Tokens | np.ndarray | None,
         id: int | str,
         grid: tuple[int, int] | None = None,
         meta: Mapping[str, Any] | None = None,
         *,
         regions: Tensor | np.ndarray | None = None,
+        quantize: bool = False,
     ) -> None:
         """Gives a document other tokens, or another grid, regions or metadata; it keeps its place in the order.
 
         Args:
-            tokens, grid, meta, regions: as in `add`; None keeps what the document has. A grid takes the place of
-                regions, and the other way round.
+            tokens, grid, meta, regions, quantize: as in `add`; None keeps what the document has. A grid takes the place
+                of regions, and the other way round.
             id: of a document of the store.
 
         Raises:
@@ -245,10 +265,8 @@ class StoreWriter:
         old = self._document(id)
         content = old.content
         if tokens is not None:
-            tokens = as_tensor("tokens", tokens)
-            check_tokens(tokens, self.dim, self.dtype)
-            content = tokens.detach().to("cpu", copy=True).contiguous()
-        length = old.length if tokens is None else len(tokens)
+            content = as_tokens(tokens, self.dim, self.dtype, quantize)
+        length = old.length if isinstance(content, Place) else len(content)
         if grid is not None and regions is not None:
             raise ValueError("grid or regions may be given, not both")
         new_grid = old.grid if grid is None and regions is None else grid
@@ -263,8 +281,8 @@ class StoreWriter:
         seq = self._ids[id]
         if seq is not None:
             self._removed.add(seq)
-        elif isinstance(old.content, Tensor):
-            self._bytes -= old.content.numel() * old.content.element_size()
+        elif not isinstance(old.content, Place):
+            self._bytes -= _bytes(old.content)
         self._put(id, Document(content, new_grid, boxes, text, old.pos))
 
     def remove(self, id: int | str) -> None:
@@ -280,8 +298,8 @@ class StoreWriter:
             self._removed.add(seq)
             return
         content = self._added.pop(id).content
-        if isinstance(content, Tensor):
-            self._bytes -= content.numel() * content.element_size()
+        if not isinstance(content, Place):
+            self._bytes -= _bytes(content)
 
     def _known(self, id: int | str) -> int | str:
         id = check_id(id)
@@ -309,11 +327,16 @@ class StoreWriter:
         self._usable()
         if not self._added and not self._removed:
             return
-        fresh = [x.content for x in self._added.values() if isinstance(x.content, Tensor)]
+        fresh = [x.content for x in self._added.values() if not isinstance(x.content, Place)]
         written = []
         if fresh:
             assert self.dtype is not None and self.dim is not None
-            written = write_shards(self.path, [(fresh, sum(map(len, fresh)))], dtype=NAMES[self.dtype], dim=self.dim)
+            count = sum(map(len, fresh))
+            parts = [NewShard(in_file_order(fresh), count, NAMES[self.dtype])]
+            if self.codes:
+                codes = [codes_of(x) for x in fresh if isinstance(x, Tensor)]
+                parts.append(NewShard(in_file_order(codes), count, self.codes, "codes"))
+            written = write_shards(self.path, parts, dim=self.dim)
         rows, regions, start = [], set(), 0
         for seq, (id, document) in enumerate(self._added.items(), self._store.next_seq):
             place = document.content
@@ -329,6 +352,7 @@ class StoreWriter:
                 DocumentRow(seq, pos, id, 0, None, *place, *(document.grid or (None, None)), mark, document.meta)
             )
         after = self._store._replace(
+            format_version=WITH_CODES if self.codes or self.dtype == torch.int8 else FORMAT_VERSION,
             dim=self.dim,
             dtype=None if self.dim is None else NAMES[self.dtype],
             id_type=self.id_type,
@@ -371,16 +395,6 @@ class StoreWriter:
         self.close()
 
 
-def create_new(folder: Path, meta: str) -> None:
-    """An empty catalogue under a name of its own, which `os.replace` makes the store's."""
-    for left in (folder / NEW, folder / (NEW + "-journal")):
-        left.unlink(missing_ok=True)
-    catalog.create(folder / NEW, meta)
-
-
-def make_catalog(folder: Path, meta: str) -> None:
-    """An empty catalogue, which appears whole or not at all."""
-    create_new(folder, meta)
-    os.replace(folder / NEW, folder / CATALOG)
-    sync_folder(folder)
-    sync_folder(folder.absolute().parent)
+def _bytes(tokens: Tokens) -> int:
+    dtype = tokens.dtype if isinstance(tokens, Tensor) else torch.int8
+    return len(tokens) * token_bytes(dtype, tokens.shape[1])

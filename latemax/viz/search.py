@@ -98,7 +98,7 @@ def search_page(
         # the empty slots of two_stage are the last ones
         if i < 0:
             break
-        parts = _parts(q, store[i], best.long(), word, len(labels), normalize)
+        parts = _parts(q, store.floats(i), best.long(), word, len(labels), normalize)
         meta, grid, regions = store.document_meta(i), store.grid(i), store.regions(i)
         picture, size, reason = _picture(images, i, meta, pixels)
         crop = meta.get("crop")

@@ -36,6 +36,7 @@ def built():
         *sorted((CSRC / "cuda").glob("*.cu")),
         CSRC / "binding_cuda.cpp",
         HERE / "emulator.cpp",
+        HERE / "warp.cpp",
         HERE / "plan.cpp",
     ]
     include = [f"-I{HERE}", f"-I{CSRC}", f"-I{sysconfig.get_path('include')}"]
@@ -62,7 +63,7 @@ def built():
 def program(source: Path) -> Path:
     """A program over the kernels, without Python."""
     folder = Path(built()[0].__spec__.origin).parent
-    objects = [folder / f"{name}.o" for name in ("forward", "backward", "shared", "sm80", "sm90", "emulator")]
+    objects = [folder / f"{name}.o" for name in ("forward", "backward", "shared", "sm80", "sm90", "emulator", "warp")]
     out = folder / source.stem
     subprocess.run(
         ["g++", *FLAGS, f"-I{HERE}", f"-I{CSRC}", str(source), *map(str, objects), "-o", str(out)], check=True

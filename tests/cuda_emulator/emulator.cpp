@@ -148,23 +148,15 @@ void land(const Load &load) {
     }
 }
 
-/* The element of a K-major operand, rows of 128 bytes swizzled by 128 bytes. */
-float element(uint64_t descriptor, int row, int k, bool bf16) {
-    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) emulator::fail("wgmma: not the 128-byte swizzle");
-    const uint32_t start = (descriptor & 0x3fff) << 4, step = (descriptor >> 32 & 0x3fff) << 4;
-    const uint32_t plain = start + row / 8 * step + row % 8 * 128 + k * 2;
-    return emulator::widen(emulator::shared_u16(plain ^ (plain >> 7 & 7) << 4), bf16);
-}
-
 void multiply(const Product &p) {
     static float a[64][16], b[16][256];
     for (int k = 0; k < 16; ++k) {
         for (int m = 0; m < 64; ++m) {
             const int thread = m / 16 * 32 + m % 8 * 4 + k % 8 / 2, index = m % 16 / 8 + k / 8 * 2;
             a[m][k] = p.registers[0] ? emulator::widen(p.registers[thread][index] >> k % 2 * 16 & 0xffff, p.bf16)
-                                     : element(p.a, m, k, p.bf16);
+                                     : emulator::element(p.a, m, k, p.bf16);
         }
-        for (int n = 0; n < p.n; ++n) b[k][n] = element(p.b, n, k, p.bf16);
+        for (int n = 0; n < p.n; ++n) b[k][n] = emulator::element(p.b, n, k, p.bf16);
     }
     for (int m = 0; m < 64; ++m) {
         float line[256] = {};
@@ -361,79 +353,6 @@ void wgmma_commit() {
 void wgmma_wait(int pending) {
     meet("wgmma.wait", current / 128 * 128, 128, &pending,
          [](void **all) { finish_products(current / 128 * 128, *static_cast<int *>(all[0])); });
-}
-
-float widen(uint16_t x, bool bf16) {
-    uint32_t bits = static_cast<uint32_t>(x) << 16;
-    if (!bf16) {
-        const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, exponent = x >> 10 & 31, digits = x & 1023;
-        if (exponent == 0) {
-            const float tiny = ldexpf(static_cast<float>(digits), -24);
-            return sign ? -tiny : tiny;
-        }
-        bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | digits << 13;
-    }
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* Rounds to nearest, ties to even. */
-uint16_t narrow(float x, bool bf16) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if (bf16) return x != x ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    const uint16_t sign = bits >> 16 & 0x8000;
-    const float size = fabsf(x);
-    if (x != x) return 0x7fff;
-    if (size >= 65520) return sign | 0x7c00;
-    if (size < 6.103515625e-5f) return sign | static_cast<uint16_t>(nearbyintf(ldexpf(size, 24)));
-    bits = (bits & 0x7fffffff) - (112u << 23);
-    return sign | static_cast<uint16_t>((bits + 0xfff + (bits >> 13 & 1)) >> 13);
-}
-
-struct Fragments {
-    float *c;
-    const uint32_t *a;
-    uint32_t b[2];
-    bool bf16;
-};
-void mma(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16) {
-    Fragments mine{c, a, {b0, b1}, bf16};
-    meet("mma", current / 32 * 32, 32, &mine, [](void **all) {
-        float a[16][16], b[16][8];
-        for (int lane = 0; lane < 32; ++lane) {
-            const Fragments &f = *static_cast<Fragments *>(all[lane]);
-            const int g = lane / 4, t = lane % 4;
-            for (int half = 0; half < 2; ++half) {
-                for (int i = 0; i < 4; ++i)
-                    a[g + i % 2 * 8][2 * t + half + i / 2 * 8] = widen(f.a[i] >> 16 * half & 0xffff, f.bf16);
-                for (int i = 0; i < 2; ++i) b[2 * t + half + i * 8][g] = widen(f.b[i] >> 16 * half & 0xffff, f.bf16);
-            }
-        }
-        for (int lane = 0; lane < 32; ++lane) {
-            float *c = static_cast<Fragments *>(all[lane])->c;
-            for (int i = 0; i < 4; ++i) {
-                const int m = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
-                for (int k = 0; k < 16; ++k) c[i] += a[m][k] * b[k][n];
-            }
-        }
-    });
-}
-
-struct Matrices {
-    uint32_t *r, from;
-};
-void ldmatrix(uint32_t (&r)[4], uint32_t from) {
-    Matrices mine{r, from};
-    meet("ldmatrix", current / 32 * 32, 32, &mine, [](void **all) {
-        for (int lane = 0; lane < 32; ++lane)
-            for (int i = 0; i < 4; ++i) {
-                const uint32_t row = static_cast<Matrices *>(all[8 * i + lane / 4])->from;
-                if (row % 16) fail("ldmatrix: a row not aligned to 16 bytes");
-                memcpy(&static_cast<Matrices *>(all[lane])->r[i], at(row + lane % 4 * 4, 4), 4);
-            }
-    });
 }
 
 int configured() { return config.changes; }

@@ -53,6 +53,7 @@ void wgmma_commit();
 void wgmma_wait(int pending);
 float widen(uint16_t x, bool bf16);
 uint16_t narrow(float x, bool bf16);
+float element(uint64_t descriptor, int row, int k, bool bf16);
 void mma(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16);
 void ldmatrix(uint32_t (&r)[4], uint32_t from);
 void may_yield();

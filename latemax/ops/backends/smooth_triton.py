@@ -7,7 +7,8 @@ from torch import Tensor
 
 from latemax.kernels.smooth import smooth_grad_d_kernel, smooth_grad_q_kernel, smooth_kernel
 from latemax.ops.backends import pointers
-from latemax.ops.backends.triton_launch import _accumulator, _align, _ceil, _compute, _dense_dims, _launch, _precision
+from latemax.ops.backends import triton_operands as operands
+from latemax.ops.backends.triton_launch import _ceil, _dense_dims, _launch
 from latemax.ops.problem import Side
 from latemax.ops.tiles import padded_dim
 
@@ -32,14 +33,14 @@ class Call:
         )  # fmt: skip
         self.sizes = (self.n_q, self.n_d, self.l_q, self.l_d, tau)
         # the wider of the dtypes of q and d decides; a half-precision row and a share keep their digits in TF32
-        precision = "tf32" if dtype.itemsize == 2 else _precision(dtype)
+        precision = "tf32" if dtype.itemsize == 2 else operands.precision(dtype)
         block_k = min(64, padded_dim(self.dim))
         # 64 x 64 blocks of float64 spill
         self.block_d = 32 if self.wide == torch.float64 else 64
         self.constants = self.dim, BLOCK_Q, self.block_d, block_k
         self.column_blocks = _ceil(self.dim, block_k)
-        self.align = _align(q.tokens, d.tokens), precision
-        self.types = _compute(dtype), _accumulator(dtype)
+        self.align = operands.align(q.tokens, d.tokens), precision
+        self.types = operands.compute(dtype), operands.accumulator(dtype)
 
     def _kept(self, s: Side, normalize: bool) -> tuple[Tensor, Tensor]:
         x = s.tokens

@@ -54,16 +54,34 @@ OPTIONS = (
     {},
     {"normalize_scores": False},
     {"use_smooth_max": True},
+    {"use_smooth_max": True, "normalize_scores": False, "tau": 0.02, "pos_aware_negative_filtering": True},
     {"pos_aware_negative_filtering": True},
     {"in_batch_term_weight": 0.0},
 )
+
+
+def check_smooth_losses_call_latemax():
+    """No smooth maximum of any loss is left to the host."""
+
+    def refused(*_, **__):
+        raise AssertionError("the host computed a smooth maximum")
+
+    for loss in LOSSES:
+        made = loss(use_smooth_max=True)
+        made._smooth_max = refused
+        for part in made.children():
+            part._smooth_max = refused
+        q, d, negatives = unit(4, 5, 8), unit(4, 6, 8), unit(4, 3, 7, 8)
+        with latemax.compat.patch("colpali_engine"):
+            made(*((q, d, negatives) if "Negative" in loss.__name__ else (q, d)))
+        tried["smooth maxima"] += 1
 
 
 def check_losses():
     """Every loss with every option, value and gradients; both paddings, since no row is zero."""
     for loss in LOSSES:
         explicit = "Negative" in loss.__name__
-        for options in OPTIONS if explicit else OPTIONS[:4]:
+        for options in OPTIONS if explicit else OPTIONS[:5]:
             q, d, negatives = unit(4, 5, 8), unit(4, 6, 8), unit(4, 3, 7, 8)
             inputs = (q, d, negatives) if explicit else (q, d)
             made = loss(**options)
@@ -77,16 +95,20 @@ def check_losses():
 
 
 def check_positives_are_exact():
-    """A zero row wins against -0.6 in the host; exact treats it as padding, in positives as in negatives."""
+    """A zero row wins against -0.6 in the host; exact treats it as padding, in positives as in negatives.
+
+    Smooth maxima: the host adds exp(0) for the zero row.
+    """
     q = torch.tensor([[[1.0, 0.0]]])
     padded = torch.tensor([[[-0.6, 0.0], [0.0, 0.0]]])
     for loss in (losses.ColbertNegativeCELoss, losses.ColbertPairwiseNegativeCELoss):
-        made = loss(in_batch_term_weight=0.0, temperature=1.0)
-        plain = made(q, padded[:, :1], padded[:, None, :1])
-        assert made(q, padded, padded[:, None, :1]) < plain  # softplus(-0.6 - 0)
-        with latemax.compat.patch("colpali_engine"):
-            same(made(q, padded, padded[:, None, :1]), plain)
-        tried["losses"] += 1
+        for smooth in (False, True):
+            made = loss(in_batch_term_weight=0.0, temperature=1.0, use_smooth_max=smooth)
+            plain = made(q, padded[:, :1], padded[:, None, :1])
+            assert made(q, padded, padded[:, None, :1]) < plain  # softplus(-0.6 - 0)
+            with latemax.compat.patch("colpali_engine"):
+                same(made(q, padded, padded[:, None, :1]), plain)
+            tried["losses"] += 1
 
 
 def check_training():

@@ -1,0 +1,227 @@
+"""Exact top-k of a corpus that has 8-bit codes: codes are streamed, and only documents that may be among the k best are
+read and scored.
+
+A code bounds what its token's score can be. A document is left out if even its upper bound, with the most that the
+scoring kernel can round it up, is below the k-th best lower bound, with the most that it can round that down. Bounds of
+an 8-bit query come first, those of the float query for what survives, the tokens themselves last.
+
+Where the bounds are loose, codes cost more than they save. Documents are taken in blocks: where a block shows that more
+than LOOSE of its documents would survive, the next documents are scored without codes, twice as many every time, and
+then another block is tried.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latemax._progress import Bar
+from latemax.bounds import bound_corpus
+from latemax.quantized import QuantizedTokens
+from latemax.search import corpus as corpora
+from latemax.search import stream
+from latemax.search.margin import LARGEST, Margin, largest_norms
+from latemax.search.scan import SCORE_BYTES, Scan
+
+# Share of documents that survive, above which codes are left.
+LOOSE = 0.3
+# Documents of a block and of the first one after a gap, and of the first gap, as shares of the corpus.
+BLOCK, SAMPLE, GAP = 0.05, 0.01, 0.1
+# A sample of fewer documents says little.
+FEW = 20
+# Shares of the memory: codes with their bounds, and documents that wait to be scored; the rest is for their tokens.
+CODES_MEMORY, WAITING_MEMORY = 0.3, 0.1
+# Bounds of a query and a document: both as float32 and as float64 with their margin, and what sorts them.
+BOUND_BYTES = 2 * SCORE_BYTES
+
+
+def codes_of(codes: Any, corpus: corpora.Corpus) -> corpora.Corpus:
+    """The codes of a corpus in memory, checked to have its lengths.
+
+    Raises:
+        TypeError, ValueError: naming ``codes``, the rule and what came.
+    """
+    first = codes[0] if isinstance(codes, (list, tuple)) and codes else codes
+    if not isinstance(first, QuantizedTokens) or first.kind != "int8":
+        came = first.kind if isinstance(first, QuantizedTokens) else type(first).__name__
+        raise TypeError(f"codes must be 'auto', 'off' or QuantizedTokens of kind 'int8', got {came}")
+    if not corpus.resident or corpus.dtype == torch.int8 or corpus.keep(0, 0) is not None:
+        raise ValueError("codes must be 'auto' or 'off' with a store, a corpus of codes or a d_mask")
+    found = corpora.of(codes)
+    if found.dim != corpus.dim or not torch.equal(found.offsets, corpus.offsets):
+        raise ValueError(
+            f"codes must have the dim and the lengths of corpus; got dim {found.dim} and {corpus.dim}, {len(found)} "
+            f"documents of {int(found.offsets[-1])} tokens and {len(corpus)} of {int(corpus.offsets[-1])}"
+        )
+    return found
+
+
+def fits(scan: Scan, searched: corpora.Corpus) -> bool:
+    """Whether the memory holds the largest document twice, as codes and as tokens, and codes can pay."""
+    if searched.codes is None or scan.k > LOOSE * len(searched):
+        return False
+    longest = int(searched.offsets.diff().max())
+    codes = longest * _code_bytes(searched) + scan.n_q * BOUND_BYTES
+    tokens = 2 * longest * searched.token_bytes + scan.n_q * SCORE_BYTES
+    share = CODES_MEMORY + WAITING_MEMORY
+    return codes <= scan.budget * CODES_MEMORY and tokens <= scan.budget * (1 - share)
+
+
+def _code_bytes(searched: corpora.Corpus) -> int:
+    """Two buffers, what survives of one, and the norms of tokens."""
+    assert searched.codes is not None
+    return 3 * searched.codes.token_bytes + 16
+
+
+class Search:
+    """One search; `scan.kept` is its result.
+
+    Args:
+        scan: scores documents and keeps the k best. searched: the corpus, with codes. margin: of the scoring kernel.
+        options: of `bound_corpus`.
+    """
+
+    def __init__(self, scan: Scan, searched: corpora.Corpus, margin: Margin, options: dict[str, Any], bar: Bar | None):
+        assert searched.codes is not None
+        self.scan, self.searched, self.codes, self.margin = scan, searched, searched.codes, margin
+        # bounds hold whatever computes them
+        self.options, self.bar, self.n = options | {"backend": "auto"}, bar, len(searched)
+        total = scan.budget
+        self.waiting_bytes = total * WAITING_MEMORY
+        self.runs = corpora.runs(self.codes, int(total * CODES_MEMORY), _code_bytes(searched), scan.n_q * BOUND_BYTES)
+        self._most = max(1, int(BLOCK * self.n))
+        self._sample = min(self._most, max(FEW, int(SAMPLE * self.n)))
+        scan.budget = int(total * (1 - CODES_MEMORY - WAITING_MEMORY))
+        # what the k best documents so far score at least, float64 [n_q, k]; a document counts once
+        self.floor = torch.full((scan.n_q, scan.k), -math.inf, dtype=torch.float64, device=scan.device)
+        # documents that may be among the k best: int64 [m] on the CPU, and their upper bounds [n_q, m]
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.rescored = self.bytes = 0
+        # whether bounds of the float query are tighter than those of an 8-bit one
+        self.finer = True
+
+    def run(self) -> dict[str, Any]:
+        """Goes through the corpus; returns the statistics of `TopK`."""
+        a, gap = 0, max(1, round(GAP * self.n))
+        while a < self.n:
+            # a sample first: nothing more is read before it is known
+            a, tight = self._blocks(self._planned(a, self._sample)[:1])
+            if tight and a < self.n:
+                a, tight = self._blocks(self._planned(a, self._most))
+            if not tight and a < self.n:
+                end = min(self.n, a + gap)
+                self._score(torch.arange(a, end, device="cpu"), seen=False)
+                self._tick(end - a)
+                a, gap = end, 2 * gap
+        self._score_waiting()
+        return {"documents": self.n, "rescored": self.rescored, "bytes": self.bytes}
+
+    def _planned(self, a: int, size: int) -> list[tuple[int, int]]:
+        """Blocks of at most ``size`` documents from a on."""
+        found = []
+        for _, end in self.runs:
+            while a < end:
+                found.append((a, min(end, a + size)))
+                a = found[-1][1]
+        return found
+
+    def _blocks(self, blocks: list[tuple[int, int]]) -> tuple[int, bool]:
+        """Takes blocks until the bounds of one are loose; returns where it stopped, and whether they were tight."""
+        end = blocks[0][0]
+        for (a, end), tokens in stream.chunks(self.codes, blocks, self.scan.device):
+            tight = self._block(a, end, tokens)
+            self._tick(end - a)
+            if sum(len(numbers) for numbers, _ in self.waiting) * 8 * (self.scan.n_q + 2) > self.waiting_bytes:
+                self._score_waiting()
+            if not tight:
+                return end, False
+        return end, True
+
+    def _tick(self, documents: int) -> None:
+        if self.bar is not None:
+            self.bar.tick(documents)
+
+    def _block(self, a: int, b: int, tokens: Any) -> bool:
+        """Bounds of documents a … b - 1, of which those that may be among the k best wait; whether that is few."""
+        offsets = self.codes.offsets[a : b + 1] - self.codes.offsets[a]
+        lengths = offsets.diff()
+        self.bytes += len(tokens) * self.codes.token_bytes
+        largest = largest_norms(tokens.scale, tokens.error, lengths, self.codes.dim)
+        margin = self.margin.of(largest)
+        # a token that is not finite, or so large that a kernel's sum may overflow: nothing is known
+        unknown = ~(largest < LARGEST)
+        lower, upper = self._bounds(tokens, offsets, margin, unknown, coarse=True)
+        alive = (upper >= self._raised(lower)[:, -1:]).any(0)
+        some = alive.nonzero().flatten()
+        if len(some) and self.finer:
+            part = tokens, offsets
+            if 2 * len(some) < b - a:
+                part = _documents(tokens, offsets, alive.cpu())
+            else:
+                some = torch.arange(b - a, device=some.device)
+            low, high = self._bounds(*part, margin[:, some], unknown[some], coarse=False)
+            # where no instruction multiplies an 8-bit query faster, both bounds are computed alike
+            self.finer = bool((low > lower[:, some]).any() or (high < upper[:, some]).any())
+            lower[:, some] = torch.maximum(lower[:, some], low)
+            upper[:, some] = torch.minimum(upper[:, some], high)
+        self.floor = self._raised(lower)
+        alive = (upper >= self.floor[:, -1:]).any(0)
+        # the k-th best of all documents is about as good as the block's share of k
+        rank = min(b - a, max(1, math.ceil(self.scan.k * (b - a) / self.n)))
+        level = torch.maximum(self.floor[:, -1:], lower.topk(rank, dim=1).values[:, -1:])
+        tight = float((upper >= level).any(0).double().mean()) <= LOOSE
+        wait = alive.nonzero().flatten()
+        self.waiting.append((a + wait.cpu(), upper[:, wait]))
+        return tight
+
+    def _bounds(
+        self, tokens: Any, offsets: Tensor, margin: Tensor, unknown: Tensor, *, coarse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What the scores of the tokens are at least and at most, as a kernel computes them: float64 [n_q, n]."""
+        lower, upper = bound_corpus(self.scan.q, tokens, offsets, self.scan.q_mask, **self.options, coarse=coarse)
+        if self.scan.one_query:
+            lower, upper = lower.unsqueeze(0), upper.unsqueeze(0)
+        lower, upper = lower.double() - margin, upper.double() + margin
+        lower = torch.where(lower.isnan() | unknown, -math.inf, lower)
+        return lower, torch.where(upper.isnan() | unknown, math.inf, upper)
+
+    def _raised(self, lower: Tensor) -> Tensor:
+        """The floor with documents of ``lower`` [n_q, n]."""
+        return torch.cat([self.floor, lower], 1).topk(self.scan.k, dim=1).values
+
+    def _score_waiting(self) -> None:
+        if not self.waiting:
+            return
+        numbers = torch.cat([numbers for numbers, _ in self.waiting])
+        upper = torch.cat([upper for _, upper in self.waiting], 1)
+        self.waiting = []
+        self._score(numbers[(upper >= self.floor[:, -1:]).any(0).cpu()], seen=True)
+
+    def _score(self, numbers: Tensor, *, seen: bool) -> None:
+        """Scores documents of rising number from their tokens. seen: the floor has counted them."""
+        searched = self.searched
+        base, documents = (
+            (searched.whole, searched.documents[numbers])
+            if isinstance(searched, corpora.Subset)
+            else (searched, numbers)
+        )
+        part = corpora.Subset(base, documents)
+        self.rescored += len(numbers)
+        self.bytes += int(part.offsets[-1]) * part.token_bytes
+        for (a, b), scores in self.scan.chunks(part, self.scan.runs(part)):
+            self.scan.keep(scores, numbers[a:b])
+            if not seen:
+                known = scores.double()
+                self.floor = self._raised(torch.where(known.isnan(), -math.inf, known))
+
+
+def _documents(tokens: Any, offsets: Tensor, alive: Tensor) -> tuple[Any, Tensor]:
+    """The tokens of some documents, a copy, and their offsets. alive: bool [n] on the CPU."""
+    lengths = offsets.diff()
+    rows = alive.repeat_interleave(lengths).nonzero().flatten().to(tokens.device)
+    ends = torch.zeros(int(alive.sum()) + 1, dtype=torch.int64, device="cpu")
+    torch.cumsum(lengths[alive], 0, out=ends[1:])
+    return tokens._map(lambda x: x.index_select(0, rows)), ends

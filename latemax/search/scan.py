@@ -1,0 +1,59 @@
+"""Scores of a corpus chunk by chunk, of which the k best stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latemax.api import maxsim, score_corpus
+from latemax.search import corpus as corpora
+from latemax.search import stream
+from latemax.search.merge import TopK, merge
+
+# Of a chunk's scores, at once: the scores, their keys, the order as int64, a sort's copy of both, and the indices.
+SCORE_BYTES = 48
+
+
+class Scan:
+    """What `topk` keeps while it goes through a corpus.
+
+    Args:
+        q, q_mask: the queries, on the device that scores. options: of `maxsim`.
+        k: how many are kept. budget: bytes for a chunk of tokens and its scores.
+    """
+
+    def __init__(self, q: Any, q_mask: Any, k: int, budget: int, options: dict[str, Any]):
+        self.q, self.q_mask, self.k, self.budget, self.options = q, q_mask, k, budget, options
+        self.one_query = isinstance(q, Tensor) and not q.is_nested and q.dim() == 2
+        self.n_q = 1 if self.one_query else len(q)
+        self.device: torch.device = (q if isinstance(q, Tensor) else q[0]).device
+        self.kept: TopK | None = None
+
+    def runs(self, corpus: corpora.Corpus) -> list[tuple[int, int]]:
+        """Runs of documents that the budget holds; ValueError for a document that it does not."""
+        moves = corpus.device != self.device
+        copies = moves or corpus.copies
+        row = corpus.token_bytes * (2 if moves or not corpus.resident else 1) if copies else 0
+        return corpora.runs(corpus, self.budget, row, self.n_q * SCORE_BYTES)
+
+    def chunks(self, corpus: corpora.Corpus, runs: list[tuple[int, int]]) -> Any:
+        """((a, b), scores [n_q, b - a]) of runs of documents."""
+        for (a, b), tokens in stream.chunks(corpus, runs, self.device):
+            scores = self._score(corpus, a, b, tokens)
+            yield (a, b), scores.unsqueeze(0) if self.one_query else scores
+
+    def _score(self, corpus: corpora.Corpus, a: int, b: int, tokens: Any) -> Tensor:
+        keep = corpus.keep(a, b)
+        if keep is None:
+            offsets = corpus.offsets[a : b + 1] - corpus.offsets[a]
+            return score_corpus(self.q, tokens, offsets, self.q_mask, **self.options)
+        return maxsim(self.q, tokens.view(b - a, -1, corpus.dim), self.q_mask, keep.to(tokens.device), **self.options)
+
+    def keep(self, scores: Tensor, indices: Tensor) -> None:
+        """Takes scores [n_q, n] of documents of rising number, int64 [n]."""
+        if self.kept is None:
+            nothing = torch.empty(self.n_q, 0, dtype=torch.int64, device=scores.device)
+            self.kept = TopK(scores[:, :0], nothing)
+        self.kept = merge(self.kept, scores, indices.to(scores.device), self.k)
