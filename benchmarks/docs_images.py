@@ -17,6 +17,7 @@ OUT = Path(__file__).resolve().parents[1] / "docs" / "img"
 LIMIT = 150_000
 # file -> (width in pixels, colours): photos need colours, plots need pixels
 IMAGES = {
+    "words.png": (860, 96),
     "ranking-3-motorcycle.png": (860, 128),
     "cls-win-rate.png": (1100, 64),
     "cls-simulation.png": (1000, 64),
@@ -25,9 +26,15 @@ IMAGES = {
 }
 
 
+# file -> the part of its height that is kept: of the words, those with CLS dropped
+KEPT = {"words.png": (0.062, 0.452)}
+
+
 def shrink(source: Path, target: Path, width: int, colours: int) -> int:
     """Writes ``target`` and returns its size in bytes."""
     with Image.open(source) as image:
+        top, bottom = (round(image.height * side) for side in KEPT.get(source.name, (0, 1)))
+        image = image.crop((0, top, image.width, bottom))
         height = round(image.height * width / image.width)
         small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     small.quantize(colours, dither=Image.Dither.NONE).save(target, optimize=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 
 from latemax import reference
-from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, smooth_maxsim, warmup
+from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, smooth_maxsim
 from latemax.bounds import maxsim_bounds
 from latemax.module import MaxSim
 from latemax.ops.dispatch import Choice
 from latemax.quantized import QuantizedTokens, quantize
+from latemax.warm import warmup
 
 __version__ = "0.1.0"
 __all__ = [

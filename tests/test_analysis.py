@@ -17,8 +17,7 @@ from latemax.analysis import (
     token_norms,
 )
 
-INF = float("inf")
-NAN = float("nan")
+INF, NAN = float("inf"), float("nan")
 GROUPS = token_groups(3, n_registers=1)  # CLS, one register, three patches
 
 
@@ -41,15 +40,13 @@ ARGMAX = [[[0, 3], [0, 2]], [[4, 0], [3, 1]]]
 
 
 def test_scene_is_as_written(scene):
-    _, argmax = maxsim(*scene, return_argmax=True)
-    assert argmax.tolist() == ARGMAX
+    assert maxsim(*scene, return_argmax=True)[1].tolist() == ARGMAX
 
 
 class TestTokenGroups:
     def test_positions(self):
         assert token_groups(3, n_registers=2) == {"CLS": slice(0, 1), "registers": slice(1, 3), "patches": slice(3, 6)}
-
-    def test_empty_groups_are_left_out(self):
+        # empty groups are left out
         assert token_groups(4, n_cls=0) == {"patches": slice(0, 4)}
 
     def test_negative(self):

@@ -143,14 +143,26 @@ class TestRun:
         out, result = demo
         assert sorted(result["files"]) == sorted(p.name for p in out.iterdir())
         expected = {
-            "grounding.png", "cls-win-rate.png", "cls-distribution.png", "cls-simulation.png", "token-norms.png",
-            "token-norm-maps.png", "demo.json",
+            "grounding.png", "cls-win-rate.png", "cls-distribution.png", "cls-simulation.png",
+            "cls-simulation-more.png", "token-norms.png", "token-norm-maps.png", "words.png", "demo.json",
         }  # fmt: skip
         assert expected <= set(result["files"])
         assert sum(name.startswith("ranking-") for name in result["files"]) >= 2
         for path in out.glob("*.png"):
             assert path.read_bytes().startswith(b"\x89PNG")
             assert path.stat().st_size > 5_000
+
+    def test_a_picture_says_what_it_asks(self, tmp_path, monkeypatch):
+        plt = pytest.importorskip("matplotlib.pyplot")
+        from latemax.demo.figures import NOTES, Album, note_of
+
+        said = []
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda fig, *_, **__: said.append(fig.get_supxlabel()))
+        for name in ("token-norm-maps.png", "token-norms.png", "cls-simulation-more.png"):
+            Album(tmp_path).save(name, plt.subplots(layout="constrained"))
+        assert all(text.startswith("Asked: ") and "\nLook at: " in text for text in said)
+        assert "median absolute deviation" in " ".join(said[0].split()) and said[0] != said[1]
+        assert note_of("token-norm-maps.png") is NOTES["token-norm-maps"]
 
     def test_json_is_what_was_returned(self, demo):
         out, result = demo

@@ -60,6 +60,21 @@ def test_plain_arrays_are_taken_at_once():
             assert arrays.plain_as_tensors([x[0], odd]) is None
 
 
+@pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
+def test_lists_of_arrays_are_read_where_they_are(monkeypatch):
+    q, d = draw(2, 3, 4), [draw(3, 4), draw(0, 4), draw(8, 4)[::2], draw(5, 1).repeat(4, 1)]
+    d[0].flags.writeable = False
+    expected = latemax.maxsim(torch.from_numpy(q), [torch.from_numpy(x.copy()) for x in d])
+    table, offsets = native.read_items(d, arrays=True)
+    assert table[[0, 2, 3], 0].tolist() == [x.ctypes.data for x in d if len(x)]
+    assert table[[0, 2, 3], 2].tolist() == [4, 8, 4] and offsets.tolist() == [0, 3, 3, 7, 12]
+    odd = (draw(3, 4)[::-1], draw(4, 3).T, draw(3, 4).astype(">f4"), draw(3, 4, dtype=np.float64), draw(3, 5), draw(3))
+    for x in odd:
+        assert native.read_items([d[0], x], arrays=True) is None
+    monkeypatch.setattr(arrays, "all_as_tensors", None)  # no other item becomes a tensor
+    assert torch.equal(latemax.maxsim(q, d), expected)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda x: x.__name__)
 def test_lists_of_arrays(dtype):
     q, d = ([draw(n, 16, dtype=dtype, seed=n) for n in lengths] for lengths in ((3, 1), (5, 0, 130)))

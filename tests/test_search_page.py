@@ -263,6 +263,7 @@ class TestBrowser:
 
     def test_regions_and_documents_without_places(self, shown):
         page = shown(1440)
+        assert page.run(WHERE.format(2)) == "whole query, 2 best tokens without a place"
         page.hover(".chip:nth-child(3)")
         assert place_of(page, ".hit", 2) == pytest.approx([0.5, 0, 1, 0.5], abs=0.01)
         # one row of the middle of the upper half

@@ -24,7 +24,7 @@ FENCE = re.compile(
 BLOCKS = {page: list(FENCE.finditer(page.read_text())) for page in PAGES}
 WITH_BLOCKS = [page for page in PAGES if BLOCKS[page]]
 # blocks of all pages that run, and that do not
-RUN, NOT_RUN = 13, 3
+RUN, NOT_RUN = 19, 0
 
 
 def tokens(*shape):
@@ -46,8 +46,11 @@ def reader(tmp_path, monkeypatch):
     from pdf_files import pdf, words
     from PIL import Image
 
+    import latemax.compat
     from latemax import PatchEncoder
 
+    handles, patch = [], latemax.compat.patch
+    monkeypatch.setattr(latemax.compat, "patch", lambda host: handles.append(patch(host)) or handles[-1])
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     for name in ("a.jpg", "b.png", "crop.jpg", "page-1.png", "page-2.png", "photo.jpg"):
@@ -55,9 +58,11 @@ def reader(tmp_path, monkeypatch):
     Path("report.pdf").write_bytes(
         pdf([words(text) for text in ("total revenue", "costs", "people", "plans", "risks")])
     )
-    tiny = PatchEncoder(tiny_vit())
-    monkeypatch.setattr(PatchEncoder, "from_pretrained", lambda name, **options: PatchEncoder(tiny.model, **options))
+    monkeypatch.setattr(PatchEncoder, "from_pretrained", lambda name, **options: PatchEncoder(tiny_vit(), **options))
     monkeypatch.setattr("latemax.Retriever.from_pretrained", tiny_retriever)
+    yield
+    for handle in handles:
+        handle.undo()
 
 
 def tiny_retriever(name):
@@ -71,14 +76,22 @@ def tiny_retriever(name):
 def names_of_the_readme():
     from PIL import Image
 
+    images = [Image.new("RGB", (40, 50), color) for color in ("red", "blue")]
+    batches = [(images, torch.nn.functional.normalize(torch.randn(2, 3, 128), dim=-1))]
+    return dict(
+        query_tokens=tokens(5), page_tokens=tokens(4, 7), names=["a.jpg", "b.png"], tokens_of_photos=[tokens(7)] * 2,
+        batches=batches,
+    )  # fmt: skip
+
+
+def names_of_scoring():
     q, d = tokens(3, 5).requires_grad_(), tokens(3, 7).requires_grad_()
     return dict(
-        query_tokens=tokens(5), page_tokens=tokens(4, 7), pages=[tokens(7)] * 3, q=q, d=d,
+        q=q, d=d,
         q_mask=torch.ones(3, 5), d_mask=torch.ones(3, 7), q_flat=tokens(9), d_flat=tokens(12),
         cu_seqlens_q=torch.tensor([0, 4, 9]), cu_seqlens_d=torch.tensor([0, 7, 12]), tokens=tokens(12),
         offsets=torch.tensor([0, 7, 12]), candidates=torch.tensor([[0, 1], [1, 0], [1, -1]]),
         found=torch.tensor([1, 0]), asked=torch.tensor([2, 2]), idf=torch.rand(3, 5),
-        images=[Image.new("RGB", (40, 50))],
     )  # fmt: skip
 
 
@@ -108,11 +121,13 @@ def names_of_the_encoders():
 
 
 # what a page prints, in part
-PRINTED = {"README.md": "page-", "documents.md": "report.pdf#page="}
+PRINTED = {"README.md": "a.jpg", "concepts.md": "0.0 -0.5", "documents.md": "report.pdf#page="}
 NAMES = {
     "README.md": names_of_the_readme,
+    "score.md": names_of_scoring,
     "corpus.md": names_of_the_corpus,
     "encoders.md": names_of_the_encoders,
+    "compression.md": lambda: dict(query_tokens=tokens(2, 3), page_tokens=tokens(4, 7)),
     "why-drop-cls.md": lambda: dict(images=["a.jpg", "b.png"], query_tokens=tokens(1, 3)),
 }
 

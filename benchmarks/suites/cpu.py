@@ -302,10 +302,62 @@ def table_of_others(result: dict) -> str:
     return markdown(["what", "latemax", "compared with"], rows)
 
 
+def table_in_short(result: dict) -> str:
+    """Two shapes, short and long queries, without the contenders that the long table has too."""
+    machine = result["machine"]
+    by_name = {(tuple(row["shape"]), row["name"]): row for row in result["rows"]}
+    every = list(by_shape(result["rows"]))
+    shown = every[0], every[-1]
+    rows = []
+    for name in ("latemax", "latemax, bfloat16 input", "torch einsum", "torch chunked (32 documents)", "fast-maxsim"):
+        cells = [by_name[shape, name] for shape in shown]
+        times = [f"{row['ms_p50']:.1f} ms ({row['vs_latemax']:.2f}×)" for row in cells]
+        rows.append([f"**{name}**" if name.startswith("latemax") else name, *times])
+    return markdown(["(l_q, n_d, l_d, dim)", *map(str, shown)], rows) + (
+        f"\nIn brackets: times of latemax float32. {machine['cpu']} ({machine['capability']}), {machine['threads']} "
+        f"threads, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}.\n"
+    )
+
+
+def table_of_peers(result: dict) -> str:
+    """What each exact or approximate contender takes, over the main shapes."""
+    machine, rows = result["machine"], []
+    names = [row["name"] for row in result["rows"] if not row["name"].startswith("latemax")]
+    for name in dict.fromkeys(names):
+        here = [row for row in result["rows"] if row["name"] == name]
+        ratios, error = [row["vs_latemax"] for row in here], max(row["max_error"] for row in here)
+        rows.append([name, machine["peers"].get(name.split(" ")[0], f"torch {machine['torch']}"),
+                     f"{min(ratios):.2f}× to {max(ratios):.2f}×", f"{error:.2g}"])  # fmt: skip
+    return markdown(["contender", "version", "time, of latemax float32", "largest error of a score"], rows) + (
+        f"\nThe shapes of [performance](performance.md). {machine['cpu']} ({machine['capability']}), "
+        f"{machine['threads']} threads, commit {machine['commit']}, {machine['date']}.\n"
+    )
+
+
+def reason(result: dict) -> str:
+    """A line of the README: scoring and training compared with the best exact alternative."""
+    best = sorted(
+        min(row["vs_latemax"] for row in here)
+        for here in by_shape(
+            [row for row in result["sweep"] if "float16" not in row["name"] and row["name"] != "latemax"]
+        ).values()
+    )
+    steps = [min(row["vs_latemax"] for row in here[1:]) for here in by_shape(result["train"]).values()]
+    return (
+        f"- **Exact scores in half the time**: the best exact alternative takes {best[len(best) // 2]:.2f}× as long in "
+        f"the median of {len(best)} shapes, {best[0]:.2f}× at least; a training step by autograd {min(steps):.1f}× to "
+        f"{max(steps):.1f}× ({result['machine']['capability']}).\n"
+    )
+
+
 TABLES = {
     "cpu": Table("cpu", table),
     "cpu-more": Table("cpu", table_of_others),
     "cpu-avx512": Table("cpu-avx512", table),
+    "cpu-peers": Table("cpu", table_of_peers),
+    "cpu-peers-avx512": Table("cpu-avx512", table_of_peers),
+    "cpu-short": Table("cpu-avx512", table_in_short),
+    "reason-scoring": Table("cpu", reason),
 }
 
 

@@ -1,6 +1,6 @@
 """The hosts' own calls, and the same calls of latemax.compat, interleaved.
 
-    python -m benchmarks.suites.hosts [--json FILE] [--host NAME ...] [--hosts FOLDER]
+    python -m benchmarks.suites.hosts [--json FILE] [--host NAME ...] [--hosts FOLDER] [--avx2]
 
 `make test-hosts` fills the folder (.hosts): a folder per host and `libs`. Each host runs in a process of its own, since
 they pin versions of each other. Scores are compared before anything is timed. vLLM needs a GPU: its rows are against
@@ -9,6 +9,7 @@ a stand-in.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -24,11 +25,16 @@ import torch
 from torch import Tensor
 
 import latemax
-from benchmarks import harness
+from benchmarks import harness, internals
 from benchmarks.shapes import unit
 from benchmarks.tables import Table, markdown
 
 ROUNDS = 7
+# what keeps torch, oneDNN, MKL and OpenBLAS from using anything better
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "OPENBLAS_CORETYPE": "Haswell",
+}  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -66,6 +72,7 @@ def retrieval(make: Make, name: str, host: Callable[..., Any], ours: Callable[..
 
 
 def colpali_engine(make: Make) -> Iterator[Call]:
+    from colpali_engine.loss import ColbertLoss
     from colpali_engine.utils import maxsim as host
     from colpali_engine.utils.processing_utils import BaseVisualRetrieverProcessor
 
@@ -76,6 +83,9 @@ def colpali_engine(make: Make) -> Iterator[Call]:
     )
     pair = make.dense(32, 32, 128), make.dense(32, 1030, 128)
     yield Call("in-batch loss scores 32×32 vs 32×1030", host.maxsim_inbatch, ours.maxsim_inbatch, pair, train=True)
+    loss = ColbertLoss(use_smooth_max=True, normalize_scores=False)
+    name, smooth = "the same, smooth maximum", functools.partial(ours.inbatch_scores, loss)
+    yield Call(name, loss._inbatch_scores, smooth, pair, train=True)
 
 
 def transformers(make: Make) -> Iterator[Call]:
@@ -278,8 +288,10 @@ def row(host: str, call: Call, rounds: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def measure_one(host: str, tiny: bool) -> dict[str, Any]:
+def measure_one(host: str, tiny: bool, avx2: bool = False) -> dict[str, Any]:
     """Rows of one host, in this process."""
+    if avx2:
+        internals.limit_native("avx2")
     calls, distribution = HOSTS[host]
     sys.path.append(str(harness.ROOT / "tests"))
     importlib.import_module("torchvision_shim").install()
@@ -291,19 +303,21 @@ def measure_one(host: str, tiny: bool) -> dict[str, Any]:
     return dict(rows=rows, version=f"{distribution} {version}".strip())
 
 
-def measure(hosts: list[str], folder: pathlib.Path, tiny: bool = False) -> dict[str, Any]:
-    rows, versions = [], {}
+def measure(hosts: list[str], folder: pathlib.Path, tiny: bool = False, avx2: bool = False) -> dict[str, Any]:
+    rows, versions, options = [], {}, ["--tiny"] * tiny + ["--avx2"] * avx2
     for host in hosts:
         own = [str(folder / host), str(folder / "libs"), str(harness.ROOT / ".vision-libs")]
         path = os.pathsep.join([*own, str(harness.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with tempfile.TemporaryDirectory() as scratch:
             found = pathlib.Path(scratch) / "rows.json"
             command = [sys.executable, "-m", "benchmarks.suites.hosts", "--child", "--host", host, "--json", str(found)]
-            subprocess.run([*command, *(["--tiny"] * tiny)], env={**os.environ, "PYTHONPATH": path}, check=True)
+            environment = {**os.environ, **(AVX2 if avx2 else {}), "PYTHONPATH": path}
+            subprocess.run([*command, *options], env=environment, check=True)
             part = json.loads(found.read_text())
         rows += part["rows"]
         versions[host] = part["version"]
-    return dict(machine=harness.machine(), versions=versions, rows=rows)
+    machine = harness.machine()
+    return dict(machine=machine | dict(capability="AVX2") if avx2 else machine, versions=versions, rows=rows)
 
 
 def table(result: dict) -> str:
@@ -320,19 +334,51 @@ def table(result: dict) -> str:
     )
 
 
-TABLES = {"hosts": Table("hosts-avx512", table)}
+def table_by_host(result: dict) -> str:
+    """The range of every host's calls."""
+    machine, lines = result["machine"], []
+    for host in dict.fromkeys(row["host"] for row in result["rows"]):
+        ratios = [row["ratio"] for row in result["rows"] if row["host"] == host]
+        if host not in ("lists", "vllm"):
+            low, high = f"{min(ratios):.1f}×", f"{max(ratios):.1f}×"
+            lines.append([result["versions"][host], len(ratios), low if low == high else f"{low} to {high}"])
+    return markdown(["library", "calls", "its time, of latemax"], lines) + (
+        f"\nAll calls: [hosts](hosts.md). {machine['cpu']} ({machine['capability']}), {machine['threads']} threads, "
+        f"commit {machine['commit']}, {machine['date']}.\n"
+    )
+
+
+def reason(result: dict) -> str:
+    """A line of the README: what the hosts gain."""
+    rows = [row for row in result["rows"] if row["host"] in result["versions"] and row["host"] not in ("lists", "vllm")]
+    ratios = sorted(row["ratio"] for row in rows)
+    return (
+        f"- **One line inside your library**: {len(rows)} calls of colpali-engine, transformers, "
+        f"sentence-transformers, PyLate, mteb, qdrant-client and LanceDB run {ratios[0]:.1f}× to {ratios[-1]:.1f}× as "
+        f"fast, {ratios[len(ratios) // 2]:.1f}× in the median ({result['machine']['capability']}).\n"
+    )
+
+
+TABLES = {
+    "hosts": Table("hosts-avx512", table),
+    "hosts-amd": Table("hosts-avx512-amd", table),
+    "hosts-avx2": Table("hosts-avx2", table),
+    "hosts-short": Table("hosts-avx512", table_by_host),
+    "reason-hosts": Table("hosts-avx512", reason),
+}
 
 
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--host", action="append", choices=HOSTS, help="only this one; may be repeated")
     parser.add_argument("--hosts", type=pathlib.Path, default=harness.ROOT / ".hosts", help="folder of the libraries")
+    parser.add_argument("--avx2", action="store_true", help="keep latemax and the hosts from using AVX-512")
     parser.add_argument("--child", action="store_true", help="measure one host in this process")
     options = parser.parse_args()
     if options.child:
-        harness.write(options.json, measure_one(options.host[0], options.tiny))
+        harness.write(options.json, measure_one(options.host[0], options.tiny, options.avx2))
         return
-    harness.finish(measure(options.host or [*HOSTS], options.hosts, options.tiny), table, options.json)
+    harness.finish(measure(options.host or [*HOSTS], options.hosts, options.tiny, options.avx2), table, options.json)
 
 
 if __name__ == "__main__":

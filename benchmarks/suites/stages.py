@@ -109,7 +109,7 @@ def contenders(tiny: bool) -> dict[str, Callable[[Packed], Any]]:
 
 
 def judge(name: str, build: Callable[[Packed], Any], corpus: Packed, q: Tensor, exact: Tensor) -> dict[str, Any]:
-    """One first stage on one corpus. ``needed``: candidates that hold 95 and 99 % of all queries' exact top 10."""
+    """One first stage on one corpus. Candidates needed for this share of the queries' exact top 10."""
     begin = time.perf_counter()
     first = build(corpus)
     seconds, n = time.perf_counter() - begin, min(1000, len(first))

@@ -92,7 +92,37 @@ def table_of_untrained_wins(demo: dict) -> str:
     return markdown(("query patches against", "won by CLS", "wins", "chance"), rows)
 
 
+def hits(demo: dict) -> str:
+    """What a frozen ViT finds, in one sentence."""
+    found: dict[str, int] = {}
+    for query in demo["queries"]:
+        found[query["photo"]] = found.get(query["photo"], 0) + (query["rank"] == 1)
+    each, p = len(demo["queries"]) // len(found), demo["pointing"]
+    full, none = ([name for name, n in found.items() if n == wanted] for wanted in (each, 0))
+    return (
+        f"A frozen DINOv2 ViT-S/14 ranks the right photo first for {sum(found.values())} of {len(demo['queries'])} "
+        f"random crops of {len(found)} photos (chance {percent(demo['recall_at_1_chance'])}): for all {each} crops of "
+        f"{len(full)} photos ({', '.join(full[:4])} …), for no crop of {' and '.join(none) or 'none'}. "
+        f"{percent(p['in_box'])} of a crop's patches have their best match where the crop was cut (chance "
+        f"{percent(p['in_box_chance'])}).\n"
+    )
+
+
+def demo_words(demo: dict) -> str:
+    """What the words of the demo find, in one sentence."""
+    w, seconds = demo["words"], demo["seconds"]
+    how = w["trained"]["dropped"]["pointing"], w["untrained"]["dropped"]["pointing"], w["chance"]["dropped"]
+    return (
+        f"On {w['test']} canvases that were not trained on, {percent(how[0])} of the words find a patch of their photo "
+        f"(untrained {percent(how[1])}, chance {percent(how[2])}; all photos were seen in training). With the weights "
+        f"on disk, the words are there {seconds['model'] + seconds['words']:.0f} s after the start, the whole demo "
+        f"after {sum(seconds.values()):.0f} s ({demo['machine']['cpu_count']} cores, shared with other work).\n"
+    )
+
+
 TABLES = {
+    "demo-hits": Table("demo", hits),
+    "demo-words": Table("demo", demo_words),
     "trained": Table("train_grounding", table),
     "cosines": Table("train_grounding", table_of_cosines),
     "train-run": Table("train_grounding", settings),

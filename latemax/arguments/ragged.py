@@ -10,6 +10,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -46,8 +47,13 @@ def as_side(name: str, x: Any, mask: Any, other: Any, codes: Codes | None = None
         check.check_tokens(name, tokens, (2,), "[n, l_i, dim]")
         if mask is None:
             return Side(tokens, None, offsets)
-    items = list(x.unbind()) if isinstance(x, Tensor) else arrays.all_as_tensors(name, list(x))
-    known = native.read_items(items) if not contiguous and _in_place(items) else None
+    items: list[Any] = list(x.unbind()) if isinstance(x, Tensor) else list(x)
+    known = None
+    if mask is None and _eager() and {*map(type, items)} == {np.ndarray}:
+        known = native.read_items(items, arrays=True)
+    if known is None:
+        items = arrays.all_as_tensors(name, items)
+        known = native.read_items(items) if not contiguous and _in_place(items) else None
     if known is None:
         items = _checked(name, items, codes)
     if not items:
@@ -57,14 +63,15 @@ def as_side(name: str, x: Any, mask: Any, other: Any, codes: Codes | None = None
     masks = None if mask is None else _masks(name, mask, items)
     if contiguous:
         return Side(tokens, None if masks is None else torch.cat(masks), offsets)
-    in_place = known is not None or ((items[0].is_cpu or items[0].is_cuda) and _in_place(items))
-    if items[0].is_cuda:
+    first = arrays.as_tensor(name, items[0])
+    in_place = known is not None or ((first.is_cpu or first.is_cuda) and _in_place(items))
+    if first.is_cuda:
         _refuse_capture(name)
         in_place = in_place and name != "q"
     if not in_place:
         keep = None if masks is None else torch.cat(masks)
         ends = list(itertools.accumulate((item.shape[0] for item in items), initial=0))
-        offsets = _sent(torch.tensor(ends, dtype=torch.int64, device="cpu"), items[0].device)
+        offsets = _sent(torch.tensor(ends, dtype=torch.int64, device="cpu"), first.device)
         return Side(torch.cat(items), keep, offsets, codes=codes)
     if known is None:
         items = [_contiguous_dims(item) for item in items]
@@ -73,8 +80,8 @@ def as_side(name: str, x: Any, mask: Any, other: Any, codes: Codes | None = None
     if masks is not None:
         masks = [m.contiguous() for m in masks]
         pointers.set_masks(table, masks)
-    dim = items[0].shape[1]
-    tokens = items[0].new_full((dim,), math.nan if codes is None else 0).expand(int(offsets[-1]), dim)
+    dim = first.shape[1]
+    tokens = first.new_full((dim,), math.nan if codes is None else 0).expand(int(offsets[-1]), dim)
     aligned = False
     if tokens.is_cuda:
         aligned = not bool(((table[:, 0] | table[:, 2] * tokens.element_size()) & 15).any())
@@ -101,12 +108,14 @@ def _refuse_capture(name: str) -> None:
 def _in_place(items: list[Any]) -> bool:
     """Whether items on the CPU are scored where they are: eager mode, ordinary tensors, no gradient or tangent."""
     return (
-        not torch.compiler.is_compiling()
-        and {*map(type, items)} <= {Tensor, torch.nn.Parameter}
-        and operator.no_mode()
-        and forward_ad._current_level < 0
+        {*map(type, items)} <= {Tensor, torch.nn.Parameter}
+        and _eager()
         and not (torch.is_grad_enabled() and True in map(_requires_grad, items))
     )
+
+
+def _eager() -> bool:
+    return not torch.compiler.is_compiling() and operator.no_mode() and forward_ad._current_level < 0
 
 
 def _contiguous_dims(x: Tensor) -> Tensor:

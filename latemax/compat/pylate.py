@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from latemax import maxsim, maxsim_pairs
-from latemax.compat._inputs import EMPTY_SCORE, as_items, as_tensor, check_padding, to_device, weighted, with_zero_rows
+from latemax.compat._inputs import (
+    EMPTY_SCORE,
+    as_items,
+    as_scored,
+    as_tensor,
+    check_padding,
+    to_device,
+    weighted,
+    with_zero_rows,
+)
 from latemax.compat._xtr import XTRKDScores, XTRScores, xtr_group_scores
 
 __all__ = [
@@ -165,8 +174,12 @@ def rerank(
             continue
         q = as_tensor(query)
         q = q if device is None else q.to(device)
-        d = as_tensor(documents) if not isinstance(documents, (list, tuple)) else as_items(documents)
-        d = to_device(d, q.device)
+        if not isinstance(documents, (list, tuple)):
+            d = to_device(as_tensor(documents), q.device)
+        elif padding == "exact" and q.is_cpu:
+            d = as_scored(documents)
+        else:
+            d = to_device(as_items(documents), q.device)
         if padding == "host" and isinstance(d, list):
             d = with_zero_rows(d)
         scores = maxsim(q, d, empty_score=EMPTY_SCORE)

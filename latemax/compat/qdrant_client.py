@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from latemax import maxsim
-from latemax.compat._inputs import as_float32, as_items, as_tensor, check_padding
+from latemax.compat._inputs import as_float32, as_scored, as_tensor, check_padding
 
 __all__ = ["calculate_multi_distance_core"]
 
@@ -49,7 +49,7 @@ def calculate_multi_distance_core(
         raise ValueError("Query vector must not contain NaN")
     if not len(matrices):
         return np.empty(0)
-    q, points = as_tensor(query_matrix), as_items(matrices)
+    q, points = as_tensor(query_matrix), as_scored(matrices)
     if padding == "exact":
         # qdrant-client makes float64 arrays of lists of numbers: of a query, and of points loaded from a disk
         q, points = q.to(torch.float32), as_float32(points)

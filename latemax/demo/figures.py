@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,61 @@ from latemax.analysis import ArgmaxShare, SimilarityDistribution, TokenNorms, gr
 from latemax.demo.photos import Crop, Photo
 from latemax.demo.retrieval import CROP_SIZE, PHOTO_SIZE, Encoded
 from latemax.demo.words import Canvases, Words, shown_words
-from latemax.viz._style import INK, MUTED, as_uint8, percent, style
+from latemax.viz._style import COLORS, INK, MUTED, as_uint8, percent, style
 
 DPI = 130
 # These photos are shown if they are installed; the worst-ranked crop is always shown too.
 SHOWN = ("astronaut", "coffee", "motorcycle")
+# a miss is said in this colour
+MISS = "#B3261E"
+# panels of the simulation in the first picture: what makes CLS the argmax, and what it costs
+MAIN_PANELS = ("alignment", "norm_ratio", "pointing", "retrieval")
+# beginning of a picture's name -> what is asked, what is shown, what to look at
+NOTES = {
+    "words": (
+        "Where is the word on this canvas of four photo crops?",
+        "Canvases that were not trained on (the photos were). The more orange a patch, the closer it is to the word.",
+        "whether the frame, the best patch, is inside the photo of the word.",
+    ),
+    "ranking-": (
+        "Which photo was this crop cut from?",
+        "The best photos by MaxSim, frozen DINOv2 without any training. Below them, each patch of the crop has a "
+        "colour, and its best match in each photo has the same.",
+        "whether the right photo (green) is first, and its colours are inside the frame in the order of the crop.",
+    ),
+    "grounding": (
+        "Which patches of the right photo does the crop's score come from?",
+        "Orange patches are the best match of at least one patch of the crop.",
+        "whether they are inside the frame, where the crop was cut. Those outside are wrong matches.",
+    ),
+    "cls-win-rate": (
+        "If the CLS token is kept, how often is it the best match of a query token?",
+        "One row per kind of query. Bar: from chance (1 / number of tokens) to the measured share (dot).",
+        "dots to the right of the black line: there CLS takes more than its share.",
+    ),
+    "cls-distribution": (
+        "How similar are query patches to CLS, to patches, and to their best match?",
+        "Histograms of all similarities of the crops with their own photo, each with its own height.",
+        "the distance of CLS from the best match: it is about as similar as an average patch, so rarely the maximum.",
+    ),
+    "token-norms": (
+        "Does this ViT have patches of unusually large norm, which could win raw dot products?",
+        "Histogram: norms of all patches. Ticks: each CLS token, and each flagged patch, whose norm is above its own "
+        "photo's median + 10 MAD (MAD: median absolute deviation).",
+        "the largest norm, in the title. Registers are needed where it is many times the median.",
+    ),
+    "token-norm-maps": (
+        "Where are the patches of large norm?",
+        "Photos above, norms of their patches below. Orange outline: a flagged patch, whose norm is above its own "
+        "photo's median + 10 MAD (MAD: median absolute deviation).",
+        "where the outlines are. On empty background they would be the known artefact of large ViTs.",
+    ),
+    "cls-simulation": (
+        "When does CLS become the best match, and what does that cost?",
+        "Simulated images and queries, no ViT. Lines are means of the trials, bands the smallest to the largest.",
+        "how far a line is above chance (dashed); in the panels on dropping CLS, how far kept is below dropped.",
+    ),
+}
 
 
 def chosen_queries(crops: list[Crop], photos: list[Photo], rank: Tensor) -> list[int]:
@@ -37,6 +88,12 @@ def chosen_queries(crops: list[Crop], photos: list[Photo], rank: Tensor) -> list
     return picked if worst in picked else [*picked, worst]
 
 
+def note_of(name: str) -> tuple[str, str, str]:
+    """Returns what picture ``name`` asks, what it shows, and what to look at."""
+    # the longest beginning: "token-norm-maps" is no "token-norms"
+    return NOTES[max((start for start in NOTES if name.startswith(start)), key=len)]
+
+
 class Album:
     """Saves figures to a folder and keeps their names in ``files``."""
 
@@ -45,9 +102,15 @@ class Album:
         self.files: list[str] = []
 
     def save(self, name: str, figure: tuple[Any, Any]) -> None:
-        """Writes ``figure``, a (fig, axes) pair, as PNG ``name`` and closes it."""
+        """Writes ``figure``, a (fig, axes) pair, as PNG ``name`` with its note, and closes it."""
         import matplotlib.pyplot as plt
 
+        # 13 characters of this size fill an inch
+        width = int(13 * figure[0].get_figwidth())
+        lines = zip(("Asked", "Shown", "Look at"), note_of(name), strict=True)
+        note = "\n".join(textwrap.fill(f"{label}: {text}", width, subsequent_indent="    ") for label, text in lines)
+        figure[0].set_figheight(figure[0].get_figheight() + 0.19 * (note.count("\n") + 1) + 0.1)
+        figure[0].supxlabel(note, x=0.01, ha="left", fontsize=9.5, color=MUTED, linespacing=1.35)
         figure[0].savefig(self.folder / name, dpi=DPI, facecolor="white")
         plt.close(figure[0])
         self.files.append(name)
@@ -95,9 +158,12 @@ def draw_rankings(
             own=where,
             box=crop.pixels(PHOTO_SIZE),
             ranks=[int((scores[at] > scores[at][i]).sum()) + 1 for i in order.tolist()],
-            title=f"The right photo ranks {int(rank[at])} of {len(photos)}; {percent(hit)} of the crop's patches "
-            f"have their best match inside the frame (chance {percent(chance)})",
         )
+        figure[0].suptitle(
+            f"{'Hit' if rank[at] == 1 else 'Miss'}: the right photo ranks {int(rank[at])} of {len(photos)}.\n"
+            f"{percent(hit)} of the crop's patches have their best match inside the frame (chance {percent(chance)})",
+            x=0.01, ha="left", fontweight="bold", fontsize=12, color=INK if rank[at] == 1 else MISS,
+        )  # fmt: skip
         album.save(f"ranking-{number}-{photos[crop.owner].name}.png", figure)
 
     at = chosen_queries(crops, photos, rank)[0]
@@ -107,8 +173,8 @@ def draw_rankings(
         photos[crop.owner].image.resize((PHOTO_SIZE, PHOTO_SIZE)),
         grounding,
         box=crop.pixels(PHOTO_SIZE),
-        title=f"The score {float(grounding.score):.1f} comes from {int((grounding.wins() > 0).sum())} of "
-        f"{grounding.wins().numel()} patches\n(frame: the place of the query crop)",
+        title=f"The score {float(grounding.score):.1f} comes from {int((grounding.wins() > 0).sum())} of the "
+        f"{grounding.wins().numel()} patches",
     )
     album.save("grounding.png", best)
 
@@ -145,18 +211,20 @@ def draw_words(album: Album, photos: list[Photo], trained: dict[str, Words], can
                     extent=(0, side, side, 0),
                     interpolation="nearest",
                 )
-                name, found = photos[word].name, "CLS is the best match"
+                name, found, right = photos[word].name, "miss: CLS is the best match, no place", False
                 if best >= 0:
                     y, x = divmod(best, cols)
                     corner = (x * side / cols, y * side / rows)
                     for width, color in ((4, "white"), (2, INK)):
                         box = plt.Rectangle(corner, side / cols, side / rows, fill=False, lw=width, ec=color)
                         ax.add_patch(box)
-                    found = "frame: the best match"
-                ax.set_title(f"{name}, CLS {how}")
-                ax.set_xlabel(found, color=MUTED)
+                    right = int(canvases.photos[at, y * 2 // rows * 2 + x * 2 // cols]) == word
+                    found = "hit: the frame is on its photo" if right else "miss: the frame is on another photo"
+                ax.set_title(f"“{name}”, CLS {how}")
+                ax.set_xlabel(found, color=COLORS["registers"] if right else MISS)
                 ax.set_xticks([])
                 ax.set_yticks([])
+        figure.suptitle("A word and the patch it finds", x=0.01, ha="left", fontweight="bold", fontsize=12)
         album.save("words.png", (figure, axes))
 
 
@@ -203,7 +271,7 @@ def draw_study(
 
 
 def draw_simulation(album: Album, panels: dict[str, Any]) -> None:
-    """Draws ``cls-simulation.png``, eight panels."""
+    """Draws ``cls-simulation.png``, four panels, and ``cls-simulation-more.png``, the other four."""
 
     def best(panel: str) -> str:
         return percent(max(float(s.win_rate.mean(0).max()) for s in panels[panel].values()))
@@ -232,9 +300,9 @@ def draw_simulation(album: Album, panels: dict[str, Any]) -> None:
             f"Dropping CLS ({setting}): {name} {percent(float(kept[at]))} to {percent(float(dropped[at]))}\n"
             f"at {sim.knob.replace('_', ' ')} {float(sim.values[at]):g}"
         )
-    album.save(
-        "cls-simulation.png",
-        viz.plot_simulation_panels(
-            panels, titles=titles, title="Simulation: when does CLS hold the maximum, and what does it cost?"
-        ),
-    )
+    for file, names, title in (
+        ("cls-simulation.png", MAIN_PANELS, "Simulation: when does CLS hold the maximum, and what does it cost?"),
+        ("cls-simulation-more.png", [n for n in panels if n not in MAIN_PANELS], "Simulation: the other knobs"),
+    ):
+        shown = {name: panels[name] for name in names}
+        album.save(file, viz.plot_simulation_panels(shown, titles=titles, title=title))

@@ -14,16 +14,6 @@ from latemax.demo.words import Canvases, Words, shown_words
 from latemax.viz._style import percent
 
 WORDS_PAGE = "words.html"
-# beginning of a picture's name -> what it shows
-CAPTIONS = {
-    "ranking-": "A crop, the photos that rank best for it, and where its patches have their best match.",
-    "grounding": "The patches that the score of the first crop comes from.",
-    "cls-win-rate": "How often the CLS token holds the maximum, compared with chance.",
-    "cls-distribution": "Similarities of query patches with CLS and with patches.",
-    "token-norms": "Norms of CLS and patch tokens before and after the final norm.",
-    "token-norm-maps": "Where the patches of large norm are.",
-    "cls-simulation": "When CLS holds the maximum, in a simulation.",
-}
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -46,8 +36,8 @@ thead th, caption {{ font-weight: bold; text-align: start; }}
 <h1>latemax demo</h1>
 <p>Model: {model}.</p>
 {words}
-<h2>Crops that find their photo</h2>
-{figures}
+{crops}
+{cls}
 </main>
 </body>
 </html>
@@ -81,12 +71,37 @@ def index_page(result: dict[str, Any], pictures: Sequence[str]) -> str:
         result: of `latemax.demo.run`.
         pictures: names of files next to the page.
     """
-    figures = []
-    for name in pictures:
-        caption = next((text for start, text in CAPTIONS.items() if name.startswith(start)), None)
-        if caption is not None:
-            figures.append(_figure(name, caption))
-    return _PAGE.format(model=escape(result["model"]), words=_words(result["words"]), figures="\n".join(figures))
+    crops = [name for name in pictures if name.startswith(("ranking-", "grounding"))]
+    cls = [name for name in pictures if name not in crops and name != "words.png"]
+    return _PAGE.format(
+        model=escape(result["model"]), words=_words(result["words"]), crops=_crops(result, crops), cls=_cls(cls)
+    )
+
+
+def _crops(result: dict[str, Any], pictures: Sequence[str]) -> str:
+    hits: dict[str, int] = {}
+    for query in result["queries"]:
+        hits[query["photo"]] = hits.get(query["photo"], 0) + (query["rank"] == 1)
+    each = len(result["queries"]) // len(hits)
+    lost = [escape(name) for name, found in hits.items() if not found]
+    pointing = result["pointing"]
+    return f"""<h2>Crops that find their photo</h2>
+<p>{len(result["queries"])} crops of {len(hits)} photos as queries, no training: {sum(hits.values())} rank their photo
+first (R@1 {sum(hits.values()) / len(result["queries"]):.3f}, chance {result["recall_at_1_chance"]:.3f}), and
+{percent(pointing["in_box"])} of their patches have their best match where the crop was cut (chance
+{percent(pointing["in_box_chance"])}). A frozen ViT of this size finds objects and textures, and no crop at all of
+{", ".join(lost) or "none"} ({each} each): where a crop shows little of what marks its photo, others are closer.</p>
+{chr(10).join(map(_figure, pictures))}"""
+
+
+def _cls(pictures: Sequence[str]) -> str:
+    first = [name for name in pictures if name in ("cls-win-rate.png", "cls-simulation.png")]
+    more = [name for name in pictures if name not in first]
+    return f"""<h2>Why CLS is dropped</h2>
+{chr(10).join(map(_figure, first))}
+<details><summary>{len(more)} more pictures: similarities, norms, other knobs of the simulation</summary>
+{chr(10).join(map(_figure, more))}
+</details>"""
 
 
 def _words(numbers: dict[str, Any]) -> str:
@@ -102,7 +117,7 @@ def _words(numbers: dict[str, Any]) -> str:
 trained through MaxSim in {numbers["steps"]} steps, on {numbers["train"]} canvases of four photo crops. The captions
 name two of the four photos and never say where they are. The numbers are of {numbers["test"]} canvases of other crops
 and compositions. Every photo was seen in training: the words know these photos, and no others.</p>
-{_figure("words.png", "The similarity of each word with the patches of a canvas that was not trained on.")}
+{_figure("words.png")}
 <p><a href="{WORDS_PAGE}">Search these canvases by words</a>: hover or focus a word to see its patch.</p>
 <div class="wide"><table>
 <caption>Share of words whose best token is a patch of their photo</caption>
@@ -114,6 +129,8 @@ and compositions. Every photo was seen in training: the words know these photos,
 </table></div>"""
 
 
-def _figure(name: str, caption: str) -> str:
-    text = escape(caption)
-    return f'<figure><img src="{name}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+def _figure(name: str) -> str:
+    from latemax.demo.figures import note_of
+
+    asked, shown, _ = map(escape, note_of(name))
+    return f'<figure><img src="{name}" alt="{asked} {shown}"><figcaption>{asked}</figcaption></figure>'

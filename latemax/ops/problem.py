@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latemax.arguments import arrays
+from latemax.ops import tiles
+
 
 def score_dtype(q: torch.dtype, d: torch.dtype) -> torch.dtype:
     """Sums and scores are float32, or float64 if the promoted dtype is."""
@@ -24,7 +27,7 @@ def _promoted(q: torch.dtype, d: torch.dtype, q_codes: bool, d_codes: bool) -> t
 class Separate(NamedTuple):
     """Items that are separate in memory, with contiguous dims."""
 
-    tokens: list[Tensor]  # [l_i, dim]
+    tokens: list[Any]  # [l_i, dim]: tensors, or numpy arrays
     masks: list[Tensor] | None  # bool [l_i], contiguous
     # int64 [n, 3] on the device: an address of tokens, of the mask or 0, and the row stride (maxsim_item)
     table: Tensor
@@ -51,8 +54,8 @@ class Side(NamedTuple):
     tokens: Tensor  # [n, l, dim], own candidates [n_q, n, l, dim], or with offsets [t, dim]
     mask: Tensor | None = None  # bool, the leading shape of tokens
     offsets: Tensor | None = None  # int64 [n + 1] contiguous: ragged items, concatenated in tokens
-    # ragged items that are not concatenated: tokens is NaN (codes: 0), expanded, and says only shape [t, dim], dtype and
-    # device
+    # ragged items that are not concatenated: tokens is NaN (codes: 0), expanded, and says only shape [t, dim], dtype
+    # and device
     separate: Separate | None = None
     # [n, l] or with offsets [t], contiguous, in the dtype of the scores: factors of the maxima; queries only
     weights: Tensor | None = None
@@ -78,7 +81,8 @@ class Side(NamedTuple):
             return self
         items, masks = self.separate.tokens, self.separate.masks
         mask = None if masks is None else torch.cat(masks)
-        return Side(torch.cat(items), mask, self.offsets, weights=self.weights, codes=self.codes)
+        tokens = torch.cat(arrays.as_tensors("tokens", items))
+        return Side(tokens, mask, self.offsets, weights=self.weights, codes=self.codes)
 
     def valid(self) -> Tensor:
         """How many tokens of every item the mask keeps, int64 [n].
@@ -236,6 +240,8 @@ class Problem(NamedTuple):
     mean: bool = False
     q_codes: str = ""  # the kind of codes that tokens are
     d_codes: str = ""
+    # tiles.length_class of the documents, ragged ones by their mean: not the length, so that few problems are known
+    l_d: int = tiles.UNBOUNDED
 
     @property
     def dtype(self) -> torch.dtype:
@@ -257,10 +263,12 @@ def problem_of(b: Batch, *, argmax: bool) -> Problem:
     n_q, l_q, q_ragged = b.n_q, b.l_q, b.q.offsets is not None and b.query_ids is None
     if q_ragged:
         l_q = max(1, -(-l_q // max(1, n_q)))
+    l_d = b.d.length if b.d.offsets is None else -(-b.d.length // max(1, b.d.items))
     return Problem(
         q.device, q.dtype, d.dtype, torch.get_float32_matmul_precision(), b.dim, n_q, l_q, q_ragged,
         b.own, b.candidates is not None, b.normalize, argmax, b.q.weights is not None, b.mean,
         "" if b.q.codes is None else b.q.codes.kind, "" if b.d.codes is None else b.d.codes.kind,
+        tiles.length_class(l_d),
     )  # fmt: skip
 
 

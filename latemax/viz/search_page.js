@@ -70,6 +70,12 @@
     const part = key ? `${data.labels[key]}: ${result.parts[key]} of the score` : data.labels[0];
     if (!hits.length) return `${part}, no patch`;
     if (hits.length === 1) return `${part}, best patch: ${nameOf(result, hits[0])}`;
+    const bare = hits.filter((hit) => !placeOf(result, hit)).length;
+    if (!key && bare) {
+      const placed = hits.length - bare;
+      const patches = placed ? `${placed} best patch${placed > 1 ? "es" : ""} and ` : "";
+      return `${part}, ${patches}${bare} best token${bare > 1 ? "s" : ""} without a place`;
+    }
     const some = key ? `: ${hits.slice(0, 3).map((hit) => nameOf(result, hit)).join("; ")}` : "";
     return `${part}, ${hits.length} best patches${some}${key && hits.length > 3 ? "; …" : ""}`;
   }

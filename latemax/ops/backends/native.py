@@ -6,6 +6,7 @@ Nothing is copied or widened here: the kernels take addresses, shapes and stride
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,17 +56,17 @@ def plan(p: Problem, by_name: bool = False) -> Plan:
 _exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
-def read_items(items: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+def read_items(items: list[Any], *, arrays: bool = False) -> tuple[Tensor, Tensor] | None:
     """``pointers.item_table`` of tensors [l_i, dim] with contiguous dims, of one dtype and on one device, the CPU or a
-    GPU, in a tenth of the time.
+    GPU, in a tenth of the time; with ``arrays`` of numpy arrays, which are then never made tensors.
 
-    Returns None for any other tensor, for none, and where the extension or torch cannot do this.
+    Returns None for any other tensor or array, for none, and where the extension or torch cannot do this.
     """
-    if _cpu is None or _exchange is None or True in map(Tensor.is_neg, items):
+    if _cpu is None or not (arrays or (_exchange is not None and True not in map(Tensor.is_neg, items))):
         return None
     table = torch.empty(len(items), 3, dtype=torch.int64, device="cpu")
     offsets = torch.empty(len(items) + 1, dtype=torch.int64, device="cpu")
-    known = _cpu.read_items(_exchange, items, table.data_ptr(), offsets.data_ptr())
+    known = _cpu.read_items(None if arrays else _exchange, items, table.data_ptr(), offsets.data_ptr())
     return (table, offsets) if known else None
 
 

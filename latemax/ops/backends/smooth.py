@@ -52,7 +52,7 @@ def forward(b: Batch, tau: float, scores: Tensor, kernels: bool = False) -> None
                 scores[piece.rows, piece.slots] = part
                 continue
             part = scores.new_empty(piece.q.items, piece.d.items)
-            for rows in _rows(piece.q, b.normalize, scores.dtype):
+            for rows in _rows(piece, b.normalize, scores.dtype):
                 for first, end in _documents(piece.d, rows):
                     smooth = _smooth(some(piece.d, slice(first, end)), rows, tau, b.normalize)
                     if rows.drop is not None:
@@ -83,7 +83,7 @@ def backward(b: Batch, tau: float, g: Tensor, needs: Needs, kernels: bool = Fals
                     _store_documents(b, piece, sum_d, grad_d)
                 continue
             sum_d = torch.zeros(piece.d.tokens.shape, dtype=wide, device=g.device) if needs.d else None
-            for rows in _rows(piece.q, b.normalize, wide):
+            for rows in _rows(piece, b.normalize, wide):
                 into = None if sum_q is None else sum_q[piece.rows][rows.first : rows.end].view(rows.tokens.shape)
                 for first, end in _documents(piece.d, rows):
                     weight = weights[rows.first : rows.end, first:end].T.repeat_interleave(q.length, 1)
@@ -125,8 +125,10 @@ def _pieces(b: Batch, q: Side, kernels: bool) -> Iterator[Piece]:
         yield Piece(q, b.d, everything, everything)
 
 
-def _rows(q: Side, normalize: bool, dtype: torch.dtype) -> Iterator[Rows]:
-    per_block = max(1, ROWS // q.length)
+def _rows(piece: Piece, normalize: bool, dtype: torch.dtype) -> Iterator[Rows]:
+    q, fit = piece.q, BLOCK // max(1, piece.d.length)
+    # somewhat fewer rows, if a document then fits in a block: similarities are computed once in backward
+    per_block = max(1, (fit if ROWS // 2 <= fit < ROWS else ROWS) // q.length)
     for first in range(0, q.items, per_block):
         end = min(q.items, first + per_block)
         tokens = q.tokens[first:end].to(dtype).reshape(-1, q.tokens.shape[-1])
