@@ -216,8 +216,9 @@ def table_of_scale(result: dict[str, Any]) -> str:
         "core-hours to build, 10⁶", "10⁹",
     ]  # fmt: skip
     return markdown(head, rows) + (
-        f"\nDocuments of {corpus['tokens'] // n} tokens of dim {corpus['dim']}, queries of {corpus['l_q']}; in proportion "
-        f"to {n:,} documents on one core of {result['machine']['cpu']}, encoding left out. Lemur's learning does not grow.\n"
+        f"\nDocuments of {corpus['tokens'] // n} tokens of dim {corpus['dim']}, queries of {corpus['l_q']}; in "
+        f"proportion to {n:,} documents on one core of {result['machine']['cpu']}, encoding left out. Lemur's learning "
+        f"does not grow.\n"
     )
 
 

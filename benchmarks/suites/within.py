@@ -88,8 +88,8 @@ def table(result: dict[str, Any]) -> str:
     return markdown(["one query", "ms"], rows) + (
         f"\n{result['chosen']} of {result['documents']:,} documents of {result['l_d']} x {result['dim']}, "
         f"k {result['k']}, 8 query tokens; every answer is that of the ten alone. The store opens in "
-        f"{result['open_s']:.2f} s. {machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}, commit {machine['commit']}, "
-        f"{machine['date']}.\n"
+        f"{result['open_s']:.2f} s. {machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}, "
+        f"commit {machine['commit']}, {machine['date']}.\n"
     )
 
 
