@@ -1,4 +1,5 @@
-# make demo | make test | make test-hosts | make docs | make bench | make soak | make lint | make wheel | make clean
+# make demo | make test | make test-hosts | make test-ray | make docs | make bench | make soak | make lint | make wheel
+# make clean
 # Everything is installed into .venv; only python3 and access to a package index are needed.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ JOBS ?= auto
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-hosts docs bench soak lint wheel clean
+.PHONY: help demo test test-hosts test-ray docs bench soak lint wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -25,6 +26,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 VISION_LIBS := .vision-libs
 HOSTS := .hosts
 DOCS_VENV := .docs-venv
+RAY := .ray-libs
 VISION_TESTS := tests/test_encoders*.py tests/test_lora*.py tests/test_preprocess*.py tests/test_retriever.py
 
 # Stamps are named after the content they were made from: a changed requirement installs again, a fresh checkout does
@@ -32,12 +34,14 @@ VISION_TESTS := tests/test_encoders*.py tests/test_lora*.py tests/test_preproces
 KEY := $(shell { echo '$(TORCH) $(CURDIR)'; cat pyproject.toml setup.py; } | cksum | cut -d' ' -f1)
 VISION_KEY := $(shell cksum < requirements/vision.txt | cut -d' ' -f1)
 DOCS_KEY := $(shell cksum < requirements/docs.txt | cut -d' ' -f1)
+RAY_KEY := $(shell cksum < requirements/ray.txt | cut -d' ' -f1)
 HOSTS_KEY := $(shell cksum < requirements/hosts.txt | cut -d' ' -f1)
 DEMO_STAMP := $(VENV)/.demo-$(KEY)
 DEV_STAMP := $(VENV)/.dev-$(KEY)
 RELEASE_STAMP := $(VENV)/.release-$(KEY)
 VISION_STAMP := $(VISION_LIBS)/.stamp-$(VISION_KEY)
 DOCS_STAMP := $(DOCS_VENV)/.stamp-$(DOCS_KEY)
+RAY_STAMP := $(RAY)/.stamp-$(RAY_KEY)
 HOSTS_STAMP := $(HOSTS)/.stamp-$(HOSTS_KEY)
 # A whole file goes to one worker, so that its fixtures are built once; files start in the order of tests/conftest.py.
 PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
@@ -100,6 +104,16 @@ docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
+$(RAY_STAMP): requirements/ray.txt | $(DEV_STAMP)
+	@echo "installing Ray into $(RAY)"
+	@rm -rf $(RAY)
+	@$(PIP) install --no-deps --target $(RAY) -r requirements/ray.txt
+	@touch $@
+
+# latemax.ray on a local cluster of two cores, whose workers are killed.
+test-ray: $(RAY_STAMP)
+	PYTHONPATH=$(CURDIR)/$(RAY) $(PY) -m pytest tests/test_ray.py
+
 # Any machine: CPU rows on a CPU, CUDA rows and peers (if installed) on a GPU.
 bench: $(DEV_STAMP)
 	$(PY) -m benchmarks.suites.maxsim $(BENCH_ARGS)
@@ -131,5 +145,7 @@ wheel: $(RELEASE_STAMP)
 
 clean:
 	rm -rf $(VENV) $(VISION_LIBS) $(HOSTS) $(DOCS_VENV) site build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks \
+
+	rm -rf $(VENV) $(VISION_LIBS) $(HOSTS) $(RAY) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks \
 		demo_out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -149,7 +149,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     from latemax.viz._style import CYCLE, style
 
     with style() as plt:
-        figure, axes = plt.subplots(1, len(result["corpora"]), figsize=(11, 4.2), sharey=True, squeeze=False)
+        figure, axes = plt.subplots(1, len(result["corpora"]), figsize=(11, 5.2), sharey=True, squeeze=False)
         for axis, corpus in zip(axes[0], result["corpora"], strict=True):
             lines = [row for row in corpus["stages"] if "faiss" not in row["name"]]
             for i, row in enumerate(lines):
@@ -161,9 +161,11 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
             axis.set(xscale="log", xlabel="candidates", title=f"{corpus['documents']:,} documents: {corpus['name']}")
             axis.set_xticks(CURVE, [str(m) for m in CURVE])
             axis.minorticks_off()
-            axis.legend(frameon=False, fontsize=8.5, loc="lower right")
         axes[0][0].set_ylabel("share of the exact top 10 among them")
-        figure.tight_layout()
+        for axis, anchor in zip(axes[0], (0.27, 0.76), strict=False):
+            figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8.5, ncols=2, loc="upper center",
+                          bbox_to_anchor=(anchor, 0.17))  # fmt: skip
+        figure.tight_layout(rect=(0, 0.17, 1, 1))
         figure.savefig(path, dpi=110)
         plt.close(figure)
 
