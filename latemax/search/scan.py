@@ -45,6 +45,10 @@ class Scan:
             budget = min(budget, max(COPIED_BYTES, largest))
         return corpora.runs(corpus, budget, row, self.n_q * SCORE_BYTES)
 
+    def check(self, corpus: corpora.Corpus) -> None:
+        """Raises what a search with wrong masks or weights would raise."""
+        self._score(corpus, 0, 0, corpus.view(0, 0).to(self.device))
+
     def chunks(self, corpus: corpora.Corpus, runs: list[tuple[int, int]]) -> Any:
         """((a, b), scores [n_q, b - a]) of runs of documents."""
         for (a, b), tokens in stream.chunks(corpus, runs, self.device):
