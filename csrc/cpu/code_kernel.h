@@ -49,7 +49,7 @@ struct SixteenBits {
     static LATEMAX_INLINE vf total(vi sum) { return to_float(sum); }
 };
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 /* Rows hold code + 128, without a sign. */
 struct EightBits {
     static constexpr Form FORM = I8;
@@ -57,7 +57,13 @@ struct EightBits {
     /* - 128 x the sum of the query token's codes */
     static LATEMAX_INLINE vi start(const vi *extra) { return *extra; }
     static LATEMAX_INLINE vi step(vi sum, vi q, const char *row) {
+#if defined(__AVX512VNNI__)
         return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)broadcast(row), (__m512i)q);
+#elif defined(__AVX512BW__)
+        return sum + pairs((vi)_mm512_maddubs_epi16((__m512i)broadcast(row), (__m512i)q), vi{} + 0x10001);
+#else
+        return sum + pairs((vi)_mm256_maddubs_epi16((__m256i)broadcast(row), (__m256i)q), vi{} + 0x10001);
+#endif
     }
     static LATEMAX_INLINE vf total(vi sum) { return to_float(sum); }
 };
