@@ -200,7 +200,8 @@ void read_codes(const maxsim_args &args, const Level &level, Form form, const It
      * code of a query token is at most twice as long as the token. */
     const int64_t dim = row_dims(args, form);
     const int64_t blocks = form == I16 ? (steps_of(form, dim) + I16_STEPS - 1) / I16_STEPS : 1;
-    const float rounding = static_cast<float>(2 * (blocks + 8) * 0x1p-24), norm_of_bits = std::sqrt(static_cast<float>(args.dim));
+    const float rounding = static_cast<float>(2 * (blocks + 8) * 0x1p-24);
+    const float norm_of_bits = std::sqrt(static_cast<float>(args.dim));
     level.codes->rewrite({args.d.dtype, form, rows.base, rows.stride, rows.gather, rows.count, dim, to, args.normalize != 0,
                           norm_of_bits, rows.scale, rows.radius, query_error, rounding});
     rows.prefetch = rows.base + (rows.gather ? rows.gather[rows.count - 1] + 1 : rows.count) * rows.stride;
