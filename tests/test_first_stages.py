@@ -74,7 +74,9 @@ def test_planted_neighbours_are_among_the_candidates(make):
 
 def test_fewer_documents_than_asked_for(make):
     items = pages(12)
-    found = make(items, **(dict(width=8, solve=8) if make.kind is Lemur else {})).first(questions(items, [1, 2]), None, 15)
+    found = make(items, **(dict(width=8, solve=8) if make.kind is Lemur else {})).first(
+        questions(items, [1, 2]), None, 15
+    )
     assert (found[:, 12:] == -1).all() and sorted(found[0, :12].tolist()) == list(range(12))
 
 
@@ -176,7 +178,11 @@ def test_lemur_solves_least_squares_of_our_scores():
     # what was learned predicts better than the features it began with
     untrained = Lemur(items, engine="torch", **(LEMUR | dict(epochs=1, tokens=1)))
     left = [
-        float((x._features(items[20]) @ x.vectors.T - latemax.maxsim(items[20].unsqueeze(1), items, empty_score=0.0)).std())
+        float(
+            (
+                x._features(items[20]) @ x.vectors.T - latemax.maxsim(items[20].unsqueeze(1), items, empty_score=0.0)
+            ).std()
+        )
         for x in (first, untrained)
     ]
     assert left[0] < left[1]
@@ -346,7 +352,8 @@ def test_faiss_finds_what_torch_finds(kind, factory, tmp_path):
     q = questions(items, [8, 90, 33])
     options = LEMUR if kind == "Lemur" else {}
     first, plain = (
-        KIND[kind](items, **engine, **options) for engine in (dict(engine="faiss", factory=factory), dict(engine="torch"))
+        KIND[kind](items, **engine, **options)
+        for engine in (dict(engine="faiss", factory=factory), dict(engine="torch"))
     )
     assert first.engine == "faiss" and torch.equal(first.vectors, plain.vectors)
     assert torch.equal(first.first(q, None, 5), plain.first(q, None, 5))

@@ -60,7 +60,9 @@ def planted(n: int, n_q: int = 100, dim: int = 128, seed: int = 0) -> tuple[Pack
     """n documents of 16 to 256 tokens around topics they share; ten of each query's hold noisy copies of its tokens."""
     made = torch.Generator().manual_seed(seed)
     topics = torch.randn(256, dim, generator=made)
-    q = F.normalize(topics[torch.randint(0, 256, (n_q, 32), generator=made)] + torch.randn(n_q, 32, dim, generator=made))
+    q = F.normalize(
+        topics[torch.randint(0, 256, (n_q, 32), generator=made)] + torch.randn(n_q, 32, dim, generator=made)
+    )
     lengths = torch.randint(16, 257, (n,), generator=made)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     tokens = torch.empty(int(offsets[-1]), dim, dtype=torch.float16)
@@ -107,7 +109,7 @@ def contenders(tiny: bool) -> dict[str, Callable[[Packed], Any]]:
 
 
 def judge(name: str, build: Callable[[Packed], Any], corpus: Packed, q: Tensor, exact: Tensor) -> dict[str, Any]:
-    """One first stage on one corpus. Candidates needed: so that this share of all queries' exact top 10 is among them."""
+    """One first stage on one corpus. Candidates needed for this share of the queries' exact top 10."""
     begin = time.perf_counter()
     first = build(corpus)
     seconds, n = time.perf_counter() - begin, min(1000, len(first))
