@@ -1,6 +1,6 @@
 """Ten of a million documents: what ``within=`` costs in a store that large, compared with a store of the ten alone.
 
-    python -m benchmarks.suites.within [--documents 1000000] [--json FILE]
+python -m benchmarks.suites.within [--documents 1000000] [--json FILE]
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def table(result: dict[str, Any]) -> str:
     machine = result["machine"]
     rows = [[name, f"{ms:,.2f}"] for name, ms in result["ms"].items()]
     return markdown(["one query", "ms"], rows) + (
-        f"\n{result['chosen']} of {result['documents']:,} documents of {result['l_d']} x {result['dim']}, k {result['k']}, "
-        f"8 query tokens; every answer is that of the ten alone. The store opens in {result['open_s']:.2f} s. "
-        f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}, commit {machine['commit']}, "
-        f"{machine['date']}.\n"
+        f"\n{result['chosen']} of {result['documents']:,} documents of {result['l_d']} x {result['dim']}, "
+        f"k {result['k']}, 8 query tokens; every answer is that of the ten alone. The store opens in "
+        f"{result['open_s']:.2f} s. {machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}, "
+        f"commit {machine['commit']}, {machine['date']}.\n"
     )
 
 

@@ -1,5 +1,4 @@
-"""``latemax evaluate``: what codes and first stages keep of a store's exact ranking, how well each answers judged queries,
-and what they cost."""
+"""``latemax evaluate``: what codes and first stages keep of a store's exact ranking, and how well they answer."""
 
 from __future__ import annotations
 
@@ -120,7 +119,9 @@ def _save_plot(rows: list[dict[str, Any]], path: str, title: str, k: int) -> Non
 
     from latemax.viz import plot_quality
 
-    plain = [SimpleNamespace(**{**row, **{f"judged_{x}": y for x, y in row.get("relevance", {}).items()}}) for row in rows]
+    plain = [
+        SimpleNamespace(**{**row, **{f"judged_{x}": y for x, y in row.get("relevance", {}).items()}}) for row in rows
+    ]
     if "relevance" in rows[0]:
         figure = plot_quality(plain, value="judged_ndcg", over=("bytes", "ms"), label=f"nDCG@{k}", title=title)
     else:

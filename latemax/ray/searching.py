@@ -136,7 +136,15 @@ class Searcher:
             TimeoutError: naming the actors that did not answer in time, which are replaced before the next call.
             RuntimeError: an actor failed, or died three times.
         """
-        wrong = options.keys() - {"normalize", "empty_score", "return_argmax", "q_weights", "reduce", "memory", "backend"}
+        wrong = options.keys() - {
+            "normalize",
+            "empty_score",
+            "return_argmax",
+            "q_weights",
+            "reduce",
+            "memory",
+            "backend",
+        }
         if wrong:
             raise TypeError(f"topk of a Searcher takes no {', '.join(sorted(wrong))}")
         check.check_positive("k", k)
@@ -259,7 +267,9 @@ class _Stores(corpora.Corpus):
             for name in ("dim", "dtype"):
                 ours, first = getattr(store, name), getattr(real[0], name)
                 if ours != first:
-                    raise ValueError(f"stores must have one {name}; {real[0].path} has {first}, {store.path} has {ours}")
+                    raise ValueError(
+                        f"stores must have one {name}; {real[0].path} has {first}, {store.path} has {ours}"
+                    )
         self.stores = list(stores)
         self.dim, self.dtype, self.device = real[0].dim, real[0].dtype, torch.device("cpu")
         lengths = torch.cat([store.offsets.diff() for store in stores])
@@ -277,7 +287,9 @@ class _Stores(corpora.Corpus):
     def find(self, ids: Sequence[object]) -> Tensor:
         found = []
         for id in ids:
-            places = [start + store.find(id) for start, store in zip(self.starts, self.stores, strict=False) if id in store]  # type: ignore[arg-type]
+            places = [
+                start + store.find(id) for start, store in zip(self.starts, self.stores, strict=False) if id in store
+            ]  # type: ignore[arg-type]
             if len(places) != 1:
                 raise ValueError(f"within must name ids of one store each; {id!r} is in {len(places)}")
             found += places

@@ -33,7 +33,9 @@ def plot_quality(
     Raises:
         ImportError: matplotlib is missing.
     """
-    label = label or {"overlap": "share of the exact k best", "ndcg": "nDCG against the exact ranking"}.get(value, value)
+    label = label or {"overlap": "share of the exact k best", "ndcg": "nDCG against the exact ranking"}.get(
+        value, value
+    )
     with style() as plt:
         figure, axes = plt.subplots(
             1, len(over), figsize=(6.4 * len(over), 4.4), layout="constrained", sharey=True, squeeze=False
