@@ -17,7 +17,6 @@ from latemax.quantized import KINDS
 
 # without the CUDA kernels, which take no codes
 PLACES = [*BACKENDS[:3], pytest.param(("reference", "cpu"), id="reference")]
-HALF = torch.float16, torch.bfloat16
 
 
 def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
