@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 
+import latemax
 from benchmarks.shapes import Shape
 from latemax.arguments.batch import batch_of
 from latemax.arguments.check import check_options
@@ -19,11 +20,12 @@ from latemax.ops.backends import native, triton
 from latemax.ops.backends.base import Status
 from latemax.ops.backends.cuda import status as cuda_status
 from latemax.ops.problem import Batch, Codes, Outputs, Plan, Problem, Side, allocate, problem_of
+from latemax.warm import run as warm
 
 if TYPE_CHECKING:
     from benchmarks.null_driver import NullDriver
 
-__all__ = ["cuda_status", "fifths", "limits", "sync", "tiles"]
+__all__ = ["cuda_status", "fifths", "limits", "sync", "tiles", "warm"]
 
 
 def install_null_driver(arch: int = 90) -> NullDriver:
@@ -53,9 +55,23 @@ def triton_launch(shape: Shape, capability: int) -> tiles.Launch:
     problem = Problem(
         torch.device("cuda"), dtype, dtype, torch.get_float32_matmul_precision(), shape.dim, shape.n_q, shape.l_q,
         q_ragged=False, own=shape.own, candidates=False, normalize=shape.normalize, argmax=shape.argmax,
+        l_d=tiles.length_class(shape.l_d),
     )  # fmt: skip
     with mock.patch.object(triton, "capability", lambda device: capability):
         return triton.plan(problem, by_name=True).launch
+
+
+def warm_smooth(dim: int, l_q: int, dtype: torch.dtype, train: bool) -> None:
+    """Compiles what ``smooth_maxsim`` launches on a GPU, with its gradients if ``train``."""
+    q, d = (torch.zeros(1, length, dim, dtype=dtype, requires_grad=train) for length in (l_q, 16))
+    scores = latemax.smooth_maxsim(q, d, tau=1.0, normalize=True, backend="triton")
+    if train:
+        scores.sum().backward()
+
+
+def tile_of(batch: Batch, argmax: bool) -> tiles.TileConfig:
+    """The tile of the Triton forward."""
+    return dispatch.plan_for(problem_of(batch, argmax=argmax), "triton").launch.tile
 
 
 def forward_with_tile(q: torch.Tensor, d: torch.Tensor, tile: tiles.TileConfig, scores: torch.Tensor) -> None:

@@ -75,16 +75,16 @@ def load_rows(
 @triton.jit
 def load_bits(
     base, rows, row_ok, first, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
-    ROWS_FULL: tl.constexpr,
+    ROWS_FULL: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS] tile of -1 and 1 from column ``first`` on, int8; columns after DIM hold either."""
+    """[ROWS, COLUMNS] tile of -1 and 1 from column ``first`` on; columns after DIM hold either."""
     BYTES: tl.constexpr = COLUMNS // 8
     MOST: tl.constexpr = (DIM + 7) // 8
     packed = load_rows(
         base, rows, row_ok, first // 8 + tl.arange(0, BYTES), stride, MOST, DIM % COLUMNS == 0, ROWS_FULL
     )
-    bits = (packed.to(tl.int32)[:, :, None] >> (7 - tl.arange(0, 8))[None, None, :]) & 1
-    return tl.reshape(2 * bits - 1, [ROWS, COLUMNS]).to(tl.int8)
+    bits = (packed.to(tl.int32)[:, :, None] & (128 >> tl.arange(0, 8))[None, None, :]) != 0
+    return tl.reshape(tl.where(bits, 1, -1).to(COMPUTE), [ROWS, COLUMNS])
 
 
 @triton.jit

@@ -87,7 +87,8 @@ def step(best, tile, start, q_tile, q, q_stride, d, kept, FULL: tl.constexpr, B)
     ``start`` are before kept.hi.
     """
     j = start + tl.arange(0, B.BLOCK_D).to(tl.int64)
-    ok = j < kept.hi
+    # 32 bits wide: the bound of a row and of an element is one comparison
+    ok = tl.arange(0, B.BLOCK_D) < kept.hi - start
     if B.D_MASKED:
         # Loaded before the product, which hides it. A mask without holes, as of padding, costs no selection (218
         # instructions a tile instead of 285; a second loop without the mask took 190, but its own shared memory too).
@@ -113,11 +114,15 @@ def running_max(q_tile, q, q_stride, d, kept, B):
     """
     best = full_tile(float("-inf"), B.ACC, B)
     tile = full_tile(0, tl.int32, B)
-    if kept.full_end < kept.hi:
-        best, tile = step(best, tile, kept.full_end, q_tile, q, q_stride, d, kept, False, B)
-    for done in range(kept.lo, kept.full_end, B.BLOCK_D):
-        start = kept.full_end - B.BLOCK_D - (done - kept.lo)
-        best, tile = step(best, tile, start, q_tile, q, q_stride, d, kept, True, B)
+    end = kept.full_end
+    if B.PEEL:
+        if end < kept.hi:
+            best, tile = step(best, tile, end, q_tile, q, q_stride, d, kept, False, B)
+    else:
+        end += tl.where(end < kept.hi, B.BLOCK_D, 0)
+    for done in range(kept.lo, end, B.BLOCK_D):
+        start = end - B.BLOCK_D - (done - kept.lo)
+        best, tile = step(best, tile, start, q_tile, q, q_stride, d, kept, B.PEEL, B)
     return best, tile
 
 
@@ -248,7 +253,7 @@ def forward_kernel(
     DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     PACK: tl.constexpr, SWAP: tl.constexpr,
     Q_RAGGED: tl.constexpr, D_RAGGED: tl.constexpr, D_SEPARATE: tl.constexpr, CANDIDATES: tl.constexpr,
-    Q_MASKED: tl.constexpr, D_MASKED: tl.constexpr, NORM: tl.constexpr, ARGMAX: tl.constexpr,
+    Q_MASKED: tl.constexpr, D_MASKED: tl.constexpr, PEEL: tl.constexpr, NORM: tl.constexpr, ARGMAX: tl.constexpr,
     WEIGHTED: tl.constexpr, MEAN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, D_ALIGN: tl.constexpr, D_CODES: tl.constexpr,
     Q_CODES: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
@@ -280,7 +285,7 @@ def forward_kernel(
         scores_ptr, argmax_ptr, candidates_ptr, items_ptr, weights_ptr, n_q, n_d, chunks, documents, empty_score,
         Build(
             DIM, BLOCK_Q, BLOCK_D, BLOCK_K, PACK, SWAP, Q_RAGGED, D_RAGGED, D_SEPARATE, CANDIDATES, Q_MASKED, D_MASKED,
-            NORM, ARGMAX, WEIGHTED, D_CODES, Q_CODES, SPLIT, MEAN, PRECISION, D_ALIGN, COMPUTE, ACC,
+            PEEL, NORM, ARGMAX, WEIGHTED, D_CODES, Q_CODES, SPLIT, MEAN, PRECISION, D_ALIGN, COMPUTE, ACC,
         ),
     )  # fmt: skip
 

@@ -28,6 +28,7 @@ class Build(NamedTuple):
     CANDIDATES: Any
     Q_MASKED: Any
     D_MASKED: Any
+    PEEL: Any  # the last, partial tile of a document is not in the loop over the others
     NORM: Any  # one of the NORM_ constants
     ARGMAX: Any
     WEIGHTED: Any

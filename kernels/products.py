@@ -21,7 +21,7 @@ def load_queries(q, first, stride, B):
     columns = first + tl.arange(0, B.BLOCK_K)
     rows = q.token.to(tl.int64)
     if B.Q_CODES and B.D_CODES == BITS:
-        bits = load_bits(q.base, rows, q.ok, first, stride, B.BLOCK_Q, B.BLOCK_K, B.DIM, False)
+        bits = load_bits(q.base, rows, q.ok, first, stride, B.BLOCK_Q, B.BLOCK_K, B.DIM, False, B.COMPUTE)
         # a token of scale 0 is the zero vector, of which all similarities tie
         ok = q.ok & (tl.load(q.inv + q.token, mask=q.ok, other=0.0) != 0)
         return tl.where(ok[:, None] & (columns < B.DIM)[None, :], bits, 0).to(tl.int8)
@@ -82,7 +82,7 @@ def multiply(rows, q_high, q_low, s, B):
 def load_document_rows(base, j, ok, first, stride, FULL: tl.constexpr, B):
     """[BLOCK_D, BLOCK_K] columns of document tokens from ``first`` on; codes without their scale."""
     if B.D_CODES == BITS:
-        return load_bits(base, j, ok, first, stride, B.BLOCK_D, B.BLOCK_K, B.DIM, FULL)
+        return load_bits(base, j, ok, first, stride, B.BLOCK_D, B.BLOCK_K, B.DIM, FULL, B.COMPUTE)
     else:
         columns = first + tl.arange(0, B.BLOCK_K)
         return load_rows(base, j, ok, columns, stride, B.DIM, B.DIM % B.BLOCK_K == 0, FULL)

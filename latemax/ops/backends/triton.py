@@ -70,8 +70,8 @@ def why_not(p: Problem, by_name: bool) -> str:
 
 def plan(p: Problem, by_name: bool) -> Plan:
     # codes are multiplied in half precision, or as integers, which take no more
-    itemsize = 2 if p.d_codes else p.dtype.itemsize
-    tile, source = tiles.pick(kind(p), p.dim, query_rows(p), itemsize, capability(p.device), p.argmax)
+    itemsize, chip = 2 if p.d_codes else p.dtype.itemsize, capability(p.device)
+    tile, source = tiles.pick(kind(p), p.dim, query_rows(p), p.l_d, itemsize, chip, p.argmax)
     if p.q_codes:
         tile = tile._replace(block_k=max(tile.block_k, LEAST_INTEGERS))
     why = "asked for by name" if by_name else "the tensors are on a CUDA device"

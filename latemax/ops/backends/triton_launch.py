@@ -11,8 +11,9 @@ from triton.runtime import driver
 
 from latemax.kernels.backward import grad_d_kernel, grad_q_kernel, through_norm_kernel
 from latemax.kernels.forward import forward_kernel, inverse_norm_kernel, sum_slots_kernel
-from latemax.ops.backends import gather, pointers
+from latemax.ops.backends import pointers
 from latemax.ops.backends import triton_operands as operands
+from latemax.ops.backends.base import pairs_by_document
 from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Side
 from latemax.ops.tiles import NO_NORM, NORM_BEFORE, NORM_IN_TILE, Launch, backward_tile, padded_dim
 
@@ -224,7 +225,7 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
         constants = (
             dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, q_offsets is not None,
             d_offsets is not None, separate is not None, candidates is not None, b.q.mask is not None,
-            d_mask is not None, norm, argmax is not None, b.q.weights is not None, b.mean, align,
+            d_mask is not None, tile.peel, norm, argmax is not None, b.q.weights is not None, b.mean, align,
             operands.precision(dtype), d_align, operands.CODES["" if codes is None else codes.kind],
             b.q.codes is not None, operands.split(b),
         )  # fmt: skip
@@ -254,7 +255,7 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
 
 
 def backward(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
-    if not g.numel() or not b.d.length or not b.q.length:
+    if not g.numel() or not b.d.length or not b.q.length or not b.d.items:
         wanted = zip((b.q.tokens, b.d.tokens, b.q.weights), needs, strict=True)
         return Gradients(
             *(
@@ -262,19 +263,15 @@ def backward(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
                 for x, needed in wanted
             )
         )
-    rest = Needs(needs.q, needs.d and b.candidates is None, needs.weights)
     b = b._replace(q=_dense_dims(b.q), d=_dense_dims(b.d))
     q, d, dtype = b.q.tokens, b.d.tokens, b.dtype
     grad_q = grad_d = grad_weights = None
     with pointers.on(q.device):
         q_inv, d_inv = (_inverse_norms(q, dtype), _inverse_norms(d, dtype)) if b.normalize else (g, g)
-        if rest.q or rest.weights:
-            grad_q, grad_weights = _grad_q(b, argmax, g, q_inv, d_inv, rest)
-        if rest.d:
+        if needs.q or needs.weights:
+            grad_q, grad_weights = _grad_q(b, argmax, g, q_inv, d_inv, needs)
+        if needs.d:
             grad_d = _grad_d(b, argmax, g, q_inv, d_inv)
-    if needs.d and not rest.d:
-        # several queries may name one document, so no program can own it: the gather in torch adds them up
-        grad_d = gather.ragged(b, argmax, g, Needs(False, True)).d
     return Gradients(grad_q, grad_d, grad_weights)
 
 
@@ -340,14 +337,20 @@ def _grad_d(b: Batch, argmax: Tensor, g: Tensor, q_inv: Tensor, d_inv: Tensor) -
     # rows outside every document belong to no program
     empty = torch.empty_like if d_offsets is None else torch.zeros_like
     grad = empty(d, dtype=acc if normalize and not project else d.dtype, memory_format=torch.contiguous_format)
-    blocks = _ceil(l_d, tile.block_d) if d_offsets is None else l_d // tile.block_d + n_d
+    blocks = _ceil(l_d, tile.block_d) if d_offsets is None else l_d // tile.block_d + b.d.items
     documents = 1 if d_offsets is not None else n_d * (n_q if b.own else 1)
+    pairs = starts = None
+    if b.candidates is not None:
+        # several queries may name a document: its program takes them in the order of their pairs
+        pairs, starts = pairs_by_document(b.candidates, b.d.items)
+        pairs = torch.stack((pairs // n_d, pairs % n_d), 1)
     _launch(
         grad_d_kernel, column_blocks * blocks * documents,
-        (q, d, factors, d_inv, argmax, g, grad, *(argmax if x is None else x for x in (q_offsets, d_offsets))),
-        (*_strides(b)[:5], *g.stride(), n_q, n_d, l_q, l_d, blocks),
-        (dim, tile.block_d, tile.block_r, tile.block_k, q_offsets is not None, d_offsets is not None, b.own, scaled,
-         project, operands.align(q, d), precision),
+        (q, d, factors, d_inv, argmax, g, grad,
+         *(argmax if x is None else x for x in (q_offsets, d_offsets, pairs, starts))),
+        (*_strides(b)[:5], *g.stride(), n_q, n_d, l_q, l_d, blocks, b.d.items),
+        (dim, tile.block_d, tile.block_r, tile.block_k, q_offsets is not None, d_offsets is not None,
+         pairs is not None, b.own, scaled, project, operands.align(q, d), precision),
         (operands.compute(compute), operands.accumulator(dtype)), tile.num_warps, tile.num_stages,
     )  # fmt: skip
     return _through_norm(d, d_inv, grad) if normalize and not project else grad
