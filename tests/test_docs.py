@@ -67,7 +67,7 @@ def test_a_dead_link_is_seen():
     assert dead_links(DOCS / "scale.md", text) == ["gone.md", "corpus.md#three-stages"]
 
 
-@pytest.mark.parametrize("name", ["", "analysis", "encoders", "search", "store", "viz", "compat", "distributed"])
+@pytest.mark.parametrize("name", ["", "analysis", "encoders", "search", "store", "viz", "compat", "distributed", "ray"])
 def test_every_public_name_is_in_the_reference_and_has_a_docstring(name):
     module = importlib.import_module(f"latemax.{name}" if name else "latemax")
     shown = re.findall(r"^::: latemax\.([\w.]+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
