@@ -111,7 +111,9 @@ def test_a_killed_actor_is_replaced_and_the_answer_is_the_same(searcher, stores)
 def test_a_slow_actor_is_named(searcher, stores):
     expected, stopped = searcher.topk(queries(), 10), searcher.pids()[0]
     os.kill(stopped, signal.SIGSTOP)
-    with pytest.raises(TimeoutError, match=rf"no answer within 1 s from actor 0 \(documents 0\.\.\d+ of {stores[0].path}"):
+    with pytest.raises(
+        TimeoutError, match=rf"no answer within 1 s from actor 0 \(documents 0\.\.\d+ of {stores[0].path}"
+    ):
         searcher.topk(queries(), 10, timeout=1.0)
     os.kill(stopped, signal.SIGKILL)
     same(searcher.topk(queries(), 10), expected)
