@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 
+import latemax
 from benchmarks.shapes import Shape
 from latemax.arguments.batch import batch_of
 from latemax.arguments.check import check_options
@@ -18,12 +19,13 @@ from latemax.ops import dispatch, operator, tiles
 from latemax.ops.backends import native, triton
 from latemax.ops.backends.base import Status
 from latemax.ops.backends.cuda import status as cuda_status
-from latemax.ops.problem import Batch, Outputs, Problem, Side, allocate, problem_of
+from latemax.ops.problem import Batch, Codes, Outputs, Plan, Problem, Side, allocate, problem_of
+from latemax.warm import run as warm
 
 if TYPE_CHECKING:
     from benchmarks.null_driver import NullDriver
 
-__all__ = ["cuda_status", "fifths", "limits", "sync", "tiles"]
+__all__ = ["cuda_status", "fifths", "limits", "sync", "tiles", "warm"]
 
 
 def install_null_driver(arch: int = 90) -> NullDriver:
@@ -53,9 +55,23 @@ def triton_launch(shape: Shape, capability: int) -> tiles.Launch:
     problem = Problem(
         torch.device("cuda"), dtype, dtype, torch.get_float32_matmul_precision(), shape.dim, shape.n_q, shape.l_q,
         q_ragged=False, own=shape.own, candidates=False, normalize=shape.normalize, argmax=shape.argmax,
+        l_d=tiles.length_class(shape.l_d),
     )  # fmt: skip
     with mock.patch.object(triton, "capability", lambda device: capability):
         return triton.plan(problem, by_name=True).launch
+
+
+def warm_smooth(dim: int, l_q: int, dtype: torch.dtype, train: bool) -> None:
+    """Compiles what ``smooth_maxsim`` launches on a GPU, with its gradients if ``train``."""
+    q, d = (torch.zeros(1, length, dim, dtype=dtype, requires_grad=train) for length in (l_q, 16))
+    scores = latemax.smooth_maxsim(q, d, tau=1.0, normalize=True, backend="triton")
+    if train:
+        scores.sum().backward()
+
+
+def tile_of(batch: Batch, argmax: bool) -> tiles.TileConfig:
+    """The tile of the Triton forward."""
+    return dispatch.plan_for(problem_of(batch, argmax=argmax), "triton").launch.tile
 
 
 def forward_with_tile(q: torch.Tensor, d: torch.Tensor, tile: tiles.TileConfig, scores: torch.Tensor) -> None:
@@ -97,3 +113,35 @@ def steps_of_an_unprepared_call(q: torch.Tensor, d: torch.Tensor) -> dict[str, C
         "allocate the outputs": lambda: allocate(batch, False),
         "prepare and launch": lambda: triton.forward(batch, launch, out),
     }
+
+
+def native_levels() -> tuple[str, ...]:
+    """Instruction sets of the native CPU kernels on this processor, worst first."""
+    return native.levels()
+
+
+def _native_call(q: Any, d: Any, level: str | None) -> tuple[Batch, Plan]:
+    levels = native.levels()
+    plan = Plan("native", "", launch=levels.index(levels[-1] if level is None else level))
+    return Batch(_side(q), _side(d)), plan
+
+
+def _side(x: Any) -> Side:
+    if isinstance(x, torch.Tensor):
+        return Side(x)
+    return Side(x.codes, codes=Codes(x.kind, x.dim, x.scale, x.error))
+
+
+def native_scores(q: Any, d: Any, level: str | None) -> torch.Tensor:
+    """Scores by one instruction set, None: the best, of dense tokens or QuantizedTokens."""
+    b, plan = _native_call(q, d, level)
+    out = Outputs(torch.empty(b.n_q, b.n_d), None)
+    native.forward(b, plan, out)
+    return out.scores
+
+
+def native_bounds(q: Any, d: Any, level: str | None, coarse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    b, plan = _native_call(q, d, level)
+    lower, upper = torch.empty(b.n_q, b.n_d), torch.empty(b.n_q, b.n_d)
+    native.bounds(b, plan, lower, upper, coarse=coarse)
+    return lower, upper

@@ -7,6 +7,10 @@ import re
 import subprocess
 from typing import Any
 
+# 16 lanes a clock in each quarter of a multiprocessor, so that a warp's instruction takes 2 clocks; integer and
+# floating-point multiplication and addition (IMAD, FFMA) and uniform instructions (UIADD3) have units of their own
+ALU = {"FMNMX", "FSETP", "FSEL", "ISETP", "SEL", "IADD3", "VIADD", "LEA", "LOP3", "PLOP3", "SHF", "PRMT", "P2R", "MOV"}
+
 
 def tool(name: str, *arguments: str | pathlib.Path, **options: Any) -> str:
     """What triton's cuobjdump or nvdisasm prints."""
@@ -33,6 +37,11 @@ def opcodes(lines: list[str]) -> list[str]:
     """The instruction of each line, without predicate and modifiers."""
     found = (re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", line) for line in lines)
     return [match[1] for match in found if match]
+
+
+def alu(lines: list[str]) -> int:
+    """Instructions for the pipe that takes maxima and selections."""
+    return sum(name in ALU for name in opcodes(lines))
 
 
 def spills(sass: str) -> int:

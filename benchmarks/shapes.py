@@ -180,18 +180,26 @@ CORPUS, CORPUS_K = Shape(1, 4000, 32, 196, dtype="float16"), 10
 IMAGE_SIZE, IMAGE_BATCHES = 224, (1, 4)
 
 
+# document tokens of builds that say nothing else, and of those for short documents
+LONG, SHORT = 1024, 300
+
+
 class Build(NamedTuple):
-    """Arguments of ``latemax.warmup`` whose kernels static.aot takes apart, by kind of product (see tiles.Row)."""
+    """Arguments of ``latemax.warmup`` whose kernels static.aot takes apart, by kind of product (see tiles.Row), and the
+    length of documents. Layout "smooth" is for ``smooth_maxsim``."""
 
     kind: str
     dim: int
     l_q: int = 32
     n_q: int = 1
     layout: str = "dense"
+    l_d: int = LONG
     d_masked: bool = False
     normalize: bool = False
     return_argmax: bool = False
     train: bool = False
+    q_kind: str | None = None
+    d_kind: str | None = None
 
 
 # kind of product -> dtype and float32 matmul precision that take it
@@ -204,13 +212,30 @@ KINDS = {
 
 
 def builds() -> list[Build]:
-    """Every forward tile without flags, the flags on the tiles used most, and the backward kernels."""
+    """Every forward tile without flags, the flags on the tiles used most, codes, and the backward kernels."""
     found = []
+    for codes in ("int8", "binary"):
+        for l_q, n_q in ((32, 1), (128, 1), (32, 16)):
+            plain = Build("half", 128, l_q, n_q, d_kind=codes)
+            found += [plain, plain._replace(q_kind=codes)]
+            if n_q == 1:
+                # float32 query tokens are multiplied as two halves
+                found.append(plain._replace(kind="ieee"))
+        plain = Build("half", 128, d_kind=codes)
+        found += [plain._replace(normalize=True), plain._replace(return_argmax=True), plain._replace(layout="rerank")]
+        found += [plain._replace(dim=768), plain._replace(dim=768, q_kind=codes)]
     for kind in KINDS:
         for dim in (64, 96, 128, 256, 768) if kind == "half" else (128, 768):
             for l_q, n_q in ((16, 1), (32, 1), (64, 1), (128, 1), (1024, 1), (32, 16)):
                 plain = Build(kind, dim, l_q, n_q)
                 found.append(plain)
+                if kind in ("half", "tf32") and l_q <= 64 and n_q == 1 and dim <= 256:
+                    short = plain._replace(l_d=SHORT)
+                    found.append(short)
+                    if dim == 128 and l_q == 32:
+                        found += [short._replace(d_masked=masked, return_argmax=True) for masked in (False, True)]
+                        found += [short._replace(d_masked=True), short._replace(normalize=True)]
+                        found += [short._replace(layout=layout) for layout in ("varlen", "rerank")]
                 if dim != 128:
                     continue
                 if kind != "half":
@@ -223,6 +248,8 @@ def builds() -> list[Build]:
                     if n_q == 1:
                         found += [plain._replace(layout=layout) for layout in ("varlen", "rerank")]
                         found.append(plain._replace(layout="rerank", normalize=True))
+        l_qs = (16, 32, 128) if kind == "half" else (32,)
+        found += [Build(kind, dim, l_q, layout="smooth", train=True) for dim in (128, 768) for l_q in l_qs]
         if kind == "ieee":
             continue
         for dim in (128, 1030):
@@ -230,11 +257,14 @@ def builds() -> list[Build]:
             found += [trained, trained._replace(normalize=True)]
             if dim == 128:
                 found += [trained._replace(layout="varlen", normalize=norm) for norm in (False, True)]
-                found.append(trained._replace(layout="rerank"))
+                found += [trained._replace(layout="rerank", normalize=norm) for norm in (False, True)]
     return found
 
 
-def tuning(dim: int, q_rows: int, dtype: str) -> Shape:
-    """A shape whose query tokens fill the tiles of up to ``q_rows`` rows: one short query, or many that share tiles."""
+def tuning(dim: int, q_rows: int, l_d: int, dtype: str) -> Shape:
+    """A shape of documents of up to l_d tokens whose query tokens fill the tiles of up to ``q_rows`` rows: one short
+    query, or many that share tiles."""
     dim = min(dim, 768)
-    return Shape(1, 4000, q_rows, 512, dim, dtype) if q_rows <= 64 else Shape(64, 256, 32, 300, dim, dtype)
+    if q_rows > 64:
+        return Shape(64, 256, 32, 300, dim, dtype)
+    return Shape(1, 4000, q_rows, 512, dim, dtype) if l_d > 400 else Shape(1, 10_000, q_rows, 196, dim, dtype)

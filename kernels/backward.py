@@ -22,6 +22,7 @@ class Build(NamedTuple):
     BLOCK_K: Any  # columns that it owns
     Q_RAGGED: Any
     D_RAGGED: Any
+    CANDIDATES: Any  # scores.pairs says which queries met a document
     OWN: Any  # every query has documents of its own
     SCALED: Any  # q.inv holds a factor for every query token: its inverse norm, its weight, or both
     PROJECT: Any  # take the gradient through the norm in the same program, which then holds all columns
@@ -39,6 +40,9 @@ class Scores(NamedTuple):
     g_stride_k: Any
     n_q: Any
     n_d: Any
+    documents: Any  # if D_RAGGED: that offsets name
+    pairs: Any  # [n_q * n_d, 2] int64, if CANDIDATES: query and column of g, sorted by document
+    starts: Any  # [documents + 1] int64, if CANDIDATES: where the pairs of a document start
 
 
 class Query(NamedTuple):
@@ -58,7 +62,7 @@ class Owned(NamedTuple):
     row: Any  # the document's token 0 in out_ptr and d_inv_ptr
     length: Any  # tokens of the document
     base: Any  # pointer to its token 0
-    first: Any  # the first query
+    first: Any  # the first query, or if CANDIDATES pair
     end: Any  # and their end
 
 
@@ -149,12 +153,16 @@ def find_owned(pid, d, scores, blocks, B):
     """The document tokens of a program."""
     block = pid % blocks
     if B.D_RAGGED:
-        owner = slot_owner(d.offsets, block, scores.n_d, B.BLOCK_D)
+        owner = slot_owner(d.offsets, block, scores.documents, B.BLOCK_D)
         row, row_end = span(d.offsets, owner, owner >= 0, d.length)
         start = (block - (row // B.BLOCK_D).to(tl.int32) - owner) * B.BLOCK_D
         doc = owner.to(tl.int64)
-        first = doc * 0
-        end = first + 1 if B.OWN else first + scores.n_q
+        if B.CANDIDATES:
+            first = tl.load(scores.starts + doc)
+            end = tl.load(scores.starts + doc + 1)
+        else:
+            first = doc * 0
+            end = first + scores.n_q
         return Owned(doc, start, row, (row_end - row).to(tl.int32), d.tokens + row * d.stride_l, first, end)
     else:
         item = (pid // blocks).to(tl.int64)
@@ -166,20 +174,31 @@ def find_owned(pid, d, scores, blocks, B):
 
 
 @triton.jit
-def find_query(query, doc, q, scores, B):
-    """Query ``query`` as document ``doc`` met it."""
-    if B.Q_RAGGED:
-        begin, end = span(q.offsets, wide(query), wide(query) >= 0, q.length)
-        argmax = scores.argmax + doc * q.length + begin
-        return Query(q.tokens + begin * q.stride_l, begin, argmax, (end - begin).to(tl.int32))
+def find_met(number, owned, scores, B):
+    """(query, column of g) of the number that counts from owned.first to owned.end."""
+    if B.CANDIDATES:
+        pair = scores.pairs + 2 * wide(number)
+        ok = wide(number) < owned.end
+        return tl.load(pair, mask=ok, other=0), tl.load(pair + 1, mask=ok, other=0)
     else:
-        argmax = scores.argmax + (query * scores.n_d + doc) * q.length
-        return Query(q.tokens + query * q.stride_n, wide(query) * q.length, argmax, q.length)
+        return wide(number), owned.doc
 
 
 @triton.jit
-def load_weight(query, doc, scores, B):
-    return tl.load(scores.g + query * scores.g_stride_n + doc * scores.g_stride_k).to(B.ACC)
+def find_query(query, column, q, scores, B):
+    """Query ``query`` as the document in ``column`` of its row met it."""
+    if B.Q_RAGGED:
+        begin, end = span(q.offsets, query, query >= 0, q.length)
+        argmax = scores.argmax + column * q.length + begin
+        return Query(q.tokens + begin * q.stride_l, begin, argmax, (end - begin).to(tl.int32))
+    else:
+        argmax = scores.argmax + (query * scores.n_d + column) * q.length
+        return Query(q.tokens + query * q.stride_n, query * q.length, argmax, q.length)
+
+
+@triton.jit
+def load_weight(query, column, scores, B):
+    return tl.load(scores.g + query * scores.g_stride_n + column * scores.g_stride_k).to(B.ACC)
 
 
 @triton.jit
@@ -216,21 +235,25 @@ def gather(owned, j, columns, q, scores, GUARD: tl.constexpr, B):
     total = tl.zeros([B.BLOCK_D, B.BLOCK_K], B.ACC)
     if B.Q_RAGGED:
         for number in range(owned.first, owned.end):
-            weight = load_weight(number, owned.doc, scores, B)
-            query = find_query(number, owned.doc, q, scores, B)
+            item, column = find_met(number, owned, scores, B)
+            weight = load_weight(item, column, scores, B)
+            query = find_query(item, column, q, scores, B)
             for token in range(0, query.length, B.BLOCK_R):
                 total += gather_block(query, token, weight, j, columns, q, GUARD, B)
     else:
         number = owned.first
         token = 0
+        item, column = find_met(number, owned, scores, B)
         for _ in range((owned.end - owned.first).to(tl.int32) * tl.cdiv(q.length, B.BLOCK_R)):
-            weight = load_weight(number, owned.doc, scores, B)
-            query = find_query(number, owned.doc, q, scores, B)
+            weight = load_weight(item, column, scores, B)
+            query = find_query(item, column, q, scores, B)
             total += gather_block(query, token, weight, j, columns, q, GUARD, B)
             # carried, since dividing the step by the blocks of a query took 24 instructions more
             token += B.BLOCK_R
             number = tl.where(token < q.length, number, number + 1)
             token = tl.where(token < q.length, token, 0)
+            # one step early: what it waits for comes while this block is multiplied
+            item, column = find_met(number, owned, scores, B)
     return total
 
 
@@ -247,6 +270,9 @@ def grad_d(pid, q, d, scores, out_ptr, blocks, B):
     if tl.sum((total != total).to(tl.int32)) > 0:
         total = gather(owned, j, columns, q, scores, True, B)
     ok = j < owned.length
+    if B.CANDIDATES:
+        # the gradient of a document that nobody named is 0 already
+        ok = j < tl.where(owned.first < owned.end, owned.length, 0)
     if B.PROJECT:
         x = load_rows(owned.base, j.to(tl.int64), ok, columns, d.stride_l, B.DIM, B.DIM == B.BLOCK_K, False).to(B.ACC)
         total = through_norm(x, tl.load(d.inv + owned.row + j, mask=ok, other=0.0), total)
@@ -257,9 +283,9 @@ def grad_d(pid, q, d, scores, out_ptr, blocks, B):
 @triton.jit(
     do_not_specialize=[
         "q_stride_n", "q_stride_l", "d_stride_n", "d_stride_k", "d_stride_l", "g_stride_n", "g_stride_k",
-        "n_q", "n_d", "l_q", "l_d", "blocks",
+        "n_q", "n_d", "l_q", "l_d", "blocks", "documents",
     ],
-    do_not_specialize_on_alignment=["g_ptr", "q_offsets_ptr", "d_offsets_ptr"],
+    do_not_specialize_on_alignment=["g_ptr", "q_offsets_ptr", "d_offsets_ptr", "pairs_ptr", "starts_ptr"],
 )  # fmt: skip
 def grad_d_kernel(
     q_ptr,  # [n_q, l_q, dim], or if Q_RAGGED [l_q, dim]
@@ -270,11 +296,14 @@ def grad_d_kernel(
     g_ptr,  # [n_q, n_d]
     out_ptr,  # [n_q, n_d, l_d, dim] contiguous ([n_d, l_d, dim] where shared), or [l_d, dim]
     q_offsets_ptr,  # [n_q + 1] int64, if Q_RAGGED
-    d_offsets_ptr,  # [n_d + 1] int64, if D_RAGGED
+    d_offsets_ptr,  # [documents + 1] int64, if D_RAGGED
+    pairs_ptr,  # [n_q * n_d, 2] int64, if CANDIDATES: query and column, sorted by the document that the candidate names
+    starts_ptr,  # [documents + 1] int64, if CANDIDATES: where the pairs of each document start
     q_stride_n, q_stride_l, d_stride_n, d_stride_k, d_stride_l, g_stride_n, g_stride_k,
-    n_q, n_d, l_q, l_d, blocks,
+    n_q, n_d, l_q, l_d, blocks, documents,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    Q_RAGGED: tl.constexpr, D_RAGGED: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, PROJECT: tl.constexpr,
+    Q_RAGGED: tl.constexpr, D_RAGGED: tl.constexpr, CANDIDATES: tl.constexpr, OWN: tl.constexpr,
+    SCALED: tl.constexpr, PROJECT: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Each program owns BLOCK_D tokens of one document, BLOCK_K columns of them, and walks over all the query tokens
@@ -298,9 +327,12 @@ def grad_d_kernel(
             stride_k=aligned(d_stride_k, ALIGN), stride_l=aligned(d_stride_l, ALIGN),
             mask_stride_n=0, mask_stride_k=0, mask_stride_l=0, inv_stride_n=0, length=l_d,
         ),
-        Scores(argmax_ptr, g_ptr, g_stride_n, g_stride_k, n_q, n_d),
+        Scores(argmax_ptr, g_ptr, g_stride_n, g_stride_k, n_q, n_d, documents, pairs_ptr, starts_ptr),
         out_ptr, blocks,
-        Build(DIM, BLOCK_D, BLOCK_R, BLOCK_K, Q_RAGGED, D_RAGGED, OWN, SCALED, PROJECT, PRECISION, COMPUTE, ACC),
+        Build(
+            DIM, BLOCK_D, BLOCK_R, BLOCK_K, Q_RAGGED, D_RAGGED, CANDIDATES, OWN, SCALED, PROJECT, PRECISION, COMPUTE,
+            ACC,
+        ),
     )  # fmt: skip
 
 

@@ -8,6 +8,10 @@ import triton.language as tl
 NO_NORM = tl.constexpr(0)
 NORM_IN_TILE = tl.constexpr(1)
 NORM_BEFORE = tl.constexpr(2)
+# What document tokens are: numbers, 8-bit codes, or 1-bit codes.
+NUMBERS = tl.constexpr(0)
+INT8 = tl.constexpr(1)
+BITS = tl.constexpr(2)
 
 
 @triton.jit
@@ -66,6 +70,30 @@ def load_rows(
             return tl.load(ptrs, mask=row_ok[:, None], other=0.0)
         else:
             return tl.load(ptrs, mask=row_ok[:, None] & (columns < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def load_bits(
+    base, rows, row_ok, first, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+    ROWS_FULL: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLUMNS] tile of -1 and 1 from column ``first`` on; columns after DIM hold either."""
+    BYTES: tl.constexpr = COLUMNS // 8
+    MOST: tl.constexpr = (DIM + 7) // 8
+    packed = load_rows(
+        base, rows, row_ok, first // 8 + tl.arange(0, BYTES), stride, MOST, DIM % COLUMNS == 0, ROWS_FULL
+    )
+    bits = (packed.to(tl.int32)[:, :, None] & (128 >> tl.arange(0, 8))[None, None, :]) != 0
+    return tl.reshape(tl.where(bits, 1, -1).to(COMPUTE), [ROWS, COLUMNS])
+
+
+@triton.jit
+def halves(x):
+    """float32 -> two numbers that bfloat16 holds, but for 2^-16 of x. The first is cut, not rounded, so that it is
+    finite where x is; it carries infinity and NaN alone."""
+    high = tl.where(x == x, (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True), x)
+    low = x - high
+    return high, tl.where(low == low, low, 0.0)
 
 
 @triton.jit

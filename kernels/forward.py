@@ -11,10 +11,9 @@ from latemax.kernels.common import (
     NO_NORM,
     NORM_BEFORE,
     NORM_IN_TILE,
+    NUMBERS,
     aligned,
     inverse,
-    inverse_norm,
-    load_rows,
     nan_max,
     row_max,
     same_bits,
@@ -23,6 +22,14 @@ from latemax.kernels.common import (
     wide,
 )
 from latemax.kernels.items import Build, Side, find_document, find_item, find_kept, find_queries
+from latemax.kernels.products import (
+    code_factors,
+    load_document_rows,
+    load_queries,
+    load_query_tile,
+    multiply,
+    operands,
+)
 
 
 @triton.jit
@@ -44,59 +51,30 @@ def full_tile(value, dtype, B):
 
 
 @triton.jit
-def load_query_tile(q, stride, B):
-    """(query tile, [BLOCK_Q] inverse norms). The tile is transposed if SWAP, and zero where dim needs several tiles,
-    which the loop loads itself.
-    """
-    tile = tl.zeros([B.BLOCK_Q, B.BLOCK_K], B.COMPUTE)
-    inv = tl.full([B.BLOCK_Q], 1.0, B.ACC)
-    if B.DIM <= B.BLOCK_K:
-        rows = load_rows(
-            q.base, q.token.to(tl.int64), q.ok, tl.arange(0, B.BLOCK_K), stride, B.DIM, B.DIM == B.BLOCK_K, False
-        )
-        tile = rows.to(B.COMPUTE)
-        if B.NORM == NORM_IN_TILE:
-            inv = inverse_norm(rows, B.ACC)
-    if B.NORM == NORM_BEFORE or (B.NORM == NORM_IN_TILE and B.DIM > B.BLOCK_K):
-        inv = tl.load(q.inv + q.token, mask=q.ok, other=0.0)
-    if B.SWAP:
-        # Transposed here and not at the product: there it was stored to shared memory again for every document tile.
-        tile = tl.trans(tile)
-    return tile, inv
-
-
-@triton.jit
 def similarities(start, ok, q_tile, q, q_stride, d, FULL: tl.constexpr, B):
     """The query tile with BLOCK_D document tokens from ``start``: similarities, scaled by document norms."""
-    columns = tl.arange(0, B.BLOCK_K)
     j = tl.arange(0, B.BLOCK_D).to(tl.int64)
     base = d.base + wide(start) * d.stride
+    squares = tl.zeros([B.BLOCK_D], B.ACC)
+    s = full_tile(0, tl.int32 if B.Q_CODES else B.ACC, B)
     if B.DIM <= B.BLOCK_K:
-        rows = load_rows(base, j, ok, columns, d.stride, B.DIM, B.DIM == B.BLOCK_K, FULL)
-        if B.SWAP:
-            s = tl.dot(rows.to(B.COMPUTE), q_tile, input_precision=B.PRECISION, out_dtype=B.ACC)
-        else:
-            s = tl.dot(q_tile, tl.trans(rows.to(B.COMPUTE)), input_precision=B.PRECISION, out_dtype=B.ACC)
+        rows = load_document_rows(base, j, ok, 0, d.stride, FULL, B)
+        s = multiply(rows, q_tile[0], q_tile[1], s, B)
         if B.NORM == NORM_IN_TILE:
-            s *= along_documents(inverse_norm(rows, B.ACC), B)
+            squares = sum_of_squares(rows, B.ACC)
     else:
-        s = full_tile(0.0, B.ACC, B)
-        squares = tl.zeros([B.BLOCK_D], B.ACC)
         for k in range(0, B.DIM, B.BLOCK_K):
-            rows = load_rows(base, j, ok, k + columns, d.stride, B.DIM, B.DIM % B.BLOCK_K == 0, FULL)
+            rows = load_document_rows(base, j, ok, k, d.stride, FULL, B)
             if B.NORM == NORM_IN_TILE:
                 squares += sum_of_squares(rows, B.ACC)
-            rows = rows.to(B.COMPUTE)
-            q_rows = load_rows(
-                q.base, q.token.to(tl.int64), q.ok, k + columns, q_stride, B.DIM, B.DIM % B.BLOCK_K == 0, False
-            ).to(B.COMPUTE)
-            if B.SWAP:
-                s = tl.dot(rows, tl.trans(q_rows), s, input_precision=B.PRECISION, out_dtype=B.ACC)
-            else:
-                s = tl.dot(q_rows, tl.trans(rows), s, input_precision=B.PRECISION, out_dtype=B.ACC)
-        if B.NORM == NORM_IN_TILE:
-            s *= along_documents(inverse(squares), B)
-    if B.NORM == NORM_BEFORE:
+            q_rows = operands(load_queries(q, k, q_stride, B), B.SWAP, B)
+            s = multiply(rows, q_rows[0], q_rows[1], s, B)
+    if B.D_CODES != NUMBERS:
+        scale = tl.load(d.inv + start + j, mask=ok, other=0.0)
+        s = s.to(B.ACC) * along_documents(code_factors(scale, squares, B), B)
+    elif B.NORM == NORM_IN_TILE:
+        s *= along_documents(inverse(squares), B)
+    elif B.NORM == NORM_BEFORE:
         s *= along_documents(tl.load(d.inv + start + j, mask=ok, other=0.0), B)
     return s
 
@@ -109,7 +87,8 @@ def step(best, tile, start, q_tile, q, q_stride, d, kept, FULL: tl.constexpr, B)
     ``start`` are before kept.hi.
     """
     j = start + tl.arange(0, B.BLOCK_D).to(tl.int64)
-    ok = j < kept.hi
+    # 32 bits wide: the bound of a row and of an element is one comparison
+    ok = tl.arange(0, B.BLOCK_D) < kept.hi - start
     if B.D_MASKED:
         # Loaded before the product, which hides it. A mask without holes, as of padding, costs no selection (218
         # instructions a tile instead of 285; a second loop without the mask took 190, but its own shared memory too).
@@ -135,11 +114,15 @@ def running_max(q_tile, q, q_stride, d, kept, B):
     """
     best = full_tile(float("-inf"), B.ACC, B)
     tile = full_tile(0, tl.int32, B)
-    if kept.full_end < kept.hi:
-        best, tile = step(best, tile, kept.full_end, q_tile, q, q_stride, d, kept, False, B)
-    for done in range(kept.lo, kept.full_end, B.BLOCK_D):
-        start = kept.full_end - B.BLOCK_D - (done - kept.lo)
-        best, tile = step(best, tile, start, q_tile, q, q_stride, d, kept, True, B)
+    end = kept.full_end
+    if B.PEEL:
+        if end < kept.hi:
+            best, tile = step(best, tile, end, q_tile, q, q_stride, d, kept, False, B)
+    else:
+        end += tl.where(end < kept.hi, B.BLOCK_D, 0)
+    for done in range(kept.lo, end, B.BLOCK_D):
+        start = end - B.BLOCK_D - (done - kept.lo)
+        best, tile = step(best, tile, start, q_tile, q, q_stride, d, kept, B.PEEL, B)
     return best, tile
 
 
@@ -204,8 +187,8 @@ def score_item(
     document = find_document(item, d, candidates_ptr, items_ptr, n_d, documents, B)
     kept = find_kept(document, B)
     rows = find_queries(item, q, n_q, B)
-    q_tile, q_inv = load_query_tile(rows, q.stride_l, B)
-    best, tile = running_max(q_tile, rows, q.stride_l, document, kept, B)
+    q_high, q_low, q_inv = load_query_tile(rows, q.stride_l, B)
+    best, tile = running_max((q_high, q_low), rows, q.stride_l, document, kept, B)
 
     AXIS: tl.constexpr = 0 if B.SWAP else 1
     value = row_max(best, AXIS)
@@ -218,7 +201,7 @@ def score_item(
             tl.store(argmax_ptr + item.doc * q.length + item.begin + rows.token, argmax, mask=rows.ok)
         else:
             tl.store(argmax_ptr + (rows.query * n_d + item.doc) * q.length + rows.token, argmax, mask=rows.ok)
-    if B.NORM != NO_NORM:
+    if B.NORM != NO_NORM or B.Q_CODES:
         value *= q_inv
     if B.WEIGHTED:
         first = item.begin if B.Q_RAGGED else rows.query * item.length
@@ -255,8 +238,8 @@ def forward_kernel(
     d_ptr,  # [n_q, n_d, l_d, dim], or if D_RAGGED [l_d, dim]; stride of n_q 0 where all queries share the documents
     q_mask_ptr,  # [n_q, l_q] bool, or [l_q]
     d_mask_ptr,  # [n_q, n_d, l_d] bool, or [l_d]
-    q_inv_ptr,  # [n_q * l_q] inverse norms, or [l_q]
-    d_inv_ptr,  # [n_q * n_d * l_d] inverse norms ([n_d * l_d] where shared), or [l_d]
+    q_inv_ptr,  # [n_q * l_q] inverse norms, or factors of codes; or [l_q]
+    d_inv_ptr,  # [n_q * n_d * l_d] inverse norms ([n_d * l_d] where shared), or scales of codes; or [l_d]
     scores_ptr,  # [chunks, n_q, n_d], or if Q_RAGGED [chunks, n_d]: parts of a query's score
     argmax_ptr,  # [n_q, n_d, l_q] int32, or if Q_RAGGED [n_d, l_q]
     q_offsets_ptr,  # [n_q + 1] int64, if Q_RAGGED
@@ -270,9 +253,10 @@ def forward_kernel(
     DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     PACK: tl.constexpr, SWAP: tl.constexpr,
     Q_RAGGED: tl.constexpr, D_RAGGED: tl.constexpr, D_SEPARATE: tl.constexpr, CANDIDATES: tl.constexpr,
-    Q_MASKED: tl.constexpr, D_MASKED: tl.constexpr, NORM: tl.constexpr, ARGMAX: tl.constexpr,
+    Q_MASKED: tl.constexpr, D_MASKED: tl.constexpr, PEEL: tl.constexpr, NORM: tl.constexpr, ARGMAX: tl.constexpr,
     WEIGHTED: tl.constexpr, MEAN: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, D_ALIGN: tl.constexpr, D_CODES: tl.constexpr,
+    Q_CODES: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The launch signature; Build, Side and score_item say what it means.
 
@@ -282,7 +266,9 @@ def forward_kernel(
     Q_RAGGED, D_RAGGED: tokens are concatenated and l_q, l_d count them all. A tile then holds tokens of one query only,
     and ``chunks`` counts the slots of slot_owner.
     D_SEPARATE: documents are at addresses of their own. d_ptr and d_mask_ptr give types only, d_offsets_ptr lengths.
-    ALIGN: the number of elements that every row stride is a multiple of.
+    ALIGN, D_ALIGN: the number of elements that every row stride of q, of d, is a multiple of.
+    D_CODES: products of codes are exact, as integers (Q_CODES) or in half precision, and are scaled before the maximum.
+    A float32 q is multiplied as two halves (SPLIT): one alone would be off by 2^-9.
     """
     score_item(
         tl.program_id(0),
@@ -292,14 +278,14 @@ def forward_kernel(
             mask_stride_n=q_mask_stride_n, mask_stride_k=0, mask_stride_l=q_mask_stride_l, inv_stride_n=0, length=l_q,
         ),
         Side(
-            tokens=d_ptr, mask=d_mask_ptr, inv=d_inv_ptr, offsets=d_offsets_ptr, stride_n=aligned(d_stride_n, ALIGN),
-            stride_k=aligned(d_stride_k, ALIGN), stride_l=aligned(d_stride_l, ALIGN), mask_stride_n=d_mask_stride_n,
+            tokens=d_ptr, mask=d_mask_ptr, inv=d_inv_ptr, offsets=d_offsets_ptr, stride_n=aligned(d_stride_n, D_ALIGN),
+            stride_k=aligned(d_stride_k, D_ALIGN), stride_l=aligned(d_stride_l, D_ALIGN), mask_stride_n=d_mask_stride_n,
             mask_stride_k=d_mask_stride_k, mask_stride_l=d_mask_stride_l, inv_stride_n=d_inv_stride_n, length=l_d,
         ),
         scores_ptr, argmax_ptr, candidates_ptr, items_ptr, weights_ptr, n_q, n_d, chunks, documents, empty_score,
         Build(
             DIM, BLOCK_Q, BLOCK_D, BLOCK_K, PACK, SWAP, Q_RAGGED, D_RAGGED, D_SEPARATE, CANDIDATES, Q_MASKED, D_MASKED,
-            NORM, ARGMAX, WEIGHTED, MEAN, PRECISION, ALIGN, COMPUTE, ACC,
+            PEEL, NORM, ARGMAX, WEIGHTED, D_CODES, Q_CODES, SPLIT, MEAN, PRECISION, D_ALIGN, COMPUTE, ACC,
         ),
     )  # fmt: skip
 

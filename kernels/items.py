@@ -28,12 +28,16 @@ class Build(NamedTuple):
     CANDIDATES: Any
     Q_MASKED: Any
     D_MASKED: Any
+    PEEL: Any  # the last, partial tile of a document is not in the loop over the others
     NORM: Any  # one of the NORM_ constants
     ARGMAX: Any
     WEIGHTED: Any
+    D_CODES: Any  # what document tokens are: NUMBERS, INT8 or BITS
+    Q_CODES: Any  # query tokens are that too, and products are those of integers
+    SPLIT: Any  # query tokens are multiplied as two halves
     MEAN: Any  # sums are divided by the number of valid query tokens
     PRECISION: Any  # of products of float32
-    ALIGN: Any  # every row starts at a multiple of this many elements
+    D_ALIGN: Any  # every row of documents starts at a multiple of this many elements
     COMPUTE: Any  # dtype of the operands of products
     ACC: Any  # dtype of similarities, maxima and sums
 
@@ -43,7 +47,7 @@ class Side(NamedTuple):
 
     tokens: Any
     mask: Any
-    inv: Any  # inverse norms, if NORM_BEFORE
+    inv: Any  # a factor a token: inverse norms, if NORM_BEFORE; scales of codes
     offsets: Any  # if ragged
     stride_n: Any  # from query to query
     stride_k: Any  # from document to document
@@ -122,13 +126,13 @@ def find_separate(number, ok, d, items_ptr, B):
     """(pointer to token 0 of document ``number``, stride, pointer to its mask), from its row of the table."""
     row = items_ptr + 3 * number
     tokens = tl.load(row, mask=ok, other=0)
-    if B.ALIGN > 1:
+    if B.D_ALIGN > 1:
         tokens = aligned(tokens, 16)
     base = tokens.to(d.tokens.dtype)
-    if B.ALIGN > 1:
+    if B.D_ALIGN > 1:
         # the conversion to a pointer forgets it
         base = tl.multiple_of(base, 16)
-    stride = aligned(tl.load(row + 2, mask=ok, other=0), B.ALIGN)
+    stride = aligned(tl.load(row + 2, mask=ok, other=0), B.D_ALIGN)
     mask = d.mask
     if B.D_MASKED:
         mask = tl.load(row + 1, mask=ok, other=0).to(d.mask.dtype)
@@ -151,7 +155,7 @@ def find_document(item, d, candidates_ptr, items_ptr, n_d, documents, B):
         length = (end - begin).to(tl.int32)
         if B.D_SEPARATE:
             base, stride, mask = find_separate(number, known, d, items_ptr, B)
-            return Document(base, stride, mask, 1, d.inv, length, invalid)
+            return Document(base, stride, mask, 1, d.inv + begin, length, invalid)
         else:
             return Document(
                 d.tokens + begin * d.stride_l, d.stride_l,

@@ -127,6 +127,20 @@ def shares(q, d, smooth, g, tau, B):
     return tl.where(q.keep[:, None] & d.keep[None, :], p, 0.0)
 
 
+@triton.jit
+def add_documents(total, q, d, smooth, g, tau, columns, B):
+    """total [BLOCK_Q, BLOCK_K] with what a tile of document tokens adds to the gradient of query tokens."""
+    p = shares(q, d, smooth, g, tau, B)
+    return tl.dot(p, load_units(d, columns, B), total, input_precision=B.PRECISION, out_dtype=B.ACC)
+
+
+@triton.jit
+def add_queries(total, q, d, smooth, g, tau, columns, B):
+    """total [BLOCK_D, BLOCK_K] with what a tile of query tokens adds to the gradient of document tokens."""
+    p = shares(q, d, smooth, g, tau, B)
+    return tl.dot(tl.trans(p), load_units(q, columns, B), total, input_precision=B.PRECISION, out_dtype=B.ACC)
+
+
 @triton.jit(
     do_not_specialize=[
         "q_stride_n", "q_stride_l", "d_stride_n", "d_stride_k", "d_stride_l", "d_row_stride",
@@ -204,11 +218,10 @@ def smooth_grad_q_kernel(
         smooth = tl.load(smooth_ptr + (wide(query) * n_d + doc) * l_q + i, mask=i < l_q, other=0.0)
         for start in range(0, l_d, BLOCK_D):
             d = load_tile(document, start, BLOCK_D)
-            p = shares(
-                q, d, smooth, g, in_dtype(tau, ACC), Build(DIM, BLOCK_Q, BLOCK_D, BLOCK_K, PRECISION, COMPUTE, ACC)
+            total = add_documents(
+                total, q, d, smooth, g, in_dtype(tau, ACC), columns,
+                Build(DIM, BLOCK_Q, BLOCK_D, BLOCK_K, PRECISION, COMPUTE, ACC),
             )  # fmt: skip
-            rows = load_units(d, columns, Build(DIM, BLOCK_Q, BLOCK_D, BLOCK_K, PRECISION, COMPUTE, ACC))
-            total = tl.dot(p, rows, total, input_precision=PRECISION, out_dtype=ACC)
     out = out_ptr + (wide(query) * l_q + i[:, None]) * DIM + columns[None, :]
     tl.store(out, total, mask=(i < l_q)[:, None] & (columns < DIM)[None, :])
 
@@ -253,11 +266,10 @@ def smooth_grad_d_kernel(
             q = load_tile(tokens, at, BLOCK_Q)
             i = at + tl.arange(0, BLOCK_Q)
             smooth = tl.load(smooth_ptr + (wide(query) * n_d + doc) * l_q + i, mask=i < l_q, other=0.0)
-            p = shares(
-                q, d, smooth, g, in_dtype(tau, ACC), Build(DIM, BLOCK_Q, BLOCK_D, BLOCK_K, PRECISION, COMPUTE, ACC)
+            total = add_queries(
+                total, q, d, smooth, g, in_dtype(tau, ACC), columns,
+                Build(DIM, BLOCK_Q, BLOCK_D, BLOCK_K, PRECISION, COMPUTE, ACC),
             )  # fmt: skip
-            rows = load_units(q, columns, Build(DIM, BLOCK_Q, BLOCK_D, BLOCK_K, PRECISION, COMPUTE, ACC))
-            total = tl.dot(tl.trans(p), rows, total, input_precision=PRECISION, out_dtype=ACC)
     j = start + tl.arange(0, BLOCK_D)
     out = out_ptr + (wide(item) * l_d + j[:, None]) * DIM + columns[None, :]
     tl.store(out, total, mask=(j < l_d)[:, None] & (columns < DIM)[None, :])

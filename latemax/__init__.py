@@ -9,14 +9,16 @@ from __future__ import annotations
 import importlib
 
 from latemax import reference
-from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, smooth_maxsim, warmup
+from latemax.api import explain, maxsim, maxsim_pairs, maxsim_varlen, rerank, smooth_maxsim
 from latemax.bounds import maxsim_bounds
 from latemax.module import MaxSim
 from latemax.ops.dispatch import Choice
 from latemax.quantized import QuantizedTokens, quantize
+from latemax.warm import warmup
 
 __version__ = "0.1.0"
 __all__ = [
+    "BinaryScan",
     "Choice",
     "Lemur",
     "LoRA",
@@ -54,9 +56,9 @@ __all__ = [
 _LATER = {
     "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "Retriever", "TextEncoder", "TextTokens", "add_lora"),
     "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
-    "search": ("Lemur", "MeanPool", "Muvera", "RowPool", "TopK", "first_stage_recall", "topk", "two_stage"),
+    "search": ("BinaryScan", "Lemur", "MeanPool", "Muvera", "RowPool", "TopK", "first_stage_recall", "topk", "two_stage"),
 }
-_MODULES = ("analysis", "compat", "viz")
+_MODULES = ("analysis", "compat", "ray", "viz")
 
 
 def __getattr__(name: str):

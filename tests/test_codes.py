@@ -46,7 +46,8 @@ def allowed(q: torch.Tensor, d: QuantizedTokens, normalize: bool = False) -> tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scores_are_those_of_the_numbers(where, kind, dtype):
     backend, device = where
-    for dim, normalize in ((1, False), (16, True), (37, False), (128, True), (128, False)):
+    cases = ((37, True), (128, False), (1, False), (16, True), (37, False), (128, True))
+    for dim, normalize in cases[:2] if backend == "triton" else cases:
         q, d = tokens(2, 5, dim, dtype=dtype, device=device), quantize(tokens(3, 70, dim, seed=1, device=device), kind)
         q_mask, d_mask = torch.ones(2, 5, dtype=torch.bool), torch.rand(3, 70) < 0.7
         q_mask[1, 3:], d_mask[:, 0] = False, True
@@ -69,7 +70,7 @@ def test_scores_are_those_of_the_numbers(where, kind, dtype):
 def test_products_of_codes_are_exact(where, kind):
     """All sums are integers below 2^24 or rounded once; scales are powers of two, so that nothing else rounds."""
     backend, device = where
-    for dim in (1, 24, 128, 517, 1030) + (() if backend == "triton" else (4096,)):
+    for dim in (24, 128, 517) if backend == "triton" else (1, 24, 128, 517, 1030, 4096):
         q, d = (
             quantize(tokens(2, 5, dim, device=device), kind),
             quantize(tokens(3, 9, dim, seed=1, device=device), kind),
@@ -97,26 +98,22 @@ def test_every_form(where, kind, of_codes):
     q_ends = torch.tensor([0, 1, 4], device=device)
     pick, rows = (torch.tensor(v, device=device) for v in ([[2, 0, -1], [1, 1, 2], [0, 2, 0]], [2, 0, 0]))
     weights = tokens(3, 4, seed=3, device=device)
-    for call in (
-        lambda q, d, **o: maxsim(q[0] if of_codes else x[0], d, **o),
-        lambda q, d, **o: maxsim(q, d[1], **o),
-        lambda q, d, **o: maxsim(q, d, q_weights=weights, reduce="mean", **o),
-        lambda q, d, **o: MaxSim(normalize=True, **o)(q, d),
-        lambda q, d, **o: maxsim_pairs(q, d, normalize=True, **o),
-    ):
-        agree(call, (q, d), backend)
-    for call, sides in (
-        (maxsim, (q, own)),
-        (maxsim, (some_q, some_d)),
-        (maxsim, (q, some_d)),
-        (maxsim_pairs, (some_q, some_d)),
-        (maxsim, (q, [])),
-    ):
-        agree(call, sides, backend)
+    agree(lambda q, d, **o: maxsim(q, d, q_weights=weights, reduce="mean", **o), (q, d), backend)
+    agree(lambda q, d, **o: maxsim_pairs(q, d, normalize=True, **o), (q, d), backend)
+    agree(lambda q, d, **o: rerank(q, d, ends, pick, query_ids=rows, **o), (some_q, flat_d), backend)
     agree(lambda q, d, **o: maxsim_varlen(q, d, q_ends, ends, empty_score=-3.0, **o), (flat_q, flat_d), backend)
+    agree(maxsim, (q, some_d), backend)
+    agree(maxsim, (q, own), backend)
+    if backend == "triton":  # the interpreter takes half a second a call, and these reach the same kernel
+        return
+    agree(maxsim, (q[0], d), backend)
+    agree(maxsim, (q, d[1]), backend)
+    agree(lambda q, d, **o: MaxSim(normalize=True, **o)(q, d), (q, d), backend)
+    agree(maxsim, (some_q, some_d), backend)
+    agree(maxsim_pairs, (some_q, some_d), backend)
+    agree(maxsim, (q, []), backend)
     agree(lambda q, d, **o: rerank(q, d, ends, pick, empty_score=-2.0, **o), (q, flat_d), backend)
     agree(lambda q, d, **o: rerank(q, d, ends, pick, query_ids=rows, normalize=True, **o), (q, flat_d), backend)
-    agree(lambda q, d, **o: rerank(q, d, ends, pick, query_ids=rows, **o), (some_q, flat_d), backend)
     agree(lambda q, d, **o: rerank((q, q_ends), d, ends, pick[:2], **o), (flat_q, flat_d), backend)
     agree(lambda q, d, **o: rerank(q, d, None, pick, **o), (q, some_d), backend)
 

@@ -18,9 +18,12 @@ LEVELS = {
     "level_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "level_avx512": AVX512,
     "level_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "codes_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "codes_avx512": AVX512,
+    "codes_avx512_vnni": [*AVX512, "-mavx512vnni", "-mavx512vpopcntdq"],
     # with tile registers emulated by the tests, so that every processor runs this level
     "level_amx_bf16": ["-include", ROOT / "tests/native/tiles.h"],
-    "maxsim": ["-include", ROOT / "tests/native/tiles.h"],
+    "levels": ["-include", ROOT / "tests/native/tiles.h"],
 }
 # Without AVX-512 the vectors of the AMX level are compiled in pieces, which takes 12 s instead of 2 s.
 CPUINFO = Path("/proc/cpuinfo")

@@ -1,5 +1,6 @@
 """The choice of backend and tile: pure, explained, and never a silent fallback."""
 
+import itertools
 import types
 
 import pytest
@@ -68,10 +69,10 @@ def test_explain_gives_the_reason_of_every_other_backend():
 
 
 def test_an_unknown_length_meets_a_known_problem(fresh_plan):
-    """Neither the number nor the length of documents is part of a problem: a new one is no new choice."""
-    for n_d, l_d in ((3, 9), (4, 9), (3, 90)):
+    """Of the number and length of documents a problem says only whether they are short: a new one is no new choice."""
+    for n_d, l_d in ((3, 9), (4, 9), (3, 90), (3, 401), (3, 900), (3, 9)):
         latemax.explain(*problem((2, n_d, 4, l_d, 16)))
-    assert dispatch.plan_for.cache_info().misses == 1
+    assert dispatch.plan_for.cache_info().misses == len(tiles.LENGTHS)
 
 
 CUDA = torch.device("cuda", 0)
@@ -169,20 +170,20 @@ def test_kinds_of_product():
 @pytest.mark.parametrize("dim", [1, 64, 96, 128, 256, 768, 4096])
 def test_every_pick_fits(capability, argmax, dim):
     for kind, itemsize in (("half", 2), ("tf32", 4), ("ieee", 4), ("double", 8)):
-        for rows in (1, 16, 32, 64, 128, 4096):
-            tile, source = tiles.pick(kind, dim, rows, itemsize, capability, argmax)
+        for rows, l_d in itertools.product((1, 16, 32, 64, 128, 4096), tiles.LENGTHS):
+            tile, source = tiles.pick(kind, dim, rows, l_d, itemsize, capability, argmax)
             assert tiles.fits(tile, dim, itemsize, capability), (kind, rows, tile, source)
             assert tile.block_q >= 16 and tile.block_d >= 16 and tile.block_k >= 16
 
 
 def test_rows_of_the_table_are_reachable_and_in_order():
     reached = {
-        (row.capability, row.kind, row.dim, row.q_rows)
+        (row.capability, row.kind, row.dim, row.q_rows, row.l_d)
         for row in tiles.TABLE
-        if tiles.pick(row.kind, row.dim, row.q_rows, 2, row.capability)[1].startswith(row.source)
+        if tiles.pick(row.kind, row.dim, row.q_rows, row.l_d, 2, row.capability)[1].startswith(row.source)
     }
-    assert len(reached) == len(tiles.TABLE)
-    assert tiles.pick("unheard of", 128, 32, 2, 90)[0] == tiles.DEFAULT
+    assert len(reached) == len(tiles.TABLE) and {row.l_d for row in tiles.TABLE} == {*tiles.LENGTHS}
+    assert tiles.pick("unheard of", 128, 32, 300, 2, 90)[0] == tiles.DEFAULT
 
 
 def test_short_queries_are_packed_where_they_share_documents():

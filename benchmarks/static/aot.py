@@ -2,9 +2,9 @@
 
     python -m benchmarks.static.aot [--arch 80 90 100] [--json FILE]
 
-``latemax.warmup`` compiles what a call would launch, under a driver that launches nothing; each kernel is then taken
-apart: registers, spills, shared memory, matrix instructions and the length of the innermost loop that holds one. Needs
-triton (it carries ptxas, cuobjdump and nvdisasm) and no GPU.
+A part of ``latemax.warmup`` compiles what a call would launch, under a driver that launches nothing; each kernel is
+then taken apart: registers, spills, shared memory, matrix instructions and the length of the innermost loop that holds
+one. Needs triton (it carries ptxas, cuobjdump and nvdisasm) and no GPU.
 
 A complete result is stored with a digest of everything that decides it. The tests read the stored rows while the digest
 holds, since compiling takes minutes; afterwards they compile, until the result is written again.
@@ -25,17 +25,17 @@ from typing import Any
 
 import torch
 
-import latemax
 from benchmarks import harness, internals, sass
 from benchmarks.internals import tiles
-from benchmarks.shapes import KINDS, Build, Shape, builds
+from benchmarks.shapes import KINDS, LONG, SHORT, Build, Shape, builds
 from benchmarks.tables import Table, markdown
 
 ARCHES = (80, 90, 100)
 STORED = harness.RESULTS / "aot.json"
 SOURCES = (
-    "kernels/*.py", "latemax/ops/tiles.*", "latemax/ops/backends/triton*.py", "benchmarks/static/aot.py",
-    "benchmarks/internals.py", "benchmarks/null_driver.py", "benchmarks/sass.py", "benchmarks/shapes.py",
+    "kernels/*.py", "latemax/ops/tiles.*", "latemax/ops/backends/triton*.py", "latemax/warm.py",
+    "benchmarks/static/aot.py", "benchmarks/internals.py", "benchmarks/null_driver.py", "benchmarks/sass.py",
+    "benchmarks/shapes.py",
 )  # fmt: skip
 # the null driver of a worker process, which compiles for one architecture
 null: Any = None
@@ -54,42 +54,41 @@ def label(build: Build) -> str:
         words.append(f"n_q {build.n_q}")
     if build.layout != "dense":
         words.append(f"layout={build.layout}")
+    if build.l_d != LONG:
+        words.append(f"l_d={build.l_d}")
     words += ["train=True"] * build.train + ["d_masked=True"] * build.d_masked
     if build.normalize:
-        dense = build.layout == "dense"
+        dense = build.layout == "dense" and build.d_kind is None
         words.append(f"norm={internals.triton_launch(shape_of(build), null.arch).norm}" if dense else "normalize=True")
+    words += [f"{name}={kind}" for name, kind in (("q", build.q_kind), ("d", build.d_kind)) if kind]
     return " ".join(words + ["argmax=True"] * build.return_argmax)
 
 
 def shape_of(build: Build) -> Shape:
     return Shape(
-        build.n_q, 1, build.l_q, 16, build.dim, KINDS[build.kind][0], masked=build.d_masked,
+        build.n_q, 1, build.l_q, build.l_d, build.dim, KINDS[build.kind][0], masked=build.d_masked,
         normalize=build.normalize, argmax=build.return_argmax,
     )  # fmt: skip
 
 
 def compile_build(build: Build) -> tiles.TileConfig | None:
-    """Compiles what the call launches; returns the tile of its forward."""
+    """Compiles what the call launches; returns the tile of its forward, None if that is of smooth maxima."""
     name, precision = KINDS[build.kind]
     dtype = getattr(torch, name)
     torch.set_float32_matmul_precision(precision)
+    if build.layout == "smooth":
+        internals.warm_smooth(build.dim, build.l_q, dtype, build.train)
+        return None
     options = build._asdict()
     options.pop("kind")
-    if not (build.train and build.layout == "rerank"):
-        return latemax.warmup(**options, dtype=dtype, device="cpu", backend="triton").tile
-    # only the gradient of q is Triton's here: that of candidates is taken by torch from the argmax, which nobody wrote
-    q = torch.zeros(build.n_q, build.l_q, build.dim, dtype=dtype, requires_grad=True)
-    d, offsets = torch.zeros(16, build.dim, dtype=dtype), torch.tensor([0, 16])
-    candidates = torch.zeros(build.n_q, 1, dtype=torch.int64)
-    latemax.rerank(q, d, offsets, candidates, normalize=build.normalize, backend="triton").sum().backward()
-    return latemax.explain(q, d, backend="triton").tile
+    batch = internals.warm(**options, dtype=dtype, device="cpu", backend="triton")
+    return internals.tile_of(batch, build.return_argmax or build.train)
 
 
 def rows_of(build: Build) -> list[dict[str, Any]]:
     """In a worker: a row for each kernel that the call loads and no call of this worker loaded before."""
     before = len(null.built)
     tile = compile_build(build)
-    assert tile is not None, "the Triton backend always has a tile"
     rows = []
     for built in null.built[before:]:
         row = dict(
@@ -97,7 +96,7 @@ def rows_of(build: Build) -> list[dict[str, Any]]:
             num_stages=built.num_stages, **inspect(built.cubin), shared=built.shared,
             cubin=hashlib.sha256(built.cubin).hexdigest()[:16],
         )  # fmt: skip
-        if built.name == "forward_kernel":
+        if tile is not None and built.name == "forward_kernel":
             itemsize = getattr(torch, KINDS[build.kind][0]).itemsize
             row |= dict(tile=[*tile], dim=build.dim, estimate=tiles.shared_bytes(tile, build.dim, itemsize))
         rows.append(row)
@@ -114,8 +113,8 @@ def inspect(cubin: bytes) -> dict[str, int]:
     return dict(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spills=sass.spills(code), loop_spills=sass.spills("\n".join(loop)),
-        wgmma=sass.count("HGMMA", code), mma=sass.count("[HD]MMA", code), utcmma=sass.count(r"UTC\w*MMA", code),
-        loop=len(loop), loop_mma=sum("MMA" in name for name in sass.opcodes(loop)),
+        wgmma=sass.count("[HI]GMMA", code), mma=sass.count("[HDI]MMA", code), utcmma=sass.count(r"UTC\w*MMA", code),
+        loop=len(loop), alu=sass.alu(loop), loop_mma=sum("MMA" in name for name in sass.opcodes(loop)),
         vector_loads=sass.count(r"LDG\S*\.128", code),
     )  # fmt: skip
 
@@ -176,7 +175,32 @@ def full_table(result: dict[str, Any]) -> str:
     return markdown(names, [[row[name] for name in names] for row in result["rows"]])
 
 
-TABLES = {"aot": Table("aot", table)}
+def short_table(result: dict[str, Any]) -> str:
+    """What documents of up to 400 tokens take, against the tile of long ones: one query, half precision, dim 128."""
+    rows = {row["case"]: row for row in result["rows"] if row["arch"] == 90 and row["kernel"] == "forward_kernel"}
+    lines = []
+    for l_q in (16, 32, 64):
+        case = f"half dim 128 l_q {l_q}"
+        for row in (rows[case], rows[f"{case} l_d={SHORT}"]):
+            tile = tiles.TileConfig(*row["tile"])
+            warps = 65536 // (-(-row["registers"] // 8) * 8 * 32)
+            blocks = min(warps // tile.num_warps, 233472 // (row["shared"] + 1024))
+            under_way = blocks * (tile.num_stages - 1) * tile.block_d * 256 // 1024
+            padded = ", ".join(f"{-(-l_d // tile.block_d) * tile.block_d / l_d - 1:.0%}" for l_d in (196, 300, 400))
+            lines.append(
+                [
+                    f"{tile.block_q} × {tile.block_d}", "peeled" if tile.peel else "in the loop", row["registers"],
+                    row["spills"], row["shared"], blocks, f"{under_way} KB", row["loop"], row["alu"], padded,
+                ]
+            )  # fmt: skip
+    head = [
+        "tile", "last tile", "registers", "spills", "shared bytes", "blocks", "on the way", "inner loop",
+        "ALU instructions", "padding of 196, 300, 400 tokens",
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+TABLES = {"aot": Table("aot", table), "aot-short": Table("aot", short_table)}
 
 
 def main() -> None:

@@ -214,8 +214,8 @@ def table_of_ten_million(result: dict) -> str:
                      f"{-(-seconds // 10):,.0f}", f"{-(-total // (512 * 10**9)):,.0f}"])  # fmt: skip
     head = ["a token as", "kB a page", "TB", "seconds, one machine", "machines for 10 s", "machines of 512 GB"]
     return markdown(head, rows) + (
-        f"\n{pages:,} pages of {tokens:,} tokens of dim {dim}, every one read once at {rate:.2f} GB/s, the rate measured "
-        f"for float16 from disk. Rows with codes assume the same rate, which has not been measured.\n"
+        f"\n{pages:,} pages of {tokens:,} tokens of dim {dim}, every one read once at {rate:.2f} GB/s, the rate "
+        f"measured for float16 from disk. Rows with codes assume the same rate, which has not been measured.\n"
     )
 
 

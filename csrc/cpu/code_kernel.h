@@ -20,17 +20,6 @@ LATEMAX_INLINE vf to_float(vi x) {
 #endif
 }
 
-LATEMAX_INLINE vf root(vf x) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX2__)
-    return (vf)_mm256_sqrt_ps((__m256)x);
-#else
-    for (int l = 0; l < LATEMAX_LANES; ++l) x[l] = __builtin_sqrtf(x[l]);
-    return x;
-#endif
-}
-
 LATEMAX_INLINE vi broadcast(const char *row) { return vi{} + load<int32_t>(row); }
 
 /* Sums of 2 products of 16 bits. */
@@ -157,24 +146,30 @@ LATEMAX_INLINE void products(const vi *panel, const Rows &rows, int64_t j, int64
     const int64_t lines = rows.prefetch ? (U * rows.prefetch_stride + 4 * steps - 1) / (4 * steps) : 0;
     block<Op>(panel, extra, row, 0, steps < Op::BLOCK ? steps : Op::BLOCK, lines, next, out);
     constexpr bool FACTORS = Op::FORM == I16;
-    for (int u = 0; FACTORS && u < U; ++u)
-        for (int v = 0; v < V; ++v) out[u][v] *= (vf)extra[v];
-    for (int64_t k = Op::BLOCK, b = V; k < steps; k += Op::BLOCK, b += V) {
-        vf more[U][V];
-        block<Op>(panel, extra, row, k, steps < k + Op::BLOCK ? steps : k + Op::BLOCK, lines, next, more);
-        for (int u = 0; u < U; ++u)
-            for (int v = 0; v < V; ++v) out[u][v] += FACTORS ? more[u][v] * (vf)extra[b + v] : more[u][v];
-    }
-    if (Op::FORM == BITS)
-        for (int u = 0; u < U; ++u)
-            for (int v = 0; v < V; ++v) out[u][v] = (float)dim - 2.0f * out[u][v];
+#pragma GCC unroll 32
+    for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+        for (int v = 0; FACTORS && v < V; ++v) out[u][v] *= (vf)extra[v];
+    if constexpr (Op::BLOCK < MOST_CODE_DIMS)
+        for (int64_t k = Op::BLOCK, b = V; k < steps; k += Op::BLOCK, b += V) {
+            vf more[U][V];
+            block<Op>(panel, extra, row, k, steps < k + Op::BLOCK ? steps : k + Op::BLOCK, lines, next, more);
+#pragma GCC unroll 32
+            for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) out[u][v] += FACTORS ? more[u][v] * (vf)extra[b + v] : more[u][v];
+        }
+#pragma GCC unroll 32
+    for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+        for (int v = 0; Op::FORM == BITS && v < V; ++v) out[u][v] = (float)dim - 2.0f * out[u][v];
 }
 
 template <class Op, int U, int V, bool ARGMAX>
 LATEMAX_INLINE void code_tile(const vi *panel, const Rows &rows, int64_t j, int64_t dim, vf (&best)[V], vi (&at)[V]) {
     vf s[U][V];
     products<Op>(panel, rows, j, dim, s);
-    fold<MAXSIM_F32, U, V, ARGMAX>(s, rows, j, dim, best, at);
+    fold<U, V, ARGMAX>(s, rows, j, best, at);
 }
 
 template <class Op, int U, int TAIL, int V, bool ARGMAX>
@@ -241,98 +236,6 @@ void bounds_any(const void *panel, int vectors, const Rows &rows, int64_t dim, f
     if (vectors == 1) return bound_run<Op, 8, 8, 1>(p, rows, dim, lower, upper);
     if (vectors == 2) return bound_run<Op, SUMS / 2, TAIL, 2>(p, rows, dim, lower, upper);
     bound_run<Op, SUMS / BLOCK, (2 * TAIL + BLOCK - 1) / BLOCK, BLOCK>(p, rows, dim, lower, upper);
-}
-
-/* One row; returns the sum of the squares of int8 codes. `dim` of bits is a multiple of 8, the least significant bit of
- * a byte first. */
-inline int32_t rewrite_row(const Codes &c, const char *from, char *to) {
-    const int64_t dim = c.dim;
-    const int8_t *code = reinterpret_cast<const int8_t *>(from);
-    if (c.form == BITS) {
-        std::memcpy(to, from, (dim + 7) / 8);
-        std::memset(to + (dim + 7) / 8, 0, (dim + 31) / 32 * 4 - (dim + 7) / 8);
-        return 0;
-    }
-#if defined(__AVX512VNNI__)
-    if (c.form == I8) {
-        /* (x + 128) x - 128 x, without an overflow for -128 */
-        __m512i products = _mm512_setzero_si512(), less = products;
-        const __m512i sign = _mm512_set1_epi8((char)0x80);
-        for (int64_t k = 0; k < dim; k += 64) {
-            const int64_t left = dim - k;
-            const __mmask64 here = left < 64 ? ((__mmask64)1 << left) - 1 : ~(__mmask64)0;
-            const __mmask64 there = left <= 60 ? ((__mmask64)1 << (left + 3) / 4 * 4) - 1 : ~(__mmask64)0;
-            const __m512i x = _mm512_maskz_loadu_epi8(here, code + k), above = _mm512_xor_si512(x, sign);
-            _mm512_mask_storeu_epi8(to + k, there, above);
-            products = _mm512_dpbusd_epi32(products, above, x);
-            less = _mm512_dpbusd_epi32(less, sign, x);
-        }
-        return c.normalize || c.radius ? _mm512_reduce_add_epi32(_mm512_sub_epi32(products, less)) : 0;
-    }
-#endif
-    int16_t *out = reinterpret_cast<int16_t *>(to);
-    if (c.from == MAXSIM_BITS) {
-        int64_t k = 0;
-#if defined(__AVX512BW__)
-        for (; k + 32 <= dim; k += 32)
-            _mm512_storeu_si512(out + k, _mm512_mask_blend_epi16(load<__mmask32>(from + k / 8), _mm512_set1_epi16(-1),
-                                                                  _mm512_set1_epi16(1)));
-#elif defined(__AVX2__)
-        const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, (short)0x8000);
-        for (; k + 16 <= dim; k += 16) {
-            const __m256i set = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(load<int16_t>(from + k / 8)), bit), bit);
-            _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + k), _mm256_or_si256(_mm256_xor_si256(_mm256_add_epi16(set, set), _mm256_set1_epi16(-1)), _mm256_set1_epi16(1)));
-        }
-#endif
-        for (; k < dim; ++k) out[k] = (from[k / 8] >> k % 8 & 1) * 2 - 1;
-        return 0;
-    }
-    int32_t squares = 0;
-    for (int64_t k = 0; k < dim; ++k) out[k] = code[k];
-    if (dim % 2) out[dim] = 0;
-    for (int64_t k = 0; (c.normalize || c.radius) && k < dim; ++k) squares += (int32_t)out[k] * out[k];
-    return squares;
-}
-
-/* Rows in their new form, and factors and radii. A norm computed here is off by less than a relative 2^-22, and 2^-20
- * covers the few operations of a radius; 2^-100 covers what underflows in a product. */
-inline void rewrite(const Codes &c) {
-    const int64_t bytes = 4 * steps_of(c.form, c.dim);
-    const bool norms = c.normalize || c.radius;
-    int32_t squares[64];
-    constexpr float UP = 1 + 0x1p-20f, DOWN = 1 - 0x1p-20f;
-    const float inf = __builtin_inff();
-    for (int64_t first = 0; first < c.count; first += 64) {
-        const int64_t n = c.count - first < 64 ? c.count - first : 64;
-        for (int64_t i = first; i < first + n; ++i)
-            squares[i - first] = c.to ? rewrite_row(c, c.base + (c.gather ? c.gather[i] : i) * c.stride, c.to + i * bytes) : 0;
-        for (int64_t i = 0; norms && i < n; i += LATEMAX_LANES) {
-            vf_any *const scale = reinterpret_cast<vf_any *>(c.scale + first + i);
-            const vf given = *scale;
-            const vf norm = c.from == MAXSIM_BITS ? vf{} + c.norm_of_bits : root(to_float(*reinterpret_cast<vi_any *>(squares + i)));
-            const vf length = given * norm;
-            const vi tiny = length < EPS;
-            if (!c.radius) {
-                *scale = tiny ? given / EPS : 1.0f / norm;
-                continue;
-            }
-            vf_any *const radius = reinterpret_cast<vf_any *>(c.radius + first + i);
-            const vf error = *radius;
-            vf factor = given, apart = error, size = length;
-            if (c.normalize) {
-                /* of unit vectors; tokens that may be shorter than EPS, or of no direction, are within 2 */
-                const vf sum = 2.0f * length * DOWN - error;
-                const vf near = 2.0f * error / sum * UP;
-                apart = ((length * DOWN - error > 2 * EPS) & (near < 2.0f)) ? near : vf{} + 2.0f;
-                factor = norm > 0.0f ? 1.0f / norm : vf{};
-                size = vf{} + 1.0f;
-            }
-            const vf all = (apart * (1.0f + c.query_error) + size * (c.query_error + c.rounding)) * UP + 0x1p-100f;
-            const vi known = (error < inf) & (all < inf) & (factor < inf);
-            *radius = known ? all : vf{} + inf;
-            *scale = known ? factor : vf{};
-        }
-    }
 }
 
 }  // namespace

@@ -104,8 +104,9 @@ CodeToken pack_float(const maxsim_args &args, Form form, const Lane &lane, const
 CodeToken pack_int8(const maxsim_args &args, Form form, const Lane &lane, const int8_t *x, double scale, double error) {
     long sum = 0, squares = 0;
     for (int64_t k = 0; k < args.dim; ++k) {
-        form == I8 ? lane.put8(k, x[k]) : lane.put16(k, x[k]);
-        sum += x[k], squares += x[k] * x[k];
+        const int code = scale == 0 ? 0 : x[k];
+        form == I8 ? lane.put8(k, code) : lane.put16(k, code);
+        sum += code, squares += code * code;
     }
     const int64_t radius = extra_of(form, lane.steps) - 1;
     if (form == I8) lane.put_extra(0, static_cast<int32_t>(-128 * sum));
@@ -146,7 +147,9 @@ CodeToken pack_codes(const maxsim_args &args, const Level &level, Form form, int
     if (form == BITS) {
         for (int64_t k = 0; k < (args.dim + 7) / 8; ++k) lane.put(k / 4, k % 4, x[k]);
         const double scale = from.scale[token], length = scale * std::sqrt(static_cast<double>(args.dim));
-        return {args.normalize ? scale / std::max(length, static_cast<double>(EPS)) : scale, 0, false};
+        /* its signs are no zeros */
+        const bool zero = scale == 0;
+        return {args.normalize ? scale / std::max(length, static_cast<double>(EPS)) : scale, 0, zero};
     }
     if (args.q.dtype == MAXSIM_I8)
         return pack_int8(args, form, lane, reinterpret_cast<const int8_t *>(x), from.scale[token],
@@ -157,6 +160,13 @@ CodeToken pack_codes(const maxsim_args &args, const Level &level, Form form, int
 
 void infinite_maximum(const maxsim_args &args, const Level &level, int64_t query, int64_t token, const Item &document,
                       int64_t length, float *best, int32_t *at) {
+    if (args.q.dtype == MAXSIM_BITS) {
+        int64_t first = 0;
+        while (document.mask && !document.mask[first * document.mask_stride]) ++first;
+        *best = 0;
+        if (at) *at = static_cast<int32_t>(first);
+        return;
+    }
     const Item from = item(args.q, 0, query);
     std::vector<float> q(args.dim);
     widen_row(level, args.q.dtype, from.tokens + token * from.stride, args.q.stride_k, args.dim, q.data());
@@ -173,11 +183,27 @@ void infinite_maximum(const maxsim_args &args, const Level &level, int64_t query
     }
 }
 
-float rounding_of(const maxsim_args &args, Form form) {
+void read_codes(const maxsim_args &args, const Level &level, Form form, const Item &document, float query_error, char *to,
+                Rows &rows) {
+    auto copy = [&](const float *from, float *out) {
+        if (!from)
+            std::fill_n(out, rows.count, 0.0f);
+        else if (!rows.number)
+            std::copy_n(from + rows.first, rows.count, out);
+        else
+            for (int64_t i = 0; i < rows.count; ++i) out[i] = from[rows.number[i]];
+    };
+    copy(document.scale, rows.scale);
+    if (rows.radius) copy(document.error, rows.radius);
     /* of each block the conversion, the factor and the addition; then the row's factor and the sum with the radius. The
      * code of a query token is at most twice as long as the token. */
-    const int64_t blocks = form == I16 ? (steps_of(form, args.dim) + I16_STEPS - 1) / I16_STEPS : 1;
-    return static_cast<float>(2 * (blocks + 8) * 0x1p-24);
+    const int64_t dim = row_dims(args, form);
+    const int64_t blocks = form == I16 ? (steps_of(form, dim) + I16_STEPS - 1) / I16_STEPS : 1;
+    const float rounding = static_cast<float>(2 * (blocks + 8) * 0x1p-24), norm_of_bits = std::sqrt(static_cast<float>(args.dim));
+    level.codes->rewrite({args.d.dtype, form, rows.base, rows.stride, rows.gather, rows.count, dim, to, args.normalize != 0,
+                          norm_of_bits, rows.scale, rows.radius, query_error, rounding});
+    rows.prefetch = rows.base + (rows.gather ? rows.gather[rows.count - 1] + 1 : rows.count) * rows.stride;
+    if (to) rows.base = to, rows.stride = 4 * steps_of(form, dim), rows.gather = nullptr;
 }
 
 void sum_bounds(const maxsim_args &args, const Queries &queries, int64_t query, const float *lower, const float *upper,

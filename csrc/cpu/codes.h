@@ -22,14 +22,14 @@ inline int64_t panel_height(const maxsim_args &args, Form form) {
 struct CodeToken {
     double scale;  /* of its maxima; NaN if it holds NaN */
     double error;  /* bounds: of the panel, relative to its norm */
-    bool infinite; /* it holds infinities */
+    bool infinite; /* it holds infinities, or is the zero vector in one-bit codes */
 };
 
 /* Writes one query token, [height] at a distance of `stride` lanes. wide: scratch for dim floats. */
 CodeToken pack_codes(const maxsim_args &args, const Level &level, Form form, int64_t query, int64_t token, char *out,
                      int64_t stride, float *wide);
 
-/* The maximum for a query token that holds infinities, by plain loops over a document with a valid token. */
+/* The maximum for a query token that is `infinite`, by plain loops over a document with a valid token. */
 void infinite_maximum(const maxsim_args &args, const Level &level, int64_t query, int64_t token, const Item &document,
                       int64_t length, float *best, int32_t *at);
 
@@ -37,8 +37,9 @@ void infinite_maximum(const maxsim_args &args, const Level &level, int64_t query
 void sum_bounds(const maxsim_args &args, const Queries &queries, int64_t query, const float *lower, const float *upper,
                 float *score_lower, float *score_upper);
 
-/* The relative error of the products of a row, as float32 computes them from exact sums. */
-float rounding_of(const maxsim_args &args, Form form);
+/* Finds factors and radii of the rows, in rows.scale and rows.radius, and rewrites them to `to`, unless NULL. */
+void read_codes(const maxsim_args &args, const Level &level, Form form, const Item &document, float query_error, char *to,
+                Rows &rows);
 
 }  // namespace latemax
 

@@ -2,9 +2,10 @@
 #if defined(__x86_64__)
 #define LATEMAX_LANES 8
 #include "code_kernel.h"
+#include "code_rows.h"
 
 namespace latemax {
-const CodeLevel codes_avx2 = {codes_any<SixteenBits, 12, 3, 4>, nullptr, codes_any<Bits, 12, 3, 4>,
-    bounds_any<SixteenBits, 12, 3, 4>, nullptr, rewrite};
+const CodeLevel codes_avx2 = {codes_any<SixteenBits, 8, 2, 4>, nullptr, codes_any<Bits, 8, 2, 4>,
+    bounds_any<SixteenBits, 8, 2, 4>, nullptr, rewrite};
 }
 #endif

@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #define LATEMAX_LANES 16
 #include "code_kernel.h"
+#include "code_rows.h"
 
 namespace latemax {
 const CodeLevel codes_avx512_vnni = {codes_any<SixteenBits, 24, 4, 2>, codes_any<EightBits, 24, 4, 2>, codes_any<Bits, 24, 4, 2>,

@@ -137,15 +137,50 @@ void widen_as(const void *x, int64_t n, float *out) {
     for (; i < n; ++i) out[i] = one(OF, x, i);
 }
 
+/* In the order of a tree: lane l with l + LANES / 2, and so on. */
+LATEMAX_INLINE float sum_of_lanes(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float lane[LATEMAX_LANES];
+    std::memcpy(lane, &x, sizeof lane);
+    for (int w = LATEMAX_LANES / 2; w; w /= 2)
+        for (int l = 0; l < w; ++l) lane[l] += lane[l + w];
+    return lane[0];
+#endif
+}
+
+LATEMAX_INLINE vf root(vf x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (vf)_mm256_sqrt_ps((__m256)x);
+#else
+    for (int l = 0; l < LATEMAX_LANES; ++l) x[l] = __builtin_sqrtf(x[l]);
+    return x;
+#endif
+}
+
+/* Lanes whose sum is that of the squares. Several chains: a single one (8 dependent additions for dim 128) would take
+ * longer than the loads. */
 template <maxsim_dtype OF>
-float sum_of_squares_as(const void *x, int64_t n) {
-    /* four chains, then a tree: a single chain (8 dependent additions for dim 128) would take longer than the loads */
-    constexpr int CHAINS = 4;
-    vf sum[CHAINS] = {};
+LATEMAX_INLINE vf squares_as(const void *x, int64_t n) {
+    vf sum[4] = {};
     int64_t i = 0;
-    for (; i + CHAINS * LATEMAX_LANES <= n; i += CHAINS * LATEMAX_LANES)
+#if defined(__AVX512BF16__)
+    if (OF == MAXSIM_BF16) {
+        const char *from = static_cast<const char *>(x);
+        auto add = [&](int c, const char *at) {
+            const __m512bh v = (__m512bh)_mm512_loadu_si512(at);
+            sum[c] = (vf)_mm512_dpbf16_ps((__m512)sum[c], v, v);
+        };
+        for (; i + 64 <= n; i += 64) add(0, from + 2 * i), add(1, from + 2 * i + 64);
+        for (; i + 32 <= n; i += 32) add(0, from + 2 * i);
+    }
+#endif
+    for (; i + 4 * LATEMAX_LANES <= n; i += 4 * LATEMAX_LANES)
 #pragma GCC unroll 4
-        for (int c = 0; c < CHAINS; ++c) {
+        for (int c = 0; c < 4; ++c) {
             const vf v = wide<OF>(x, i + c * LATEMAX_LANES);
             sum[c] += v * v;
         }
@@ -153,14 +188,13 @@ float sum_of_squares_as(const void *x, int64_t n) {
         const vf v = wide<OF>(x, i);
         sum[0] += v * v;
     }
-    const vf all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    float lane[LATEMAX_LANES];
-    std::memcpy(lane, &all, sizeof lane);
-    for (int w = LATEMAX_LANES / 2; w; w /= 2)
-        for (int l = 0; l < w; ++l) lane[l] += lane[l + w];
-    float total = lane[0];
-    for (; i < n; ++i) total += one(OF, x, i) * one(OF, x, i);
-    return total;
+    if (i < n) {
+        float rest[LATEMAX_LANES] = {};
+        for (int l = 0; i < n; ++i, ++l) rest[l] = one(OF, x, i);
+        const vf v = load<vf>(rest);
+        sum[0] += v * v;
+    }
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 struct Float32 {
@@ -208,15 +242,50 @@ LATEMAX_INLINE const char *row_at(const Rows &rows, int64_t i) {
     return rows.base + (rows.gather ? rows.gather[i] : i) * rows.stride;
 }
 
+#if defined(__AVX512F__)
+/* The sum of the lanes of each of 16 vectors: 45 instructions where 16 sums take 160. */
+LATEMAX_INLINE vf sums_of_lanes(vf (&x)[16]) {
+    vf quarter[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512 a = (__m512)x[4 * i], b = (__m512)x[4 * i + 1], c = (__m512)x[4 * i + 2], d = (__m512)x[4 * i + 3];
+        const __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        quarter[i] = (vf)_mm512_unpacklo_pd(ab, cd) + (vf)_mm512_unpackhi_pd(ab, cd);
+    }
+    auto half = [](vf x, vf y) {
+        return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)y, 0x88) + (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)y, 0xdd);
+    };
+    return half(half(quarter[0], quarter[1]), half(quarter[2], quarter[3]));
+}
+#endif
+
+/* The factors of rows j .. j + U with normalize. Roots and quotients are those of a vector: one at a time they would take
+ * longer than the squares. */
+template <maxsim_dtype OF, int U>
+LATEMAX_INLINE void inverse_norms(const Rows &rows, int64_t j, int64_t dim) {
+    constexpr int VECTORS = (U + LATEMAX_LANES - 1) / LATEMAX_LANES;
+    float factor[VECTORS * LATEMAX_LANES] = {};
+#if defined(__AVX512F__)
+    vf squares[16] = {};
+    static_assert(U <= 16, "one vector of factors");
+#pragma GCC unroll 16
+    for (int u = 0; u < U; ++u) squares[u] = squares_as<OF>(row_at(rows, within(rows, j + u)), dim);
+    *reinterpret_cast<vf_any *>(factor) = sums_of_lanes(squares);
+#else
+    for (int u = 0; u < U; ++u) factor[u] = sum_of_lanes(squares_as<OF>(row_at(rows, within(rows, j + u)), dim));
+#endif
+    for (int i = 0; i < VECTORS * LATEMAX_LANES; i += LATEMAX_LANES) {
+        const vf norm = root(*reinterpret_cast<vf_any *>(factor + i));
+        *reinterpret_cast<vf_any *>(factor + i) = 1.0f / (norm < EPS ? vf{} + EPS : norm);
+    }
+    std::memcpy(rows.scale + j, factor, (j + U <= rows.count ? U : rows.count - j) * 4);
+}
+
 /* Folds the similarities of rows j .. j + U into the running maxima. */
-template <maxsim_dtype OF, int U, int V, bool ARGMAX>
-LATEMAX_INLINE void fold(vf (&sum)[U][V], const Rows &rows, int64_t j, int64_t dim, vf (&best)[V], vi (&at)[V]) {
+template <int U, int V, bool ARGMAX>
+LATEMAX_INLINE void fold(vf (&sum)[U][V], const Rows &rows, int64_t j, vf (&best)[V], vi (&at)[V]) {
     if (rows.scale) {
-        if (rows.compute_scale)
-            for (int64_t i = j; i < j + U && i < rows.count; ++i) {
-                const float norm = __builtin_sqrtf(sum_of_squares_as<OF>(row_at(rows, i), dim));
-                rows.scale[i] = 1.0f / (norm < EPS ? EPS : norm);
-            }
 #pragma GCC unroll 32
         for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
@@ -255,6 +324,7 @@ template <class Op, int U, int V, bool ARGMAX>
 LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t dim, vf (&best)[V], vi (&at)[V]) {
     const char *row[U];
     vf sum[U][V];
+    if (rows.compute_scale) inverse_norms<Op::DTYPE, U>(rows, j, dim);
 #pragma GCC unroll 32
     for (int u = 0; u < U; ++u) {
         row[u] = row_at(rows, within(rows, j + u));
@@ -262,10 +332,15 @@ LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t d
         for (int v = 0; v < V; ++v) sum[u][v] = vf{};
     }
     const int64_t steps = Op::steps(dim);
-    const char *next = rows.prefetch ? rows.prefetch + j * rows.prefetch_stride : row[0] + U * rows.stride;
+    const char *next = rows.prefetch ? rows.prefetch + j * rows.prefetch_stride : row_at(rows, within(rows, j + U));
+    /* of the next rows, which lie apart where a mask has holes */
+    const int64_t apart = rows.gather && rows.dense ? row_at(rows, within(rows, j + 2 * U - 1)) + rows.stride - next : 0;
+    const int64_t lines = apart / (4 * steps + 1) + 1;
     int64_t k = 0;
     for (; k + LINE <= steps; k += LINE) {
-        if (rows.dense) {
+        if (apart > 0) {
+            for (int64_t l = 0; l < lines; ++l, next += 4 * LINE) __builtin_prefetch(next);
+        } else if (rows.dense) {
 #pragma GCC unroll 32
             for (int u = 0; u < U; ++u) __builtin_prefetch(next + 4 * LINE * u);
             next += 4 * LINE * U;
@@ -282,7 +357,7 @@ LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t d
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) sum[u][v] = Op::last(sum[u][v], panel[k * V + v], row[u] + 4 * k);
     }
-    fold<Op::DTYPE, U, V, ARGMAX>(sum, rows, j, dim, best, at);
+    fold<U, V, ARGMAX>(sum, rows, j, best, at);
 }
 
 template <class Op, int U, int TAIL, int V, bool ARGMAX>
@@ -331,9 +406,9 @@ inline void widen(maxsim_dtype from, const void *x, int64_t n, float *out) {
 }
 
 inline float sum_of_squares(maxsim_dtype of, const void *x, int64_t n) {
-    if (of == MAXSIM_F32) return sum_of_squares_as<MAXSIM_F32>(x, n);
-    if (of == MAXSIM_BF16) return sum_of_squares_as<MAXSIM_BF16>(x, n);
-    return sum_of_squares_as<MAXSIM_F16>(x, n);
+    if (of == MAXSIM_F32) return sum_of_lanes(squares_as<MAXSIM_F32>(x, n));
+    if (of == MAXSIM_BF16) return sum_of_lanes(squares_as<MAXSIM_BF16>(x, n));
+    return sum_of_lanes(squares_as<MAXSIM_F16>(x, n));
 }
 
 inline void add_scaled(maxsim_dtype of, float a, const void *x, int64_t n, float *y) {

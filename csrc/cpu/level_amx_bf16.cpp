@@ -64,8 +64,10 @@ void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, 
     if (V == 2) LATEMAX_TILE_STORE(1, to + 64, width);
     if (R == 2) LATEMAX_TILE_STORE(2, to + ROWS * width, width);
     if (R == 2 && V == 2) LATEMAX_TILE_STORE(3, to + ROWS * width + 64, width);
-    for (int g = 0; g < R * ROWS / GROUP; ++g)
-        fold<MAXSIM_BF16, GROUP, V, ARGMAX>(sum[g], rows, j + g * GROUP, dim, best, at);
+    for (int g = 0; g < R * ROWS / GROUP; ++g) {
+        if (rows.compute_scale) inverse_norms<MAXSIM_BF16, GROUP>(rows, j + g * GROUP, dim);
+        fold<GROUP, V, ARGMAX>(sum[g], rows, j + g * GROUP, best, at);
+    }
 }
 
 template <int V, bool ARGMAX>

@@ -7,14 +7,10 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
-#include <utility>
 
 #include "codes.h"
 #include "maxsim_cpu.h"
 #include "threads.h"
-#if defined(__x86_64__) && defined(__linux__)
-#include "tiles.h"
-#endif
 
 namespace latemax {
 namespace {
@@ -23,6 +19,10 @@ namespace {
 constexpr int64_t BATCH_BYTES = 256 << 10;
 /* the same for rows that are widened first: the next rows are prefetched meanwhile and share the cache */
 constexpr int64_t WIDE_BATCH_BYTES = 64 << 10;
+/* the same for codes: rewritten rows are not prefetched again, and stay in L1 */
+constexpr int64_t CODE_BATCH_BYTES = 12 << 10;
+/* tokens of a unit of codes: the rows prefetched after a batch are mostly of the same unit, and thread */
+constexpr int64_t CODE_UNIT_TOKENS = 4096;
 /* the most running maxima that a thread keeps */
 constexpr int64_t SLOT_FLOATS = 256 << 10;
 /* products that are worth another thread while it still spins from the last call: about 6 us */
@@ -61,7 +61,6 @@ class Forward {
     std::vector<Unit> units(int64_t target) const;
     void unit(const Unit &u, Scratch &s);
     Rows take(const Document &doc, int64_t &j, int64_t room, int64_t used, Scratch &s) const;
-    void read_codes(const Document &doc, Rows &rows, int64_t used, Scratch &s) const;
     void multiply(const Part &part, Scratch &s) const;
     void finish(const Part &part, int64_t row, int64_t c, float *best, int32_t *at, const float *upper);
     void finish_empty(const Part &part, int64_t row, int64_t c);
@@ -97,7 +96,8 @@ Forward::Forward(const maxsim_args &args, const Level &level, int threads)
       /* candidates expanded over the queries are shared after all */
       own_(args.query_ids || (args.n_q > 1 && (args.d.stride_q != 0 || args.d.mask_stride_q != 0 ||
                                                args.d.scale_stride_q != 0 || args.candidates))),
-      batch_(std::clamp<int64_t>((widen_ ? WIDE_BATCH_BYTES : BATCH_BYTES) / row_bytes_ / 24 * 24, 24, 4096)),
+      batch_(std::clamp<int64_t>((!widen_ ? BATCH_BYTES : form_ > BF16 ? CODE_BATCH_BYTES : WIDE_BATCH_BYTES) / row_bytes_ /
+                                     24 * 24, 24, 4096)),
       queries_(args, level, form_) {}
 
 Document Forward::document(int64_t row, int64_t c) const {
@@ -172,7 +172,7 @@ void Forward::run() {
         empty_.resize(args_.n_c);
     }
     const int64_t scored = own_ ? total : total * static_cast<int64_t>(queries_.parts.size());
-    const std::vector<Unit> work = units(std::clamp<int64_t>(scored / (8 * threads), 1, batch_));
+    const std::vector<Unit> work = units(std::clamp<int64_t>(scored / (8 * threads), 1, form_ > BF16 ? CODE_UNIT_TOKENS : batch_));
     std::atomic<size_t> next{0};
     auto body = [&] {
         static thread_local Scratch scratch;
@@ -258,7 +258,10 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
     }
     if (!rows.gather) rows.base += rows.first * stride;
     if (form_ > BF16) {
-        read_codes(doc, rows, used, s);
+        rows.scale = s.scale.get(0) + used;
+        rows.radius = args_.upper ? s.radius.get(0) + used : nullptr;
+        char *to = widen_ ? reinterpret_cast<char *>(s.wide.get(0)) + used * row_bytes_ : nullptr;
+        read_codes(args_, level_, form_, doc.item, query_error_, to, rows);
         return rows;
     }
     rows.dense = args_.d.stride_k == 1 && stride == args_.dim * item_size(args_.d.dtype);
@@ -277,23 +280,6 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
         rows.gather = nullptr;
     }
     return rows;
-}
-
-/* Rewrites the rows to their form, and finds their factors and radii. */
-void Forward::read_codes(const Document &doc, Rows &rows, int64_t used, Scratch &s) const {
-    rows.scale = s.scale.get(0) + used;
-    rows.radius = args_.upper ? s.radius.get(0) + used : nullptr;
-    for (int64_t i = 0; i < rows.count; ++i) {
-        const int64_t j = rows.number ? rows.number[i] : rows.first + i;
-        rows.scale[i] = doc.item.scale[j];
-        if (rows.radius) rows.radius[i] = doc.item.error ? doc.item.error[j] : 0;
-    }
-    char *to = widen_ ? reinterpret_cast<char *>(s.wide.get(0)) + used * row_bytes_ : nullptr;
-    level_.codes->rewrite({args_.d.dtype, form_, rows.base, rows.stride, rows.gather, rows.count, row_dims(args_, form_), to,
-                           args_.normalize != 0, static_cast<float>(std::sqrt(args_.dim)), rows.scale, rows.radius,
-                           query_error_, rounding_of(args_, form_)});
-    rows.prefetch = rows.base + (rows.gather ? rows.gather[rows.count - 1] + 1 : rows.count) * rows.stride;
-    if (to) rows.base = to, rows.stride = row_bytes_, rows.gather = nullptr;
 }
 
 void Forward::multiply(const Part &part, Scratch &s) const {
@@ -370,32 +356,6 @@ void Forward::sum(int64_t query, int64_t row, int64_t c, const float *best) {
 }
 
 }  // namespace
-
-int levels(const Level **out) {
-    int n = 0;
-    out[n++] = &level_portable;
-#if defined(__x86_64__)
-    /* these also check that the operating system saves the registers */
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx2) out[n++] = &level_avx2;
-    if (avx512) out[n++] = &level_avx512;
-    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vpopcntdq");
-    if (vnni) out[n++] = &level_avx512_vnni;
-    if (vnni && __builtin_cpu_supports("avx512bf16")) {
-        out[n++] = &level_avx512_bf16;
-        /* the last level is used: Intel's vdpbf16ps runs at half the rate of two FMA pipes (16 x 20 queries, 200 x 1030
-         * tokens: 99 ms, widened 55 ms), AMD's at twice that of its FMA */
-        if (__builtin_cpu_is("intel")) std::swap(out[n - 1], out[n - 2]);
-    }
-#endif
-#if defined(__x86_64__) && defined(__linux__)
-    if (level_amx_bf16 && tiles::permitted(vnni)) out[n++] = level_amx_bf16;
-#endif
-    return n;
-}
 
 void forward(const maxsim_args &args, const Level &level, int threads) {
     if (!args.n_q || !args.n_c) return;

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latemax.arguments import arrays
+from latemax.ops import tiles
 
 
 def score_dtype(q: torch.dtype, d: torch.dtype) -> torch.dtype:
@@ -53,8 +54,8 @@ class Side(NamedTuple):
     tokens: Tensor  # [n, l, dim], own candidates [n_q, n, l, dim], or with offsets [t, dim]
     mask: Tensor | None = None  # bool, the leading shape of tokens
     offsets: Tensor | None = None  # int64 [n + 1] contiguous: ragged items, concatenated in tokens
-    # ragged items that are not concatenated: tokens is NaN (codes: 0), expanded, and says only shape [t, dim], dtype and
-    # device
+    # ragged items that are not concatenated: tokens is NaN (codes: 0), expanded, and says only shape [t, dim], dtype
+    # and device
     separate: Separate | None = None
     # [n, l] or with offsets [t], contiguous, in the dtype of the scores: factors of the maxima; queries only
     weights: Tensor | None = None
@@ -239,6 +240,8 @@ class Problem(NamedTuple):
     mean: bool = False
     q_codes: str = ""  # the kind of codes that tokens are
     d_codes: str = ""
+    # tiles.length_class of the documents, ragged ones by their mean: not the length, so that few problems are known
+    l_d: int = tiles.UNBOUNDED
 
     @property
     def dtype(self) -> torch.dtype:
@@ -260,10 +263,12 @@ def problem_of(b: Batch, *, argmax: bool) -> Problem:
     n_q, l_q, q_ragged = b.n_q, b.l_q, b.q.offsets is not None and b.query_ids is None
     if q_ragged:
         l_q = max(1, -(-l_q // max(1, n_q)))
+    l_d = b.d.length if b.d.offsets is None else -(-b.d.length // max(1, b.d.items))
     return Problem(
         q.device, q.dtype, d.dtype, torch.get_float32_matmul_precision(), b.dim, n_q, l_q, q_ragged,
         b.own, b.candidates is not None, b.normalize, argmax, b.q.weights is not None, b.mean,
         "" if b.q.codes is None else b.q.codes.kind, "" if b.d.codes is None else b.d.codes.kind,
+        tiles.length_class(l_d),
     )  # fmt: skip
 
 

@@ -18,6 +18,10 @@ class TileConfig(NamedTuple):
     swap: bool  # document tokens are the M operand of the product
     num_warps: int
     num_stages: int
+    # The last, partial tile of a document runs before a loop over full ones, which then checks no bounds. Without it
+    # the loop checks them in every tile (118 more instructions at 32 x 128), and copies overlap from the first tile on:
+    # for short documents that few query tokens meet, where memory binds.
+    peel: bool = True
 
 
 # norms: of no token; inside the tile; by a kernel of their own first (latemax.kernels.forward)
@@ -37,23 +41,34 @@ class Row(NamedTuple):
     kind: str  # what the products are: "half" (fp16, bf16), "tf32", "ieee" (float32 at "highest"), "double"
     dim: int  # up to this dim, padded to a power of two
     q_rows: int  # up to this many query tokens to put in one tile
+    l_d: int  # up to this many document tokens, one of LENGTHS
     tile: TileConfig
     argmax_tile: TileConfig | None  # with argmax, where a third tile of registers would spill
     source: str  # how the row was found: measured (GPU, date, gain) or static (what its build shows)
 
 
 UNBOUNDED = 1 << 30
+# Document tokens up to which tiles differ. 400 tokens are three tiles of 128, of which two blocks on a multiprocessor
+# leave too few copies under way at the start and end of a document.
+LENGTHS = (400, UNBOUNDED)
+
+
+def length_class(l_d: int) -> int:
+    """The first of LENGTHS that l_d does not exceed: what a problem says of the length of documents."""
+    return next((length for length in LENGTHS if l_d <= length), UNBOUNDED)
+
+
+BOUNDS = ("dim", "q_rows", "l_d")
 
 
 def read_table(text: str) -> tuple[Row, ...]:
     """The rows of ``tiles.json``, in which null is no upper bound; their notes are for readers of the file."""
 
     def row(entry: dict) -> Row:
-        dim, q_rows = (UNBOUNDED if entry[name] is None else entry[name] for name in ("dim", "q_rows"))
+        dim, q_rows, l_d = (UNBOUNDED if entry[name] is None else entry[name] for name in BOUNDS)
         argmax_tile = TileConfig(*entry["argmax_tile"]) if "argmax_tile" in entry else None
-        return Row(
-            entry["capability"], entry["kind"], dim, q_rows, TileConfig(*entry["tile"]), argmax_tile, entry["source"]
-        )  # fmt: skip
+        tile = TileConfig(*entry["tile"])
+        return Row(entry["capability"], entry["kind"], dim, q_rows, l_d, tile, argmax_tile, entry["source"])
 
     return tuple(row(entry) for entry in json.loads(text))
 
@@ -88,11 +103,17 @@ def fits(tile: TileConfig, dim: int, itemsize: int, capability: int) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def pick(
-    kind: str, dim: int, q_rows: int, itemsize: int, capability: int, argmax: bool = False
+    kind: str, dim: int, q_rows: int, l_d: int, itemsize: int, capability: int, argmax: bool = False
 ) -> tuple[TileConfig, str]:
     """The tile for this problem and the sentence that says where it came from."""
+    sizes = padded_dim(dim), q_rows, l_d
     for row in TABLE:
-        if capability >= row.capability and row.kind == kind and padded_dim(dim) <= row.dim and q_rows <= row.q_rows:
+        bounds = row.dim, row.q_rows, row.l_d
+        if (
+            capability >= row.capability
+            and row.kind == kind
+            and all(a <= b for a, b in zip(sizes, bounds, strict=True))
+        ):
             tile, source = (row.argmax_tile or row.tile) if argmax else row.tile, row.source
             break
     else:

@@ -302,6 +302,8 @@ def of(corpus: Any, d_mask: Tensor | np.ndarray | None = None) -> Corpus:
     Raises:
         TypeError, ValueError: naming ``corpus`` or ``d_mask``, the rule and what came.
     """
+    if isinstance(corpus, Corpus):
+        return corpus
     corpus = arrays.as_tensors("corpus", corpus)
     dense = isinstance(corpus, Tensor) and not corpus.is_nested
     if d_mask is not None and not dense:

@@ -39,7 +39,7 @@ def topk(
     memory: int = 1 << 30,
     device: torch.device | str | None = None,
     progress: bool = False,
-    codes: str = "auto",
+    codes: Any = "auto",
     backend: str = "auto",
 ) -> TopK:
     """The k documents of a corpus that score highest for every query: exactly what `maxsim` on all of them would rank.
@@ -67,7 +67,9 @@ def topk(
         progress: a bar on stderr.
         codes: "auto" uses the codes of a store that has them: they say which documents cannot be among the k best, and
             only the others are read. The scores and indices are the same, bit for bit in our own kernels; `TopK.stats`
-            says how much was read. "off" reads every document.
+            says how much was read. "off" reads every document. QuantizedTokens of kind "int8" are the codes of a corpus
+            in memory, in a form of a corpus with the same lengths, on the CPU or where the scoring runs; `quantize`
+            makes them, without a mask, and nothing checks that they are of these tokens.
 
     Returns:
         TopK(scores [n_q, k] float32 (float64 if the promoted dtype is), indices [n_q, k] int64), on the device; [k]
@@ -86,20 +88,24 @@ def topk(
     empty_score = check.check_options(
         normalize=normalize, empty_score=empty_score, return_argmax=return_argmax, backend=backend, reduce=reduce
     )
-    if codes not in ("auto", "off"):
-        raise ValueError(f"codes must be 'auto' or 'off', got {codes!r}")
+    given = not isinstance(codes, str)
+    if not given and codes not in ("auto", "off"):
+        raise ValueError(f"codes must be 'auto', 'off' or QuantizedTokens, got {codes!r}")
     check.check_positive("k", k)
     check.check_positive("memory", memory)
     q, q_mask = unwrapped(q, q_mask, corpus)
     found = corpora.of(corpus, d_mask)
+    if given:
+        found.codes = bounded.codes_of(codes, found)
     documents = corpora.chosen(within, found)
     corpora.at_most(k, found, documents)
     q, q_mask, q_weights = on_device(q, q_mask, q_weights, device)
     one = q if isinstance(q, Tensor) else q[0]
     one_query = isinstance(q, Tensor) and not q.is_nested and q.dim() == 2
     n_q = 1 if one_query else len(q)
-    if found.device.type != "cpu" and found.device != one.device:
-        raise ValueError(f"corpus must be on the CPU or where q is scored, {one.device}; got {found.device}")
+    for name, place in (("corpus", found), ("codes", found.codes)):
+        if place is not None and place.device.type != "cpu" and place.device != one.device:
+            raise ValueError(f"{name} must be on the CPU or where q is scored, {one.device}; got {place.device}")
     if one.shape[-1] != found.dim:
         raise ValueError(f"q and corpus must have the same dim; got {one.shape[-1]} and {found.dim}")
 
@@ -112,7 +118,7 @@ def topk(
     bar = Bar(len(searched), "searching ") if progress else None
     with torch.no_grad():
         runs = scan.runs(searched)
-        if codes == "auto" and bounded.fits(scan, searched):
+        if (given or codes == "auto") and bounded.fits(scan, searched):
             margin = margin_of(q, q_mask, q_weights, d_dtype=found.dtype, normalize=normalize, reduce=reduce)
             if margin.usable:
                 stats = bounded.Search(scan, searched, margin, options, bar).run()

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <deque>
 #include <map>
+#include <numeric>
 #include <memory>
 #include <random>
 #include <vector>
@@ -376,7 +377,15 @@ void run(const std::function<void()> &kernel, int blocks, int threads, int share
     kernel_ = &kernel, threads_ = threads, grid_ = blocks;
     random_.seed(config.seed);
     failure.clear();
-    for (block_ = 0; block_ < blocks && failure.empty(); ++block_) run_block();
+    // a block that writes what belongs to another is right in one order only
+    std::vector<int> order(blocks);
+    std::iota(order.begin(), order.end(), 0);
+    if (config.seed) std::shuffle(order.begin(), order.end(), random_);
+    for (const int block : order) {
+        if (!failure.empty()) break;
+        block_ = block;
+        run_block();
+    }
     if (!failure.empty()) throw std::runtime_error("emulator: " + failure);
 }
 

@@ -1,4 +1,4 @@
-/* csrc/cuda/device/runtime.h for the host: a launch runs the grid's blocks one after the other. */
+/* csrc/cuda/device/runtime.h for the host: a launch runs the grid's blocks one after the other, with a seed in random order. */
 #pragma once
 
 #include <functional>

@@ -293,6 +293,8 @@ int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normali
     return wrong;
 }
 
+#include "codes.h"
+
 }  // namespace
 
 /* driver ordinary|all: cases with ordinary values only, or with denormals, infinities and NaN too */
@@ -305,6 +307,7 @@ int main(int argc, char **argv) {
     const latemax::Level *levels[8];
     const int n = latemax::levels(levels);
     int wrong = 0, cases = 0;
+    for (int l = 0; l < n; ++l) wrong += codes::check_all(*levels[l], all, cases);
     for (int l = 0; l < n; ++l)
         for (int form = 0; form < 8; ++form)
             for (maxsim_dtype dtype : {MAXSIM_F32, MAXSIM_BF16, MAXSIM_F16})

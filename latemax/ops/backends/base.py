@@ -50,3 +50,12 @@ def capability(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def pairs_by_document(candidates: Tensor, documents: int) -> tuple[Tensor, Tensor]:
+    """(numbers in candidates [n_q * k] of the pairs of document 0, 1, and so on; where each starts [documents + 1]).
+
+    Stable, so that sums over the pairs of a document repeat bit for bit. Pairs of no document are before and after.
+    """
+    names, pairs = torch.sort(candidates.reshape(-1), stable=True)
+    return pairs, torch.searchsorted(names, torch.arange(documents + 1, device=names.device))

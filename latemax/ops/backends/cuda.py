@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latemax.ops import tiles
 from latemax.ops.backends import pointers, triton
-from latemax.ops.backends.base import Status, capability
+from latemax.ops.backends.base import Status, capability, pairs_by_document
 from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Plan, Problem, Side
 from latemax.ops.tiles import SHARED_MEMORY, SMALLEST_SHARED_MEMORY
 
@@ -168,9 +168,7 @@ def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> G
     with pointers.on(q.device):
         pairs = starts = parts = None
         if b.candidates is not None and needs.d:
-            # stable: equal documents in the order of their pairs, so that sums repeat bit for bit
-            documents, pairs = torch.sort(b.candidates.reshape(-1), stable=True)
-            starts = torch.searchsorted(documents, torch.arange(b.d.items + 1, device=q.device))
+            pairs, starts = pairs_by_document(b.candidates, b.d.items)
         if needs.q and (splits := _cuda.splits(len(q) * b.q.length, b.n_d, device)) > 1:
             parts = q.new_empty(splits, *q.shape, dtype=torch.float32)
         _cuda.backward(

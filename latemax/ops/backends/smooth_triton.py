@@ -7,11 +7,21 @@ from torch import Tensor
 
 from latemax.kernels.smooth import smooth_grad_d_kernel, smooth_grad_q_kernel, smooth_kernel
 from latemax.ops.backends import pointers
-from latemax.ops.backends.triton_launch import _accumulator, _align, _ceil, _compute, _dense_dims, _launch, _precision
+from latemax.ops.backends import triton_operands as operands
+from latemax.ops.backends.triton_launch import _ceil, _dense_dims, _launch
 from latemax.ops.problem import Side
 from latemax.ops.tiles import padded_dim
 
-BLOCK_Q = 32
+
+def tile(itemsize: int, l_q: int) -> tuple[int, int]:
+    """(query tokens, document tokens) of a block, by the wider of the dtypes.
+
+    Half precision: 64 query tokens take wgmma on sm_90, 82 instructions in the inner loop instead of 144 for 32, which
+    take mma. Wider blocks of float32 and float64 spill in grad_d, up to 196 times an iteration.
+    """
+    if itemsize == 2:
+        return (16 if l_q <= 16 else 32 if l_q <= 32 else 64), 64
+    return (32, 32) if itemsize == 4 else (16, 32)
 
 
 class Call:
@@ -32,14 +42,13 @@ class Call:
         )  # fmt: skip
         self.sizes = (self.n_q, self.n_d, self.l_q, self.l_d, tau)
         # the wider of the dtypes of q and d decides; a half-precision row and a share keep their digits in TF32
-        precision = "tf32" if dtype.itemsize == 2 else _precision(dtype)
+        precision = "tf32" if dtype.itemsize == 2 else operands.precision(dtype)
         block_k = min(64, padded_dim(self.dim))
-        # 64 x 64 blocks of float64 spill
-        self.block_d = 32 if self.wide == torch.float64 else 64
-        self.constants = self.dim, BLOCK_Q, self.block_d, block_k
+        self.block_q, self.block_d = tile(dtype.itemsize, self.l_q)
+        self.constants = self.dim, self.block_q, self.block_d, block_k
         self.column_blocks = _ceil(self.dim, block_k)
-        self.align = _align(q.tokens, d.tokens), precision
-        self.types = _compute(dtype), _accumulator(dtype)
+        self.align = operands.align(q.tokens, d.tokens), precision
+        self.types = operands.compute(dtype), operands.accumulator(dtype)
 
     def _kept(self, s: Side, normalize: bool) -> tuple[Tensor, Tensor]:
         x = s.tokens
@@ -51,7 +60,7 @@ class Call:
 
     def scores(self) -> Tensor:
         """[n_q, n_d], not looking at documents without a valid token."""
-        chunks = _ceil(self.l_q, BLOCK_Q)
+        chunks = _ceil(self.l_q, self.block_q)
         parts = self._smooth((chunks, self.n_q, self.n_d), True)
         return parts[0] if chunks == 1 else parts.sum(0)
 
@@ -62,7 +71,7 @@ class Call:
         out = torch.empty(shape, dtype=self.wide, device=self.device)
         with pointers.on(self.device):
             _launch(
-                smooth_kernel, _ceil(self.l_q, BLOCK_Q) * self.n_q * self.n_d, (*self.tensors, out),
+                smooth_kernel, _ceil(self.l_q, self.block_q) * self.n_q * self.n_d, (*self.tensors, out),
                 (*self.strides, *self.sizes), (*self.constants, total, *self.align), self.types,
             )  # fmt: skip
         return out
@@ -72,7 +81,7 @@ class Call:
         out = torch.empty(self.n_q, self.l_q, self.dim, dtype=self.wide, device=self.device)
         with pointers.on(self.device):
             _launch(
-                smooth_grad_q_kernel, self.column_blocks * _ceil(self.l_q, BLOCK_Q) * self.n_q,
+                smooth_grad_q_kernel, self.column_blocks * _ceil(self.l_q, self.block_q) * self.n_q,
                 (*self.tensors, smooth, g, out), (*self.strides, *g.stride(), *self.sizes),
                 (*self.constants, *self.align), self.types,
             )  # fmt: skip

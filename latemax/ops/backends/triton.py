@@ -18,6 +18,7 @@ from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Plan, Problem
 from latemax.ops.tiles import NO_NORM, NORM_BEFORE, NORM_IN_TILE, Launch
 
 name = "triton"
+LEAST_INTEGERS = 32  # columns of a product of 8-bit integers
 
 
 @functools.cache
@@ -62,11 +63,17 @@ def why_not(p: Problem, by_name: bool) -> str:
         return WrongDevice(f"needs tensors on a CUDA device; got {p.device}")
     if p.dtype == torch.float64 and not float64_products():
         return "float64 needs triton 3.6: older ones cannot multiply it"
+    if p.dtype == torch.float64 and p.d_codes:
+        return "Triton multiplies codes with q of float16, bfloat16 or float32, not float64"
     return ""
 
 
 def plan(p: Problem, by_name: bool) -> Plan:
-    tile, source = tiles.pick(kind(p), p.dim, query_rows(p), p.dtype.itemsize, capability(p.device), p.argmax)
+    # codes are multiplied in half precision, or as integers, which take no more
+    itemsize, chip = 2 if p.d_codes else p.dtype.itemsize, capability(p.device)
+    tile, source = tiles.pick(kind(p), p.dim, query_rows(p), p.l_d, itemsize, chip, p.argmax)
+    if p.q_codes:
+        tile = tile._replace(block_k=max(tile.block_k, LEAST_INTEGERS))
     why = "asked for by name" if by_name else "the tensors are on a CUDA device"
     pack = 1 if p.q_ragged else queries_per_tile(tile, p.l_q, p.n_q, p.own)
     return Plan(name, f"{why}; tile: {source}", launch=Launch(tile, pack, _norm(p, tile, pack)))
@@ -77,6 +84,8 @@ def _norm(p: Problem, tile: tiles.TileConfig, pack: int) -> int:
     for them again, but a corpus of which a few candidates are read would pay more for all its norms."""
     if not p.normalize:
         return NO_NORM
+    if p.d_codes:
+        return NORM_IN_TILE
     chunks = p.l_q * p.n_q // tile.block_q + p.n_q if p.q_ragged else -(-p.n_q // pack) * -(-p.l_q // tile.block_q)
     return NORM_IN_TILE if p.candidates or (chunks == 1 and p.dim <= tile.block_k) else NORM_BEFORE
 
@@ -90,7 +99,7 @@ def kind(p: Problem) -> str:
     """How products are computed, see ``tiles.Row``."""
     if p.dtype == torch.float64:
         return "double"
-    if p.dtype != torch.float32:
+    if p.dtype != torch.float32 or p.d_codes:
         return "half"
     return "ieee" if p.matmul_precision == "highest" else "tf32"
 

@@ -6,24 +6,17 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
 from latemax.kernels.backward import grad_d_kernel, grad_q_kernel, through_norm_kernel
 from latemax.kernels.forward import forward_kernel, inverse_norm_kernel, sum_slots_kernel
-from latemax.ops.backends import gather, pointers
+from latemax.ops.backends import pointers
+from latemax.ops.backends import triton_operands as operands
+from latemax.ops.backends.base import pairs_by_document
 from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Side
 from latemax.ops.tiles import NO_NORM, NORM_BEFORE, NORM_IN_TILE, Launch, backward_tile, padded_dim
 
-TL_DTYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-# decided when the kernels are decorated, at import
-INTERPRETED = triton.knobs.runtime.interpret
 # programs below which a GPU of 132 multiprocessors idles: then a loop over documents is split further
 ENOUGH_PROGRAMS = 4 * 132
 
@@ -153,35 +146,6 @@ def _four(x: Tensor) -> Tensor:
     return x if x.dim() == 4 else x.unsqueeze(1) if x.dim() == 3 else x[None, None]
 
 
-def _align(*tensors: Tensor) -> int:
-    """How many elements every row address is a multiple of: 16 bytes' worth, or 1."""
-    most = 16
-    for x in tensors:
-        step = 16 // x.element_size()
-        odd = x.data_ptr() % 16
-        for stride in x.stride()[:-1]:
-            odd |= stride % step
-        if odd:
-            return 1
-        most = min(most, step)
-    return most
-
-
-def _compute(dtype: torch.dtype) -> tl.dtype:
-    """The type of the products' operands. The interpreter multiplies bfloat16 bit patterns as integers (triton 3.9), so
-    it is given float32, which holds them exactly."""
-    return tl.float32 if dtype == torch.bfloat16 and INTERPRETED else TL_DTYPES[dtype]
-
-
-def _precision(dtype: torch.dtype) -> str:
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if tf32 else "ieee"
-
-
-def _accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def _inverse_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[l, dim], [n, l, dim] or [n, k, l, dim] → flat 1 / max(‖token‖, 1e-12) in the accumulation dtype."""
     out = x.new_empty(x[..., 0].numel(), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
@@ -192,7 +156,7 @@ def _inverse_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
         _launch(
             inverse_norm_kernel, _ceil(out.numel(), block), (x4, out),
             (*x4.stride()[:3], x4.shape[1], x4.shape[2], out.numel()),
-            (x.shape[-1], block, columns, _align(x4)), (_accumulator(dtype),),
+            (x.shape[-1], block, columns, operands.align(x4)), (operands.accumulator(dtype),),
         )  # fmt: skip
     return out
 
@@ -206,7 +170,7 @@ def _through_norm(x: Tensor, inv: Tensor, g: Tensor) -> Tensor:
     _launch(
         through_norm_kernel, _ceil(inv.numel(), block), (x4, inv, g, out),
         (*x4.stride()[:3], x4.shape[1], x4.shape[2], inv.numel()), (x.shape[-1], block, columns),
-        (_accumulator(g.dtype),),
+        (operands.accumulator(g.dtype),),
     )  # fmt: skip
     return out
 
@@ -225,19 +189,25 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
         return None
     given = b
     b = b._replace(q=_dense_dims(b.q), d=_dense_dims(b.d))
-    q, d, dtype, d_mask = b.q.tokens, b.d.tokens, b.dtype, b.d.mask
-    align = _align(q, d)
+    q, d, dtype, d_mask, codes = b.q.tokens, b.d.tokens, b.dtype, b.d.mask, b.d.codes
+    align, d_align = operands.align(q), 1 if separate is not None else operands.align(d)
     if separate is not None:
         # norms before would be numbered by token
         norm = min(norm, NORM_IN_TILE)
         d_mask = None if separate.masks is None else torch.empty_like(scores, dtype=torch.bool)
-        align = _align(q, q.new_empty(1, dtype=d.dtype)) if separate.aligned else 1
+        d_align = operands.align(d.new_empty(1)) if separate.aligned else 1
+    if codes is None:
+        align = d_align = min(align, d_align)
     q_tiles, chunks = _ceil(n_q, pack), _ceil(l_q, tile.block_q)
     if q_offsets is not None:
         q_tiles, chunks = 1, l_q // tile.block_q + n_q
     with pointers.on(q.device):
         q_inv = d_inv = sums = scores
-        if norm == NORM_BEFORE or (norm != NO_NORM and dim > tile.block_k):
+        if codes is not None:
+            d_inv = codes.scale
+        if b.q.codes is not None:
+            q_inv = operands.code_factors(b.q, b.normalize)
+        elif norm == NORM_BEFORE or (norm != NO_NORM and dim > tile.block_k):
             q_inv = _inverse_norms(q, dtype)
         if norm == NORM_BEFORE:
             d_inv = _inverse_norms(d, dtype)
@@ -248,14 +218,16 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
                 argmax.fill_(-1)
         elif chunks > 1:
             sums = scores.new_empty(chunks, n_q, n_d)
-        programs, types = q_tiles * chunks * n_d, (_compute(dtype), _accumulator(dtype))
+        programs, types = q_tiles * chunks * n_d, (operands.of_products(b), operands.accumulator(dtype))
         numbers = (
             *_strides(b), n_d * l_d if own else 0, n_q, n_d, l_q, l_d, chunks, 0 if d_offsets is None else b.d.items,
         )  # fmt: skip
         constants = (
             dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, q_offsets is not None,
             d_offsets is not None, separate is not None, candidates is not None, b.q.mask is not None,
-            d_mask is not None, norm, argmax is not None, b.q.weights is not None, b.mean, align, _precision(dtype),
+            d_mask is not None, tile.peel, norm, argmax is not None, b.q.weights is not None, b.mean, align,
+            operands.precision(dtype), d_align, operands.CODES["" if codes is None else codes.kind],
+            b.q.codes is not None, operands.split(b),
         )  # fmt: skip
         # a tensor that is not there is replaced by one that is: pointers of one build have one dtype and alignment
         best = scores if argmax is None else argmax
@@ -270,10 +242,12 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
         if q_offsets is not None:
             _launch(
                 sum_slots_kernel, n_q * _ceil(n_d, 256), (sums, q_offsets, scores), (n_q, n_d, l_q, chunks),
-                (tile.block_q, 256), (_accumulator(dtype),),
+                (tile.block_q, 256), (operands.accumulator(dtype),),
             )  # fmt: skip
         elif chunks > 1:
             torch.sum(sums, 0, out=scores)
+    if codes is not None:
+        return None
     copied = q is not given.q.tokens or d is not given.d.tokens
     if built is None or norm == NORM_BEFORE or chunks > 1 or b.ragged or copied:
         return None
@@ -281,7 +255,7 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
 
 
 def backward(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
-    if not g.numel() or not b.d.length or not b.q.length:
+    if not g.numel() or not b.d.length or not b.q.length or not b.d.items:
         wanted = zip((b.q.tokens, b.d.tokens, b.q.weights), needs, strict=True)
         return Gradients(
             *(
@@ -289,19 +263,15 @@ def backward(b: Batch, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:
                 for x, needed in wanted
             )
         )
-    rest = Needs(needs.q, needs.d and b.candidates is None, needs.weights)
     b = b._replace(q=_dense_dims(b.q), d=_dense_dims(b.d))
     q, d, dtype = b.q.tokens, b.d.tokens, b.dtype
     grad_q = grad_d = grad_weights = None
     with pointers.on(q.device):
         q_inv, d_inv = (_inverse_norms(q, dtype), _inverse_norms(d, dtype)) if b.normalize else (g, g)
-        if rest.q or rest.weights:
-            grad_q, grad_weights = _grad_q(b, argmax, g, q_inv, d_inv, rest)
-        if rest.d:
+        if needs.q or needs.weights:
+            grad_q, grad_weights = _grad_q(b, argmax, g, q_inv, d_inv, needs)
+        if needs.d:
             grad_d = _grad_d(b, argmax, g, q_inv, d_inv)
-    if needs.d and not rest.d:
-        # several queries may name one document, so no program can own it: the gather in torch adds them up
-        grad_d = gather.ragged(b, argmax, g, Needs(False, True)).d
     return Gradients(grad_q, grad_d, grad_weights)
 
 
@@ -328,10 +298,10 @@ def _grad_q(
         (*_strides(b)[2:5], n_d * l_d if b.own else 0, *g.stride(), items, n_d, l_q, l_d, splits,
          0 if d_offsets is None else b.d.items),
         (dim, block, columns, q_offsets is not None, d_offsets is not None, b.candidates is not None, b.normalize,
-         _align(q, d)),
+         operands.align(q, d)),
         # With 128 registers four programs share a multiprocessor, and no more are launched. Without a limit ptxas took
         # 72 in some builds, so that seven fit, and spilled.
-        (_accumulator(dtype),), registers=128,
+        (operands.accumulator(dtype),), registers=128,
     )  # fmt: skip
     grad = (parts[0] if splits == 1 else parts.sum(0)).view(q.shape)
     weights, grad_weights = b.q.weights, None
@@ -359,7 +329,7 @@ def _grad_d(b: Batch, argmax: Tensor, g: Tensor, q_inv: Tensor, d_inv: Tensor) -
     # scaled rows would round to half precision before the product, so they take the float32 path; TF32 holds a
     # half-precision row's digits, but where either side is float32 torch's own setting decides
     compute = acc if scaled or acc == torch.float64 else q.dtype
-    precision = "tf32" if scaled and dtype.itemsize == 2 else _precision(compute)
+    precision = "tf32" if scaled and dtype.itemsize == 2 else operands.precision(compute)
     mean = l_q if q_offsets is None else _ceil(l_q, n_q)
     tile = backward_tile(dim, mean, compute.itemsize)
     column_blocks = _ceil(dim, tile.block_k)
@@ -367,15 +337,21 @@ def _grad_d(b: Batch, argmax: Tensor, g: Tensor, q_inv: Tensor, d_inv: Tensor) -
     # rows outside every document belong to no program
     empty = torch.empty_like if d_offsets is None else torch.zeros_like
     grad = empty(d, dtype=acc if normalize and not project else d.dtype, memory_format=torch.contiguous_format)
-    blocks = _ceil(l_d, tile.block_d) if d_offsets is None else l_d // tile.block_d + n_d
+    blocks = _ceil(l_d, tile.block_d) if d_offsets is None else l_d // tile.block_d + b.d.items
     documents = 1 if d_offsets is not None else n_d * (n_q if b.own else 1)
+    pairs = starts = None
+    if b.candidates is not None:
+        # several queries may name a document: its program takes them in the order of their pairs
+        pairs, starts = pairs_by_document(b.candidates, b.d.items)
+        pairs = torch.stack((pairs // n_d, pairs % n_d), 1)
     _launch(
         grad_d_kernel, column_blocks * blocks * documents,
-        (q, d, factors, d_inv, argmax, g, grad, *(argmax if x is None else x for x in (q_offsets, d_offsets))),
-        (*_strides(b)[:5], *g.stride(), n_q, n_d, l_q, l_d, blocks),
-        (dim, tile.block_d, tile.block_r, tile.block_k, q_offsets is not None, d_offsets is not None, b.own, scaled,
-         project, _align(q, d), precision),
-        (_compute(compute), _accumulator(dtype)), tile.num_warps, tile.num_stages,
+        (q, d, factors, d_inv, argmax, g, grad,
+         *(argmax if x is None else x for x in (q_offsets, d_offsets, pairs, starts))),
+        (*_strides(b)[:5], *g.stride(), n_q, n_d, l_q, l_d, blocks, b.d.items),
+        (dim, tile.block_d, tile.block_r, tile.block_k, q_offsets is not None, d_offsets is not None,
+         pairs is not None, b.own, scaled, project, operands.align(q, d), precision),
+        (operands.compute(compute), operands.accumulator(dtype)), tile.num_warps, tile.num_stages,
     )  # fmt: skip
     return _through_norm(d, d_inv, grad) if normalize and not project else grad
 
