@@ -27,13 +27,13 @@ import torch
 
 from benchmarks import harness, internals, sass
 from benchmarks.internals import tiles
-from benchmarks.shapes import KINDS, LONG, SHORT, Build, Shape, builds
+from benchmarks.shapes import KINDS, LONG, Build, Shape, builds
 from benchmarks.tables import Table, markdown
 
 ARCHES = (80, 90, 100)
 STORED = harness.RESULTS / "aot.json"
 SOURCES = (
-    "kernels/*.py", "latemax/ops/tiles.*", "latemax/ops/backends/triton*.py", "latemax/warm.py",
+    "kernels/*.py", "latemax/ops/tiles.*", "latemax/ops/backends/*triton*.py", "latemax/warm.py",
     "benchmarks/static/aot.py", "benchmarks/internals.py", "benchmarks/null_driver.py", "benchmarks/sass.py",
     "benchmarks/shapes.py",
 )  # fmt: skip
@@ -133,9 +133,12 @@ def stored_or_measured() -> list[dict[str, Any]]:
     return stored["rows"] if stored["sources"] == sources() else measure()
 
 
-def measure(arches: Sequence[int] = ARCHES, tiny: bool = False) -> list[dict[str, Any]]:
-    """A row for each distinct kernel."""
-    jobs = [build for build in builds() if not tiny or (build.kind, build.dim, build.l_q) == ("half", 128, 16)]
+def measure(
+    arches: Sequence[int] = ARCHES, tiny: bool = False, jobs: Sequence[Build] | None = None
+) -> list[dict[str, Any]]:
+    """A row for each distinct kernel of the jobs, by default all builds."""
+    if jobs is None:
+        jobs = [build for build in builds() if not tiny or (build.kind, build.dim, build.l_q) == ("half", 128, 16)]
     # processes with a fresh import of triton, in which the interpreter is off; one architecture each
     environment = os.environ.pop("TRITON_INTERPRET", None)
     rows: dict[tuple, dict] = {}
@@ -175,32 +178,7 @@ def full_table(result: dict[str, Any]) -> str:
     return markdown(names, [[row[name] for name in names] for row in result["rows"]])
 
 
-def short_table(result: dict[str, Any]) -> str:
-    """What documents of up to 400 tokens take, against the tile of long ones: one query, half precision, dim 128."""
-    rows = {row["case"]: row for row in result["rows"] if row["arch"] == 90 and row["kernel"] == "forward_kernel"}
-    lines = []
-    for l_q in (16, 32, 64):
-        case = f"half dim 128 l_q {l_q}"
-        for row in (rows[case], rows[f"{case} l_d={SHORT}"]):
-            tile = tiles.TileConfig(*row["tile"])
-            warps = 65536 // (-(-row["registers"] // 8) * 8 * 32)
-            blocks = min(warps // tile.num_warps, 233472 // (row["shared"] + 1024))
-            under_way = blocks * (tile.num_stages - 1) * tile.block_d * 256 // 1024
-            padded = ", ".join(f"{-(-l_d // tile.block_d) * tile.block_d / l_d - 1:.0%}" for l_d in (196, 300, 400))
-            lines.append(
-                [
-                    f"{tile.block_q} × {tile.block_d}", "peeled" if tile.peel else "in the loop", row["registers"],
-                    row["spills"], row["shared"], blocks, f"{under_way} KB", row["loop"], row["alu"], padded,
-                ]
-            )  # fmt: skip
-    head = [
-        "tile", "last tile", "registers", "spills", "shared bytes", "blocks", "on the way", "inner loop",
-        "ALU instructions", "padding of 196, 300, 400 tokens",
-    ]  # fmt: skip
-    return markdown(head, lines)
-
-
-TABLES = {"aot": Table("aot", table), "aot-short": Table("aot", short_table)}
+TABLES = {"aot": Table("aot", table)}
 
 
 def main() -> None:
