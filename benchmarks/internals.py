@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -19,7 +19,7 @@ from latemax.ops import dispatch, operator, tiles
 from latemax.ops.backends import native, triton
 from latemax.ops.backends.base import Status
 from latemax.ops.backends.cuda import status as cuda_status
-from latemax.ops.problem import Batch, Outputs, Problem, Side, allocate, problem_of
+from latemax.ops.problem import Batch, Codes, Outputs, Plan, Problem, Side, allocate, problem_of
 from latemax.warm import run as warm
 
 if TYPE_CHECKING:
@@ -113,3 +113,35 @@ def steps_of_an_unprepared_call(q: torch.Tensor, d: torch.Tensor) -> dict[str, C
         "allocate the outputs": lambda: allocate(batch, False),
         "prepare and launch": lambda: triton.forward(batch, launch, out),
     }
+
+
+def native_levels() -> tuple[str, ...]:
+    """Instruction sets of the native CPU kernels on this processor, worst first."""
+    return native.levels()
+
+
+def _native_call(q: Any, d: Any, level: str | None) -> tuple[Batch, Plan]:
+    levels = native.levels()
+    plan = Plan("native", "", launch=levels.index(levels[-1] if level is None else level))
+    return Batch(_side(q), _side(d)), plan
+
+
+def _side(x: Any) -> Side:
+    if isinstance(x, torch.Tensor):
+        return Side(x)
+    return Side(x.codes, codes=Codes(x.kind, x.dim, x.scale, x.error))
+
+
+def native_scores(q: Any, d: Any, level: str | None) -> torch.Tensor:
+    """Scores by one instruction set, None: the best, of dense tokens or QuantizedTokens."""
+    b, plan = _native_call(q, d, level)
+    out = Outputs(torch.empty(b.n_q, b.n_d), None)
+    native.forward(b, plan, out)
+    return out.scores
+
+
+def native_bounds(q: Any, d: Any, level: str | None, coarse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    b, plan = _native_call(q, d, level)
+    lower, upper = torch.empty(b.n_q, b.n_d), torch.empty(b.n_q, b.n_d)
+    native.bounds(b, plan, lower, upper, coarse=coarse)
+    return lower, upper

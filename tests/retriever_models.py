@@ -207,14 +207,14 @@ def cells(name: str) -> list[str]:
     host = [host_tokens(model, host_inputs(model, processor, **x))[0] for x in inputs]
     ours = [found.tokens[0][found.mask[0]] for found in (pages, queries)]
     difference = max((a - b).abs().max().item() for a, b in zip(ours, host, strict=True))
-    grid = "tiles" if family.grid is None else f"{family.grid[0]} x {family.grid[1]}"
+    grid = "tiles" if family.grid is None else f"{family.grid[0]} × {family.grid[1]}"
     layout = next(row for row in LAYOUTS if row.matches(processor)).name
     return [name, str(int(pages.mask.sum())), str(int(pages.is_patch.sum())), grid, layout, f"{difference:.1e}"]
 
 
 def table() -> str:
     """The families as markdown."""
-    head = ["family", "tokens of a 64 x 32 image", "patches", "grid", "layout", "max abs diff to the library"]
+    head = ["family", "tokens of a 64 × 32 image", "patches", "grid", "layout", "max abs diff to the library"]
     lines = [head, ["---"] * len(head), *map(cells, FAMILIES)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

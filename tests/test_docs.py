@@ -2,6 +2,7 @@
 in the reference."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -80,3 +81,13 @@ def test_every_public_name_is_in_the_reference_and_has_a_docstring(name):
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert [page.name for page in DOCS.glob("*.md") if f": {page.name}\n" not in navigation] == []
+
+
+def test_the_help_of_search_says_what_was_measured(capsys):
+    from latemax import cli
+
+    queries = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())["queries"]
+    hits = sum(query["rank"] == 1 for query in queries)
+    with pytest.raises(SystemExit):
+        cli.main(["search", "--help"])
+    assert f"{hits} of {len(queries)} random crops" in " ".join(capsys.readouterr().out.split())

@@ -175,7 +175,8 @@ def test_random_damage_ends_no_run(indexed, report, tmp_path):
     status, done, said = indexed(tmp_path)
     assert status == 3 and done["documents"] >= 3
     assert f"{report}#page=1" in PatchStore(tmp_path / "store").ids
-    assert said.count("latemax index: left out: ") == len(done["left_out"]) == len(said.splitlines())
+    assert said.count("latemax index: left out: ") == len(done["left_out"])
+    assert len(said.splitlines()) == 1 + len(done["left_out"]) and said.startswith("latemax: loading ")
 
 
 def test_a_long_pdf_is_streamed(indexed, tmp_path, monkeypatch):
@@ -243,3 +244,13 @@ def test_pypdfium2_is_loaded_only_for_a_pdf(tmp_path):
         "latemax.cli.index.find_images([sys.argv[1]]); assert 'pypdfium2' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+
+
+def test_the_remaining_time_is_said_if_it_is_long(capsys):
+    from latemax.cli.index import say_how_long
+
+    for images, each in ((10, 0.1), (500, 0.1), (1000, 1.0), (10_000, 2.0)):
+        say_how_long(images, each)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 3 and "500 more images, about 50 s" in said and "about 17 min" in said
+    assert "about 5.6 h at the rate of the first batch" in said

@@ -54,7 +54,8 @@ TOPS = {
     "latemax.viz": ("latemax.demo", "latemax.cli"),
     "latemax.compat": (),
     "latemax.demo": ("latemax.cli",),
-    "latemax.cli": (),
+    "latemax.cli": ("latemax.ray",),
+    "latemax.ray": (),
 }
 LEVEL = {name: level for level, names in enumerate(STACK) for name in names}
 LAYERS = {*LEVEL, *LEAVES, *TOPS}
@@ -64,6 +65,8 @@ OPTIONAL = {
     "PIL",
     "colpali_engine",
     "faiss",
+    "fastembed",
+    "ir_measures",
     "lancedb",
     "matplotlib",
     "mteb",
@@ -73,6 +76,7 @@ OPTIONAL = {
     "pylate",
     "pypdfium2",
     "qdrant_client",
+    "ray",
     "safetensors",
     "sentence_transformers",
     "skimage",

@@ -61,7 +61,7 @@ def test_tokens_and_scores_are_the_hosts(family):
 def test_the_table_of_the_docs_is_fresh(family):
     name = next(name for name, row in FAMILIES.items() if row is family[0])
     *row, difference = retriever_models.cells(name)
-    assert f"| {' | '.join(row)} |" in (ROOT / "docs" / "documents.md").read_text() and float(difference) <= 1e-5
+    assert f"| {' | '.join(row)} |" in (ROOT / "docs" / "encoders.md").read_text() and float(difference) <= 1e-5
 
 
 def test_a_token_does_not_depend_on_the_batch(family):

@@ -128,6 +128,7 @@ NAMES = {
     "score.md": names_of_scoring,
     "corpus.md": names_of_the_corpus,
     "encoders.md": names_of_the_encoders,
+    "compression.md": lambda: dict(query_tokens=tokens(2, 3), page_tokens=tokens(4, 7)),
     "why-drop-cls.md": lambda: dict(images=["a.jpg", "b.png"], query_tokens=tokens(1, 3)),
 }
 

@@ -10,6 +10,7 @@ import torch
 from stores import document, values
 
 from latemax.store import PatchStore, StoreError, StoreWriter, merge_stores, upgrade
+from latemax.store.merge import append
 
 folder = stores.folder
 
@@ -126,3 +127,33 @@ def test_a_damaged_manifest_is_refused(change, words, tmp_path):
     with pytest.raises(StoreError, match=words):
         upgrade(folder)
     assert set(os.listdir(folder)) == names | {"writer.lock"}
+
+
+def test_appending_is_one_transaction_and_replaces_in_place(folder, tmp_path, monkeypatch):
+    parts = []
+    for number, ids in enumerate((["b", "new"], ["z"])):
+        with StoreWriter(tmp_path / str(number), dtype=torch.float32) as writer:
+            for i, id in enumerate(ids):
+                writer.add(document(10 * (number + 1) + i), id, grid=(2, 2), meta={"part": number})
+        parts.append(PatchStore(tmp_path / str(number)))
+    before = PatchStore(folder)
+    with StoreWriter(folder) as writer:
+        writer.add(document(5), "e")
+        append(writer, parts)
+        assert len(writer) == 7
+        writer.add(document(6), "after")
+    store = PatchStore(folder)
+    assert store.ids == [*"abcde", "new", "z", "after"] and values(store) == [0, 10, 2, 3, 5, 11, 20, 6]
+    assert store.generation == before.generation + 3 and store.document_meta(1) == {"part": 0}
+    store.verify()
+    with StoreWriter(folder) as writer, pytest.raises(ValueError, match="id 'z' is in"):
+        append(writer, [parts[1], parts[1]])
+    with StoreWriter(tmp_path / "half", dtype=torch.float16) as writer:
+        writer.add(document(1).half(), "q")
+    with StoreWriter(folder) as writer, pytest.raises(StoreError, match="stores must have one dtype"):
+        append(writer, [PatchStore(tmp_path / "half")])
+    # a failure in the transaction leaves the store as it was
+    monkeypatch.setattr("latemax.store.merge.record", lambda *_, **__: 1 / 0)
+    with StoreWriter(folder) as writer, pytest.raises(ZeroDivisionError):
+        append(writer, parts)
+    assert PatchStore(folder).ids == store.ids and len(list(folder.glob("*.safetensors"))) == len(store.shards)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from pdf_files import pdf, words
 
 from latemax import PatchStore, StoreWriter, cli, maxsim
 
 pytest.importorskip("transformers", reason="the models are those of transformers")
 pytest.importorskip("safetensors", reason="stores are written with safetensors")
 retriever_models = pytest.importorskip("retriever_models")
-DOCS = (Path(__file__).parents[1] / "docs" / "documents.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -95,25 +95,15 @@ def test_an_image_query_of_the_same_model(clip, photos, tmp_path, capsys):
     assert "Picture of the query" in (tmp_path / "o").read_text(encoding="utf-8")
 
 
-def test_the_page_of_the_docs(colpali, tmp_path, monkeypatch):
-    """The Python of docs/documents.md runs, with a tiny model, and its commands are commands."""
-    pytest.importorskip("pypdfium2", reason="PDF files are read with pypdfium2")
-    import latemax
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_the_pages_are_commands(page):
     from latemax.cli.main import _parser
 
-    (tmp_path / "report.pdf").write_bytes(pdf([words("revenue"), words("a dog")]))
-    monkeypatch.chdir(tmp_path)
-    tiny = latemax.Retriever.from_pretrained(colpali)
-    monkeypatch.setattr(latemax.Retriever, "from_pretrained", lambda name: tiny)
-    (block,) = re.findall(r"^```python\n(.*?)^```", DOCS, re.MULTILINE | re.DOTALL)
-    namespace = {}
-    exec(compile(block, "documents.md", "exec"), namespace)
-    html = namespace["html"]
-    assert html.count("data:image/jpeg") == 2 and "report.pdf#page=2" in html and "<bdi>revenue</bdi>" in html
-    commands = re.findall(r"^latemax (.*)$", DOCS, re.MULTILINE)
+    blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    commands = re.findall(r"^latemax (.*)$", "".join(blocks).replace("\\\n", " "), re.MULTILINE)
     for command in commands:
         _parser().parse_args(shlex.split(command, comments=True))
-    assert len(commands) == 8
+    assert commands or page.name != "documents.md"
 
 
 def test_an_adapter_of_the_space_of_text(clip, photos, tmp_path, capsys):

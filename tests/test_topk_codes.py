@@ -188,7 +188,7 @@ def test_a_sum_that_overflows_on_the_way(tmp_path):
     assert found.indices[0].tolist() == [550, 0, 40] and found.scores[0, 0] == math.inf
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_corpora(seed, tmp_path):
     """Loose and tight stretches, any k, within, weights of any sign."""
     generator = torch.Generator().manual_seed(seed)
@@ -218,7 +218,7 @@ def test_loose_bounds_leave_codes_for_the_plain_scan(tmp_path, monkeypatch):
 
 
 def test_where_an_8_bit_query_is_no_faster_its_bounds_are_computed_once(tmp_path, monkeypatch):
-    items = clustered(400)
+    items = clustered(400, spread=4.0)
     q, store, seen = queries(items), store_of(tmp_path, items), []
     real = bounded.bound_corpus
 
@@ -228,7 +228,7 @@ def test_where_an_8_bit_query_is_no_faster_its_bounds_are_computed_once(tmp_path
 
     monkeypatch.setattr(bounded, "bound_corpus", float_query)
     compare(q, store)
-    assert seen.count(False) == 1 and seen.count(True) > 10
+    assert seen.count(False) == 1 and seen.count(True) > 2
 
 
 def test_documents_without_a_token_and_other_backends(tmp_path):
@@ -346,9 +346,9 @@ def test_a_corpus_of_codes(kind, tmp_path):
 
 
 def test_memory_is_bounded(tmp_path):
-    """60 MB of tokens and 32 MB of codes searched with 12 MB: the resident set grows by less than 24 MB."""
+    """30 MB of tokens and 16 MB of codes searched with 8 MB: the resident set grows by less than 16 MB."""
     with StoreWriter(tmp_path, codes="int8", shard_bytes=1 << 24) as writer:
-        for _ in range(600):
+        for _ in range(300):
             block = torch.randn(1, 128) + torch.randn(400, 128) / 4
             writer.add(block.half())
     code = f"""
@@ -357,13 +357,13 @@ def resident(key):
     return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(key))
 torch.set_num_threads(1)
 store = latemax.PatchStore({str(tmp_path)!r})
-q = store[300][:4]
-latemax.topk(q, store, 1, within=list(range(200)), memory=12 << 20)
+q = store[150][:4]
+latemax.topk(q, store, 1, within=list(range(100)), memory=8 << 20)
 before = resident("VmRSS")
-found = latemax.topk(q, store, 3, memory=12 << 20)
-assert found.indices[0] == 300 and 0 < found.stats["rescored"] < 200, (found, found.stats)
+found = latemax.topk(q, store, 3, memory=8 << 20)
+assert found.indices[0] == 150 and 0 < found.stats["rescored"] < 100, (found, found.stats)
 print(resident("VmHWM") - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 24 << 20
+    assert int(done.stdout) < 16 << 20

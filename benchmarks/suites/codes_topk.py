@@ -87,7 +87,7 @@ def compare(name: str, store: PatchStore, queries: list[torch.Tensor], rounds: i
 
 def measure(
     tiny: bool = False, source: str | os.PathLike | None = None, queries: str | os.PathLike | None = None,
-    folder: str | os.PathLike | None = None, n_queries: int = 5, rounds: int = 3,
+    folder: str | os.PathLike | None = None, n_queries: int = 3, rounds: int = 3,
 ) -> dict[str, Any]:  # fmt: skip
     scratch = pathlib.Path(tempfile.mkdtemp(dir=folder))
     rows = []
@@ -99,7 +99,7 @@ def measure(
             if real.codes is None:
                 real = with_codes(pathlib.Path(source), scratch / "real")
             rows.append(compare("DINOv2 patches of crops", real, chosen, rounds))
-        store = random_store(scratch / "random", 200 if tiny else 5000)
+        store = random_store(scratch / "random", 200 if tiny else 2000)
         generator = torch.Generator().manual_seed(1)
         asked_of_random = [unit(L_D, DIM, generator=generator).half() for _ in range(1 if tiny else n_queries)]
         rows.append(compare("random unit tokens", store, asked_of_random, 1 if tiny else rounds))

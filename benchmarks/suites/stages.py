@@ -60,7 +60,9 @@ def planted(n: int, n_q: int = 100, dim: int = 128, seed: int = 0) -> tuple[Pack
     """n documents of 16 to 256 tokens around topics they share; ten of each query's hold noisy copies of its tokens."""
     made = torch.Generator().manual_seed(seed)
     topics = torch.randn(256, dim, generator=made)
-    q = F.normalize(topics[torch.randint(0, 256, (n_q, 32), generator=made)] + torch.randn(n_q, 32, dim, generator=made))
+    q = F.normalize(
+        topics[torch.randint(0, 256, (n_q, 32), generator=made)] + torch.randn(n_q, 32, dim, generator=made)
+    )
     lengths = torch.randint(16, 257, (n,), generator=made)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     tokens = torch.empty(int(offsets[-1]), dim, dtype=torch.float16)
@@ -107,7 +109,7 @@ def contenders(tiny: bool) -> dict[str, Callable[[Packed], Any]]:
 
 
 def judge(name: str, build: Callable[[Packed], Any], corpus: Packed, q: Tensor, exact: Tensor) -> dict[str, Any]:
-    """One first stage on one corpus. Candidates needed: so that this share of all queries' exact top 10 is among them."""
+    """One first stage on one corpus. Candidates needed for this share of the queries' exact top 10."""
     begin = time.perf_counter()
     first = build(corpus)
     seconds, n = time.perf_counter() - begin, min(1000, len(first))
@@ -149,7 +151,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     from latemax.viz._style import CYCLE, style
 
     with style() as plt:
-        figure, axes = plt.subplots(1, len(result["corpora"]), figsize=(11, 4.2), sharey=True, squeeze=False)
+        figure, axes = plt.subplots(1, len(result["corpora"]), figsize=(11, 5.2), sharey=True, squeeze=False)
         for axis, corpus in zip(axes[0], result["corpora"], strict=True):
             lines = [row for row in corpus["stages"] if "faiss" not in row["name"]]
             for i, row in enumerate(lines):
@@ -161,9 +163,11 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
             axis.set(xscale="log", xlabel="candidates", title=f"{corpus['documents']:,} documents: {corpus['name']}")
             axis.set_xticks(CURVE, [str(m) for m in CURVE])
             axis.minorticks_off()
-            axis.legend(frameon=False, fontsize=8.5, loc="lower right")
         axes[0][0].set_ylabel("share of the exact top 10 among them")
-        figure.tight_layout()
+        for axis, anchor in zip(axes[0], (0.27, 0.76), strict=False):
+            figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8.5, ncols=2, loc="upper center",
+                          bbox_to_anchor=(anchor, 0.17))  # fmt: skip
+        figure.tight_layout(rect=(0, 0.17, 1, 1))
         figure.savefig(path, dpi=110)
         plt.close(figure)
 

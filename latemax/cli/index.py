@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -108,7 +109,7 @@ def index(
                 space = meta.get("space", "patches" if adapter is None else None)
                 encoder = load_model(meta["model"], adapter, space, device)
             check_encoder(encoder, size, writer)
-            bar, opener = Bar(len(todo), "indexing "), Opener()
+            bar, opener, began = Bar(len(todo), "indexing "), Opener(), time.perf_counter()
             for start in range(0, len(todo), batch_size):
                 batch = todo[start : start + batch_size]
                 for image, result in encode_each(encoder, opener, batch, size):
@@ -119,6 +120,8 @@ def index(
                     else:
                         counts["replaced" if image.place in known else "indexed"] += 1
                 bar.tick(len(batch))
+                if start == 0:
+                    say_how_long(len(todo) - len(batch), (time.perf_counter() - began) / len(batch))
             opener.close()
         documents = len(writer)
     reasons = [{"path": path, "reason": reason} for path, reason in left_out.items()]
@@ -140,6 +143,16 @@ def render(done: dict[str, Any]) -> str:
         if number
     ]
     return f"{', '.join(parts)}; {printable(done['store'])} holds {done['documents']}"
+
+
+def say_how_long(images: int, seconds_each: float) -> None:
+    """Says on stderr how long the remaining images take, if that is more than a moment."""
+    seconds = images * seconds_each
+    if seconds >= 30:
+        length = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+        if seconds >= 7200:
+            length = f"{seconds / 3600:.1f} h"
+        print(f"latemax: {images} more images, about {length} at the rate of the first batch", file=sys.stderr)
 
 
 def say_left_out(path: str, reason: str) -> None:

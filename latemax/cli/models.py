@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -117,6 +118,8 @@ def load_model(name: str, adapter: str | None, space: str | None, device: str | 
             a model of another space.
     """
     encoder: PatchEncoder | Retriever
+    where = "" if os.path.exists(name) else " (what is not in the cache is downloaded first, which may take minutes)"
+    print(f"latemax: loading {name}{where}", file=sys.stderr, flush=True)
     with quiet(loads="transformers"):
         if adapter is not None:
             encoder = PatchEncoder.from_pretrained(name, **LoRA.encoder_options(adapter))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from latemax._progress import Bar
@@ -12,16 +12,18 @@ from latemax.quantized import QuantizedTokens, quantize
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.exact import topk
+from latemax.search.first import Column, FirstStage
 from latemax.search.tokens import concatenated
 
 
-class BinaryScan:
+class BinaryScan(FirstStage):
     """A first stage: MaxSim of the query against the signs of every token, with the mean of its absolute values.
 
     It keeps ``ceil(dim / 8) + 4`` bytes a token in memory: 1/15 of float16 tokens of dim 384.
 
     Args:
         corpus: as in `topk`, without a mask; read once, in chunks.
+        normalize: as in the search that follows: queries are scored by cosine.
         memory: bytes that chunks may take while quantizing, and while scoring. progress: a bar on stderr.
 
     Attributes:
@@ -31,27 +33,33 @@ class BinaryScan:
         TypeError, ValueError: as `topk`; a token with NaN or infinity.
     """
 
-    def __init__(self, corpus: Any, *, memory: int = 1 << 30, progress: bool = False):
-        self.memory = memory
-        self.tokens, self.offsets = encoded(corpora.of(corpus), "binary", memory, progress)
+    SETTINGS: ClassVar[tuple[str, ...]] = ("normalize",)
+    # quantize takes float64 numbers, their absolute values and the codes
+    WORKING: ClassVar[int] = 24
 
-    def first(self, q: Tensor, q_mask: Tensor | None, n: int, within: Tensor | None = None) -> Tensor:
-        """Candidates of every query, best first: int64 [n_q, n], -1 where ``within`` holds fewer.
+    def __init__(self, corpus: Any, *, normalize: bool = False, memory: int = 1 << 30, progress: bool = False):
+        self.normalize = bool(normalize)
+        super().__init__(corpus, memory, progress)
 
-        Args:
-            q: [n_q, l_q, dim]. q_mask: [n_q, l_q] or None.
-            n: how many.
-            within: int64 indices of the documents to choose from; None is all.
-        """
-        most = len(self.offsets) - 1 if within is None else len(within)
-        mask = None if q_mask is None else q_mask.cpu()
-        found = topk(
-            q.detach().cpu(), (self.tokens, self.offsets), min(n, most), mask,
-            within=None if within is None else within.cpu(), memory=self.memory,
-        )  # fmt: skip
-        return F.pad(found.indices, (0, n - found.indices.shape[1]), value=-1)
+    @property
+    def tokens(self) -> QuantizedTokens:
+        return QuantizedTokens(self.columns["codes"], self.columns["scale"], None, "binary", self.dim)
 
-    __call__ = first
+    def _columns(self) -> dict[str, Column]:
+        return {"codes": Column(-(-self.dim // 8), dtype=torch.uint8), "scale": Column()}
+
+    def _lengths(self, corpus: corpora.Corpus) -> Tensor:
+        return corpus.offsets.diff()
+
+    def _encode(self, tokens: Tensor, offsets: Tensor, lengths: Tensor, out: dict[str, Tensor]) -> None:
+        made = quantize(tokens, "binary")
+        out["codes"].copy_(made.codes)
+        out["scale"].copy_(made.scale)
+
+    def _first(self, q: Tensor, q_mask: Tensor | None, n: int, within: Tensor | None) -> Tensor:
+        q, q_mask = q.cpu(), None if q_mask is None else q_mask.cpu()
+        options: dict[str, Any] = dict(within=within, normalize=self.normalize, memory=self.memory)
+        return topk(q, (self.tokens, self.offsets), n, q_mask, **options).indices
 
 
 def encoded(corpus: corpora.Corpus, kind: str, memory: int, progress: bool = False) -> tuple[QuantizedTokens, Tensor]:

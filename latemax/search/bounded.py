@@ -3,7 +3,8 @@ read and scored.
 
 A code bounds what its token's score can be. A document is left out if even its upper bound, with the most that the
 scoring kernel can round it up, is below the k-th best lower bound, with the most that it can round that down. Bounds of
-an 8-bit query come first, those of the float query for what survives, the tokens themselves last.
+an 8-bit query come first. Those of the float query follow for what survives, at the end and in one call: starting
+threads for a few documents takes longer than their bounds. The tokens themselves are last.
 
 Where the bounds are loose, codes cost more than they save. Documents are taken in blocks: where a block shows that more
 than LOOSE of its documents would survive, the next documents are scored without codes, twice as many every time, and
@@ -13,9 +14,10 @@ then another block is tried.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from latemax._progress import Bar
@@ -25,6 +27,7 @@ from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.margin import LARGEST, Margin, largest_norms
 from latemax.search.scan import SCORE_BYTES, Scan
+from latemax.search.tokens import concatenated
 
 # Share of documents that survive, above which codes are left.
 LOOSE = 0.3
@@ -76,6 +79,15 @@ def _code_bytes(searched: corpora.Corpus) -> int:
     return 3 * searched.codes.token_bytes + 16
 
 
+class Rough(NamedTuple):
+    """What bounds of the float query need: documents' codes, a copy, and what is known of them."""
+
+    tokens: Any
+    lengths: Tensor  # int64 [m] on the CPU
+    margin: Tensor  # float64 [n_q, m]
+    unknown: Tensor  # bool [m]
+
+
 class Search:
     """One search; `scan.kept` is its result.
 
@@ -97,8 +109,12 @@ class Search:
         scan.budget = int(total * (1 - CODES_MEMORY - WAITING_MEMORY))
         # what the k best documents so far score at least, float64 [n_q, k]; a document counts once
         self.floor = torch.full((scan.n_q, scan.k), -math.inf, dtype=torch.float64, device=scan.device)
-        # documents that may be among the k best: int64 [m] on the CPU, and their upper bounds [n_q, m]
-        self.waiting: list[tuple[Tensor, Tensor]] = []
+        # another bound of that, which documents raise that the floor has counted with less: float64 [n_q, 1]
+        self.level = self.floor[:, -1:]
+        # documents that may be among the k best: int64 [m] on the CPU, their upper bounds [n_q, m], and what finer
+        # bounds need; what they take in bytes
+        self.waiting: list[tuple[Tensor, Tensor, Rough | None]] = []
+        self._held = 0
         self.rescored = self.bytes = 0
         # whether bounds of the float query are tighter than those of an 8-bit one
         self.finer = True
@@ -134,7 +150,8 @@ class Search:
         for (a, end), tokens in stream.chunks(self.codes, blocks, self.scan.device):
             tight = self._block(a, end, tokens)
             self._tick(end - a)
-            if sum(len(numbers) for numbers, _ in self.waiting) * 8 * (self.scan.n_q + 2) > self.waiting_bytes:
+            # twice, as it is concatenated
+            if 2 * self._held > self.waiting_bytes:
                 self._score_waiting()
             if not tight:
                 return end, False
@@ -147,35 +164,44 @@ class Search:
     def _block(self, a: int, b: int, tokens: Any) -> bool:
         """Bounds of documents a … b - 1, of which those that may be among the k best wait; whether that is few."""
         offsets = self.codes.offsets[a : b + 1] - self.codes.offsets[a]
-        lengths = offsets.diff()
         self.bytes += len(tokens) * self.codes.token_bytes
-        largest = largest_norms(tokens.scale, tokens.error, lengths, self.codes.dim)
+        largest = largest_norms(tokens.scale, tokens.error, offsets, self.codes.dim)
         margin = self.margin.of(largest)
         # a token that is not finite, or so large that a kernel's sum may overflow: nothing is known
         unknown = ~(largest < LARGEST)
         lower, upper = self._bounds(tokens, offsets, margin, unknown, coarse=True)
-        alive = (upper >= self._raised(lower)[:, -1:]).any(0)
-        some = alive.nonzero().flatten()
-        if len(some) and self.finer:
-            part = tokens, offsets
-            if 2 * len(some) < b - a:
-                part = _documents(tokens, offsets, alive.cpu())
-            else:
-                some = torch.arange(b - a, device=some.device)
-            low, high = self._bounds(*part, margin[:, some], unknown[some], coarse=False)
+        floor, tight = self._judged(lower, upper)
+        finer = self.finer
+        if not tight and finer:
+            # all at once: most of them are needed
+            low, high = self._bounds(tokens, offsets, margin, unknown, coarse=False)
             # where no instruction multiplies an 8-bit query faster, both bounds are computed alike
-            self.finer = bool((low > lower[:, some]).any() or (high < upper[:, some]).any())
-            lower[:, some] = torch.maximum(lower[:, some], low)
-            upper[:, some] = torch.minimum(upper[:, some], high)
-        self.floor = self._raised(lower)
-        alive = (upper >= self.floor[:, -1:]).any(0)
-        # the k-th best of all documents is about as good as the block's share of k
-        rank = min(b - a, max(1, math.ceil(self.scan.k * (b - a) / self.n)))
-        level = torch.maximum(self.floor[:, -1:], lower.topk(rank, dim=1).values[:, -1:])
-        tight = float((upper >= level).any(0).double().mean()) <= LOOSE
-        wait = alive.nonzero().flatten()
-        self.waiting.append((a + wait.cpu(), upper[:, wait]))
+            self.finer = bool((low > lower).any() or (high < upper).any())
+            lower, upper = torch.maximum(lower, low), torch.minimum(upper, high)
+            floor, tight = self._judged(lower, upper)
+            finer = False
+        self.floor = floor
+        alive = (upper >= self._least()).any(0).nonzero().flatten()
+        numbers, rough = alive.cpu(), None
+        if finer and len(numbers):
+            part = corpora.Flat(tokens, offsets).some(numbers)
+            rough = Rough(part, offsets.diff()[numbers], margin[:, alive], unknown[alive])
+            self._held += len(part) * self.codes.token_bytes + 8 * margin[:, alive].numel()
+        self._held += 8 * (self.scan.n_q + 1) * len(numbers)
+        self.waiting.append((a + numbers, upper[:, alive], rough))
         return tight
+
+    def _judged(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, bool]:
+        """The floor with documents of these bounds [n_q, n], and whether few of them survive."""
+        floor, n = self._raised(lower), lower.shape[1]
+        # the k-th best of all documents is about as good as the block's share of k
+        rank = min(n, max(1, math.ceil(self.scan.k * n / self.n)))
+        level = torch.maximum(floor[:, -1:], lower.topk(rank, dim=1).values[:, -1:])
+        return floor, float((upper >= level).any(0).double().mean()) <= LOOSE
+
+    def _least(self) -> Tensor:
+        """What a document's upper bound must reach, float64 [n_q, 1]."""
+        return torch.maximum(self.floor[:, -1:], self.level)
 
     def _bounds(
         self, tokens: Any, offsets: Tensor, margin: Tensor, unknown: Tensor, *, coarse: bool
@@ -193,12 +219,22 @@ class Search:
         return torch.cat([self.floor, lower], 1).topk(self.scan.k, dim=1).values
 
     def _score_waiting(self) -> None:
-        if not self.waiting:
-            return
-        numbers = torch.cat([numbers for numbers, _ in self.waiting])
-        upper = torch.cat([upper for _, upper in self.waiting], 1)
-        self.waiting = []
-        self._score(numbers[(upper >= self.floor[:, -1:]).any(0).cpu()], seen=True)
+        """Scores what waits, after the bounds of the float query for what has only those of an 8-bit one."""
+        rough = [(numbers, upper, x) for numbers, upper, x in self.waiting if x is not None]
+        found = [(numbers, upper) for numbers, upper, x in self.waiting if x is None]
+        self.waiting, self._held = [], 0
+        if rough:
+            offsets = F.pad(torch.cat([x.lengths for *_, x in rough]).cumsum(0), (1, 0))
+            margin, unknown = torch.cat([x.margin for *_, x in rough], 1), torch.cat([x.unknown for *_, x in rough])
+            tokens = concatenated([x.tokens for *_, x in rough])
+            lower, upper = self._bounds(tokens, offsets, margin, unknown, coarse=False)
+            if lower.shape[1] >= self.scan.k:
+                self.level = torch.maximum(self.level, lower.topk(self.scan.k, dim=1).values[:, -1:])
+            upper = torch.minimum(upper, torch.cat([upper for _, upper, _ in rough], 1))
+            found.append((torch.cat([numbers for numbers, *_ in rough]), upper))
+        if found:
+            numbers, upper = torch.cat([x for x, _ in found]), torch.cat([x for _, x in found], 1)
+            self._score(numbers[(upper >= self._least()).any(0).cpu()].sort().values, seen=True)
 
     def _score(self, numbers: Tensor, *, seen: bool) -> None:
         """Scores documents of rising number from their tokens. seen: the floor has counted them."""
@@ -216,12 +252,3 @@ class Search:
             if not seen:
                 known = scores.double()
                 self.floor = self._raised(torch.where(known.isnan(), -math.inf, known))
-
-
-def _documents(tokens: Any, offsets: Tensor, alive: Tensor) -> tuple[Any, Tensor]:
-    """The tokens of some documents, a copy, and their offsets. alive: bool [n] on the CPU."""
-    lengths = offsets.diff()
-    rows = alive.repeat_interleave(lengths).nonzero().flatten().to(tokens.device)
-    ends = torch.zeros(int(alive.sum()) + 1, dtype=torch.int64, device="cpu")
-    torch.cumsum(lengths[alive], 0, out=ends[1:])
-    return tokens._map(lambda x: x.index_select(0, rows)), ends

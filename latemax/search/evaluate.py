@@ -13,7 +13,8 @@ from torch import Tensor
 from latemax.search import corpus as corpora
 from latemax.search.binary import BinaryScan, encoded
 from latemax.search.exact import topk
-from latemax.search.stages import MeanPool, two_stage
+from latemax.search.pooled import MeanPool
+from latemax.search.stages import two_stage
 
 
 class Quality(NamedTuple):

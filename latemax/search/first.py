@@ -15,6 +15,7 @@ from latemax._progress import Bar
 from latemax.arguments import check
 from latemax.search import corpus as corpora
 from latemax.search import stream
+from latemax.search.tokens import floats
 
 FORMAT_VERSION = 1
 
@@ -45,6 +46,8 @@ class FirstStage:
 
     # constructor's arguments that decide the rows; attributes of the same names
     SETTINGS: ClassVar[tuple[str, ...]] = ()
+    # bytes that encoding takes for each number of a token
+    WORKING: ClassVar[int] = 4
     # tensors that encoding needs, drawn or learned in `_prepare`; attributes of the same names
     LEARNED: ClassVar[tuple[str, ...]] = ()
 
@@ -72,7 +75,7 @@ class FirstStage:
         """Fills the rows of documents.
 
         Args:
-            tokens: [t, dim] on the corpus's device. offsets: int64 [n + 1] on the CPU.
+            tokens: floats [t, dim] on the corpus's device. offsets: int64 [n + 1] on the CPU.
             lengths: of the n documents, in rows. out: one [rows, *shape] on the CPU for each column.
         """
         raise NotImplementedError
@@ -268,13 +271,13 @@ class FirstStage:
         offsets = offsets_of(lengths)
         total = int(offsets[-1])
         columns = {name: torch.empty(total, *c.shape, dtype=c.dtype) for name, c in self._columns().items()}
-        # two buffers of tokens, one widened copy, and a few numbers a token
-        row = corpus.dim * (2 * corpus.dtype.itemsize + 4) + 64
+        # two buffers of tokens, what encoding makes of them, and a few numbers a token
+        row = 2 * corpus.token_bytes + self.WORKING * corpus.dim + 64
         bar = Bar(len(corpus), f"{type(self).__name__} ") if self.progress and len(corpus) else None
         with torch.no_grad():
             for (a, b), tokens in stream.chunks(corpus, corpora.runs(corpus, self.memory, row, 0), corpus.device):
                 out = {name: column[int(offsets[a]) : int(offsets[b])] for name, column in columns.items()}
-                self._encode(tokens.detach(), corpus.offsets[a : b + 1] - corpus.offsets[a], lengths[a:b], out)
+                self._encode(floats(tokens), corpus.offsets[a : b + 1] - corpus.offsets[a], lengths[a:b], out)
                 if bar is not None:
                     bar.tick(b - a)
         return columns

@@ -11,6 +11,7 @@ from torch import Tensor
 from latemax.api import score_corpus
 from latemax.arguments import arrays, check
 from latemax.search import corpus as corpora
+from latemax.search.tokens import floats
 from latemax.search.vectors import OneVector
 
 BATCH, RATE, CLIP = 256, 3e-3, 0.5
@@ -68,7 +69,7 @@ class Lemur(OneVector):
         made = torch.Generator().manual_seed(seed)
         sampled = torch.randperm(len(corpus), generator=made)[:documents].sort().values
         chosen = corpora.Subset(corpus, sampled)
-        content = chosen.view(0, len(chosen)).detach().cpu()
+        content = floats(chosen.view(0, len(chosen))).cpu()
         pool = content if queries is None else arrays.as_tensor("queries", queries)
         check.check_tokens("queries", pool, (2,), "[t, dim]")
         if pool.shape[1] != corpus.dim or not len(pool):
@@ -77,8 +78,8 @@ class Lemur(OneVector):
         x = pool.detach().cpu()[order[:n_tokens]]
         wanted = self._maxima(x, content, chosen.offsets)
         self._learn(x, (wanted - wanted.mean()) / wanted.std().clamp(min=1e-12), epochs, made)
-        # kept in the corpus's dtype, in which they are scored against every document
-        self.sample = pool.detach().cpu()[order[torch.arange(solve) % len(order)]].to(corpus.dtype)
+        # in the documents' dtype, in which they are scored against every one
+        self.sample = pool.detach().cpu()[order[torch.arange(solve) % len(order)]].to(content.dtype)
         features = self._features(self.sample).double()
         squares = features.T @ features
         squares.diagonal().add_(RIDGE * squares.diagonal().mean())

@@ -58,7 +58,7 @@ class RowPool(FirstStage):
     """A first stage: every row of patches as its mean, of length 1; queries are scored by MaxSim over the means.
 
     A document with a grid (rows, cols) in its store becomes ``rows`` vectors, any other of l tokens about √l, each of
-    consecutive tokens. They are kept in the corpus's dtype.
+    consecutive tokens. They are kept in the corpus's dtype, of codes in float32.
 
     Args:
         corpus, memory, progress: as in `MeanPool`.
@@ -75,7 +75,8 @@ class RowPool(FirstStage):
         super().__init__(corpus, memory, progress)
 
     def _prepare(self, corpus: corpora.Corpus) -> None:
-        self.dtype_name = str(corpus.dtype).removeprefix("torch.")
+        floating = corpus.dtype.is_floating_point
+        self.dtype_name = str(corpus.dtype).removeprefix("torch.") if floating else "float32"
 
     def _columns(self) -> dict[str, Column]:
         return {"means": Column(self.dim, dtype=getattr(torch, self.dtype_name))}
@@ -98,4 +99,5 @@ class RowPool(FirstStage):
     def _first(self, q: Tensor, q_mask: Tensor | None, n: int, within: Tensor | None) -> Tensor:
         q, q_mask = q.cpu(), None if q_mask is None else q_mask.cpu()
         pooled = (self.columns["means"], self.offsets)
-        return topk(q, pooled, n, q_mask, within=within, normalize=self.normalize).indices
+        options: dict[str, Any] = dict(within=within, normalize=self.normalize, memory=self.memory)
+        return topk(q, pooled, n, q_mask, **options).indices

@@ -19,6 +19,11 @@ def tensors_of(tokens: Tokens) -> list[Tensor]:
     return [x for x in (tokens.codes, tokens.scale, tokens.error) if x is not None]
 
 
+def floats(tokens: Tokens) -> Tensor:
+    """The tokens as floats: codes as what they stand for, in float32."""
+    return tokens.detach() if isinstance(tokens, Tensor) else tokens.dequantize()
+
+
 def dtype_of(tokens: Tokens) -> torch.dtype:
     return tensors_of(tokens)[0].dtype
 

@@ -33,9 +33,9 @@ def compact(folder: Path, store: StoreRow, shard_bytes: int) -> StoreRow:
         wanted = []
         for part in parts:
             tokens = int(snapshot.ends[part.stop] - snapshot.ends[part.start])
-            wanted.append(NewShard(_tensors(snapshot, part, store.dtype), tokens, store.dtype))
+            wanted.append(NewShard(tensors_of(snapshot, part, store.dtype), tokens, store.dtype))
             if store.codes:
-                wanted.append(NewShard(_tensors(snapshot, part, store.codes), tokens, store.codes, "codes"))
+                wanted.append(NewShard(tensors_of(snapshot, part, store.codes), tokens, store.codes, "codes"))
         written = write_shards(folder, wanted, dim=store.dim)
         moved = [row for row in written if row.kind == "tokens"]
         with discarding(folder), catalog.opened(folder / CATALOG, write=True) as db:
@@ -88,7 +88,7 @@ def _split(snapshot: Snapshot, documents: Documents, tokens: int) -> list[Docume
     return found
 
 
-def _tensors(snapshot: Snapshot, documents: Documents, dtype: str) -> Iterator[Tensor]:
+def tensors_of(snapshot: Snapshot, documents: Documents, dtype: str) -> Iterator[Tensor]:
     """The tokens of consecutive documents, or their codes, in the order of a shard and a buffer at a time."""
     dim = snapshot.store.dim
     assert dim is not None
