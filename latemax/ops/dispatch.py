@@ -15,7 +15,7 @@ from torch import Tensor
 from latemax.ops import tiles
 from latemax.ops.backends import blocks, cuda, gather, native, reference, triton
 from latemax.ops.backends.base import Backend, PreparedLaunch, Status, WrongDevice
-from latemax.ops.problem import Batch, Gradients, Needs, Plan, Problem, allocate, problem_of
+from latemax.ops.problem import Batch, Codes, Gradients, Needs, Plan, Problem, allocate, problem_of
 
 # what backend="auto" tries on a device, and what each name tries
 AUTO: dict[str, tuple[Backend, ...]] = {"cpu": (native, blocks), "cuda": (cuda, triton, reference)}
@@ -103,13 +103,13 @@ def forward(b: Batch, want_argmax: bool, asked: str) -> tuple[tuple[Tensor, Tens
     """((scores, argmax or None), the plan that ran)."""
     q, d, q_mask, d_mask = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask
     key = None
-    if (q.is_cuda or asked == "triton") and b.q.offsets is None and b.d.offsets is None and b.d.codes is None:
+    if (q.is_cuda or asked == "triton") and b.q.offsets is None and b.d.offsets is None:
         # all but data pointers and empty_score
         key = (
             q.shape, q.stride(), q.dtype, d.shape, d.stride(), d.dtype, q.device, q.data_ptr() & 15, d.data_ptr() & 15,
             None if q_mask is None else q_mask.stride(), None if d_mask is None else d_mask.stride(),
             b.normalize, b.mean, b.q.weights is None, want_argmax, asked, torch.get_float32_matmul_precision(),
-            q.is_neg(), d.is_neg(),
+            q.is_neg(), d.is_neg(), None if b.d.codes is None else _form_of_codes(b.d.codes, b.q.codes),
         )  # fmt: skip
         known = _prepared.get(key)
         if known is not None:
@@ -128,6 +128,10 @@ def forward(b: Batch, want_argmax: bool, asked: str) -> tuple[tuple[Tensor, Tens
             _prepared.clear()
         _prepared[key] = prepared, plan
     return out, plan
+
+
+def _form_of_codes(d: Codes, q: Codes | None) -> tuple:
+    return d.dim, d.scale.data_ptr() & 15, None if q is None else q.scale.data_ptr() & 15
 
 
 def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:

@@ -25,6 +25,8 @@ def call(
     d_masked=False,
     mask_strided=False,
     negated=False,
+    d_kind=None,
+    q_kind=None,
     **options,
 ):
     torch.set_float32_matmul_precision(precision)
@@ -39,8 +41,8 @@ def call(
         else torch.ones(d.shape[:-1], dtype=torch.bool)
     )
     out = latemax.maxsim(
-        q,
-        d,
+        q if q_kind is None else latemax.quantize(q, q_kind),
+        d if d_kind is None else latemax.quantize(d, d_kind),
         torch.ones(1, 32, dtype=torch.bool) if q_masked else None,
         keep if d_masked else None,
         backend="triton",
@@ -71,6 +73,9 @@ cases = [
     dict(empty_score=-7.5),
     dict(dtype=torch.float32, q_strided=True),
     dict(dtype=torch.float32, negated=True),
+    dict(d_kind="int8", normalize=True),
+    dict(d_kind="int8", q_kind="int8", d_masked=True),
+    dict(dtype=torch.float32, d_kind="binary", return_argmax=True),
 ]
 slow = []
 for case in cases:

@@ -86,7 +86,7 @@ class PreparedLaunch:
         if self.index is not None and self.index != torch.cuda.current_device():
             return None
         q, d, q_mask, d_mask, empty_score = b.q.tokens, b.d.tokens, b.q.mask, b.d.mask, b.empty_score
-        weights = b.q.weights
+        weights, q_codes, d_codes = b.q.weights, b.q.codes, b.d.codes
         shape, strides, dtype, device = self.scores
         scores = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         argmax = None
@@ -94,7 +94,8 @@ class PreparedLaunch:
             shape, strides, dtype, _ = self.argmax
             argmax = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         pointers = (
-            q, d, scores if q_mask is None else q_mask, scores if d_mask is None else d_mask, scores, scores, scores,
+            q, d, scores if q_mask is None else q_mask, scores if d_mask is None else d_mask,
+            scores if q_codes is None else q_codes.scale, scores if d_codes is None else d_codes.scale, scores,
             *[scores if argmax is None else argmax] * 5, scores if weights is None else weights,
         )  # fmt: skip
         if _hooked():
@@ -246,10 +247,9 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
             )  # fmt: skip
         elif chunks > 1:
             torch.sum(sums, 0, out=scores)
-    if codes is not None:
-        return None
     copied = q is not given.q.tokens or d is not given.d.tokens
-    if built is None or norm == NORM_BEFORE or chunks > 1 or b.ragged or copied:
+    before = norm == NORM_BEFORE or (norm != NO_NORM and (b.q.codes is not None or dim > tile.block_k))
+    if built is None or before or chunks > 1 or b.ragged or copied:
         return None
     return PreparedLaunch(built, programs, numbers, constants + types, out)
 
