@@ -56,7 +56,17 @@ __all__ = [
 _LATER = {
     "encoders": ("LoRA", "PatchEncoder", "PatchTokens", "Retriever", "TextEncoder", "TextTokens", "add_lora"),
     "store": ("PatchStore", "StoreError", "StoreWriter", "merge_stores"),
-    "search": ("BinaryScan", "Lemur", "MeanPool", "Muvera", "RowPool", "TopK", "first_stage_recall", "topk", "two_stage"),
+    "search": (
+        "BinaryScan",
+        "Lemur",
+        "MeanPool",
+        "Muvera",
+        "RowPool",
+        "TopK",
+        "first_stage_recall",
+        "topk",
+        "two_stage",
+    ),
 }
 _MODULES = ("analysis", "compat", "ray", "viz")
 
