@@ -1,6 +1,6 @@
 """What the Triton kernels become on GPUs that need not be here: ``shapes.builds()`` compiled ahead of time.
 
-    python -m benchmarks.static.aot [--arch 80 90 100] [--json FILE]
+    python -m benchmarks.static.aot [--arch 80 90 100] [--short] [--json FILE]
 
 A part of ``latemax.warmup`` compiles what a call would launch, under a driver that launches nothing; each kernel is
 then taken apart: registers, spills, shared memory, matrix instructions and the length of the innermost loop that holds
@@ -15,6 +15,7 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,10 +28,13 @@ import torch
 
 from benchmarks import harness, internals, sass
 from benchmarks.internals import tiles
-from benchmarks.shapes import KINDS, LONG, Build, Shape, builds
+from benchmarks.shapes import KINDS, LONG, SHORT, Build, Shape, builds
 from benchmarks.tables import Table, markdown
 
 ARCHES = (80, 90, 100)
+# of a multiprocessor of sm_90, and what a block takes on top
+REGISTERS, SHARED_BYTES, BLOCK_BYTES = 65536, 233472, 1024
+LENGTHS = (196, 300, 400)
 STORED = harness.RESULTS / "aot.json"
 SOURCES = (
     "kernels/*.py", "latemax/ops/tiles.*", "latemax/ops/backends/*triton*.py", "latemax/warm.py",
@@ -178,13 +182,51 @@ def full_table(result: dict[str, Any]) -> str:
     return markdown(names, [[row[name] for name in names] for row in result["rows"]])
 
 
-TABLES = {"aot": Table("aot", table)}
+def measure_short() -> list[dict[str, Any]]:
+    """Documents of up to 400 tokens, against the tiles of long ones: one query, half precision, dim 128, sm_90."""
+    flags = itertools.product((16, 32, 64), (False, True), (LONG, SHORT))
+    return measure((90,), jobs=[Build("half", 128, l_q, l_d=l_d, return_argmax=argmax) for l_q, argmax, l_d in flags])
+
+
+def short_table(result: dict[str, Any]) -> str:
+    """From --short."""
+    lines = []
+    for row in result["rows"]:
+        tile = tiles.TileConfig(*row["tile"])
+        warps = REGISTERS // (-(-row["registers"] // 8) * 8 * 32)
+        blocks = min(warps // tile.num_warps, SHARED_BYTES // (row["shared"] + BLOCK_BYTES))
+        under_way = blocks * (tile.num_stages - 1) * tile.block_d * 256 // 1024
+        padding = ", ".join(f"{-(-l_d // tile.block_d) * tile.block_d / l_d - 1:.0%}" for l_d in LENGTHS)
+        lines.append(
+            [
+                f"{tile.block_q} × {tile.block_d}", "yes" if "argmax" in row["case"] else "",
+                "peeled" if tile.peel else "in the loop", row["registers"], row["spills"], row["shared"], blocks,
+                f"{under_way} KB", row["loop"], row["alu"], padding,
+            ]
+        )  # fmt: skip
+    head = [
+        "tile", "argmax", "last tile", "registers", "spills", "shared bytes", "blocks", "on the way", "inner loop",
+        "ALU instructions", f"padding of {', '.join(map(str, LENGTHS))} tokens",
+    ]  # fmt: skip
+    return markdown(head, lines) + (f"\ntriton {result['triton']}, commit {result['commit']}, {result['date']}.\n")
+
+
+TABLES = {"aot": Table("aot", table), "aot-short": Table("aot-short", short_table)}
 
 
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHES)
+    parser.add_argument("--short", action="store_true", help="tiles of short documents against those of long ones")
     options = parser.parse_args()
+    if options.short:
+        machine = harness.machine()
+        result = dict(
+            rows=measure_short(), triton=importlib.metadata.version("triton"), commit=machine["commit"],
+            date=machine["date"],
+        )  # fmt: skip
+        harness.finish(result, short_table, options.json)
+        return
     whole = tuple(options.arch) == ARCHES and not options.tiny
     result = dict(sources=sources() if whole else "a part of the builds", rows=measure(options.arch, options.tiny))
     harness.finish(result, full_table, options.json)
