@@ -84,7 +84,7 @@ def test_a_search_equals_one_process(searcher, stores):
     [
         (lambda s: s.topk(queries(), 116), ValueError, "k must be at most the number of documents, 115; got 116"),
         (lambda s: s.topk(queries(), 3, within=["p1", "p2"]), ValueError, "documents in within, 2; got 3"),
-        (lambda s: s.topk(queries(), 1, within=["nobody"]), ValueError, "'nobody' is in 0"),
+        (lambda s: s.topk(queries(), 1, within=["nobody"]), ValueError, "within names id 'nobody', which no store has"),
         (lambda s: s.topk(queries()[..., :4], 1), ValueError, "q and corpus must have the same dim; got 4 and 16"),
         (lambda s: s.topk(queries(), 1, device="cuda"), TypeError, "topk of a Searcher takes no device"),
         (lambda s: latemax.ray.Searcher([]), ValueError, "stores must be a list of at least one"),

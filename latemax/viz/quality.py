@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# more points than this would hide each other's numbers
+LABELLED = 7
 AXES = {"bytes": "bytes of a document", "ms": "ms a query"}
 
 
@@ -45,13 +47,16 @@ def plot_quality(
                 x, height = getattr(row, cost), getattr(row, value)
                 marker = "osD^"[i // len(CYCLE) % 4]
                 axis.scatter(x, height, s=46, color=CYCLE[i % len(CYCLE)], marker=marker, zorder=3, label=row.method)
+                if len(rows) > LABELLED:
+                    continue
                 axis.annotate(f"{height:.3f}", (x, height), (0, -13), textcoords="offset points", ha="center",
                               fontsize=8, color=MUTED)  # fmt: skip
             axis.set_xscale("log")
             axis.set_xlabel(AXES[cost])
             axis.grid(True)
         axes[0][0].set_ylabel(label)
-        axes[0][0].set_ylim(min(0.0, *(getattr(row, value) for row in rows)), 1.05)
+        low = min(getattr(row, value) for row in rows)
+        axes[0][0].set_ylim(max(min(0.0, low), low - 0.4 * (1 - low) - 0.02), 1.02 + 0.05 * (1 - low))
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5,
                       frameon=False)  # fmt: skip
         if title:
