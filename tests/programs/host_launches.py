@@ -44,8 +44,10 @@ for case in cases:
     fast = plain(call(**case))
     assert slow == fast, (case, slow, fast)
     assert len(triton_launch._built) == built
-# other numbers of documents and tokens, 1 and multiples of 16 among them, run on the existing build
-call(n_q=1, n_d=5, l_q=32, l_d=100)
+# other numbers of documents and tokens, 1 and multiples of 16 among them, run on the existing builds: one tile for short
+# documents, one for long ones
+for l_d in (100, 500):
+    call(n_q=1, n_d=5, l_q=32, l_d=l_d)
 built = len(triton_launch._built)
 for n_d, l_d in ((1, 1), (16, 16), (7, 1024), (1000, 3)):
     call(n_q=1, n_d=n_d, l_q=32, l_d=l_d)
