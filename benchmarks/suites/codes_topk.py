@@ -127,10 +127,11 @@ def table(result: dict) -> str:
         "float16 tokens", "documents", "scored from tokens", "GB read", "ms without / with codes, page cache",
         "ms, cache dropped",
     ]  # fmt: skip
+    loaded = f" Other programs ran meanwhile (load average {machine['load']:.0f})." if machine["load"] > 2 else ""
     return markdown(head, rows) + (
         f"\nOne query of {first['l_q']} tokens, k {first['k']}, the median of {first['queries']} queries, in turns; "
         f"every answer equal bit for bit. {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"commit {machine['commit']}, {machine['date']}.\n"
+        f"commit {machine['commit']}, {machine['date']}.{loaded}\n"
     )
 
 

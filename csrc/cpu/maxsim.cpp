@@ -259,6 +259,7 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
     }
     if (!rows.gather) rows.base += rows.first * stride;
     if (form_ > BF16) {
+        if (!rows.count) return rows;
         rows.scale = s.scale.get(0) + used;
         rows.radius = args_.upper ? s.radius.get(0) + used : nullptr;
         char *to = widen_ ? reinterpret_cast<char *>(s.wide.get(0)) + used * row_bytes_ : nullptr;
