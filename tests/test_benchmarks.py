@@ -166,7 +166,7 @@ def test_predictions_are_of_the_build_that_runs():
     for flags, words in ({}, set()), (dict(normalize=True), {"norm=2"}), (dict(argmax=True), {"argmax=True"}):
         row, launch = predict.build(plain._replace(**flags), rows)
         assert {word for word in row["case"].split() if "=" in word} == words
-        assert row["tile"] == [*launch.tile] and launch.pack == 1
+        assert tiles.TileConfig(*row["tile"]) == launch.tile and launch.pack == 1
     assert predict.build(plain._replace(dim=77), rows) is None
 
 

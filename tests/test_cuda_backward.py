@@ -218,7 +218,8 @@ def test_whose_kernels_compute_the_gradient(monkeypatch):
         (batch._replace(d=Side(d[:, :95])), "", "short documents"),
         (batch._replace(d=Side(d.view(200, 16), None, offsets)), "", ""),
         (batch._replace(d=Side(d.view(200, 16), None, torch.arange(5))), "", "short documents"),
-        (named, "", ""),
+        (named, "", "short documents"),
+        (named._replace(d=named.d._replace(offsets=torch.tensor([0, 100, 200]))), "", ""),
         (ragged, "queries of one length", "queries of one length"),
         (wide, "up to 1024 dims", "up to 1024 dims"),
     ):

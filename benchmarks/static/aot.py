@@ -1,6 +1,6 @@
 """What the Triton kernels become on GPUs that need not be here: ``shapes.builds()`` compiled ahead of time.
 
-    python -m benchmarks.static.aot [--arch 80 90 100] [--json FILE]
+    python -m benchmarks.static.aot [--arch 80 90 100] [--short] [--json FILE]
 
 A part of ``latemax.warmup`` compiles what a call would launch, under a driver that launches nothing; each kernel is
 then taken apart: registers, spills, shared memory, matrix instructions and the length of the innermost loop that holds
@@ -15,6 +15,7 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,9 +32,12 @@ from benchmarks.shapes import KINDS, LONG, SHORT, Build, Shape, builds
 from benchmarks.tables import Table, markdown
 
 ARCHES = (80, 90, 100)
+# of a multiprocessor of sm_90, and what a block takes on top
+REGISTERS, SHARED_BYTES, BLOCK_BYTES = 65536, 233472, 1024
+LENGTHS = (196, 300, 400)
 STORED = harness.RESULTS / "aot.json"
 SOURCES = (
-    "kernels/*.py", "latemax/ops/tiles.*", "latemax/ops/backends/triton*.py", "latemax/warm.py",
+    "kernels/*.py", "latemax/ops/tiles.*", "latemax/ops/backends/*triton*.py", "latemax/warm.py",
     "benchmarks/static/aot.py", "benchmarks/internals.py", "benchmarks/null_driver.py", "benchmarks/sass.py",
     "benchmarks/shapes.py",
 )  # fmt: skip
@@ -133,9 +137,12 @@ def stored_or_measured() -> list[dict[str, Any]]:
     return stored["rows"] if stored["sources"] == sources() else measure()
 
 
-def measure(arches: Sequence[int] = ARCHES, tiny: bool = False) -> list[dict[str, Any]]:
-    """A row for each distinct kernel."""
-    jobs = [build for build in builds() if not tiny or (build.kind, build.dim, build.l_q) == ("half", 128, 16)]
+def measure(
+    arches: Sequence[int] = ARCHES, tiny: bool = False, jobs: Sequence[Build] | None = None
+) -> list[dict[str, Any]]:
+    """A row for each distinct kernel of the jobs, by default all builds."""
+    if jobs is None:
+        jobs = [build for build in builds() if not tiny or (build.kind, build.dim, build.l_q) == ("half", 128, 16)]
     # processes with a fresh import of triton, in which the interpreter is off; one architecture each
     environment = os.environ.pop("TRITON_INTERPRET", None)
     rows: dict[tuple, dict] = {}
@@ -175,38 +182,51 @@ def full_table(result: dict[str, Any]) -> str:
     return markdown(names, [[row[name] for name in names] for row in result["rows"]])
 
 
+def measure_short() -> list[dict[str, Any]]:
+    """Documents of up to 400 tokens, against the tiles of long ones: one query, half precision, dim 128, sm_90."""
+    flags = itertools.product((16, 32, 64), (False, True), (LONG, SHORT))
+    return measure((90,), jobs=[Build("half", 128, l_q, l_d=l_d, return_argmax=argmax) for l_q, argmax, l_d in flags])
+
+
 def short_table(result: dict[str, Any]) -> str:
-    """What documents of up to 400 tokens take, against the tile of long ones: one query, half precision, dim 128."""
-    rows = {row["case"]: row for row in result["rows"] if row["arch"] == 90 and row["kernel"] == "forward_kernel"}
+    """From --short."""
     lines = []
-    for l_q in (16, 32, 64):
-        case = f"half dim 128 l_q {l_q}"
-        for row in (rows[case], rows[f"{case} l_d={SHORT}"]):
-            tile = tiles.TileConfig(*row["tile"])
-            warps = 65536 // (-(-row["registers"] // 8) * 8 * 32)
-            blocks = min(warps // tile.num_warps, 233472 // (row["shared"] + 1024))
-            under_way = blocks * (tile.num_stages - 1) * tile.block_d * 256 // 1024
-            padded = ", ".join(f"{-(-l_d // tile.block_d) * tile.block_d / l_d - 1:.0%}" for l_d in (196, 300, 400))
-            lines.append(
-                [
-                    f"{tile.block_q} × {tile.block_d}", "peeled" if tile.peel else "in the loop", row["registers"],
-                    row["spills"], row["shared"], blocks, f"{under_way} KB", row["loop"], row["alu"], padded,
-                ]
-            )  # fmt: skip
+    for row in result["rows"]:
+        tile = tiles.TileConfig(*row["tile"])
+        warps = REGISTERS // (-(-row["registers"] // 8) * 8 * 32)
+        blocks = min(warps // tile.num_warps, SHARED_BYTES // (row["shared"] + BLOCK_BYTES))
+        under_way = blocks * (tile.num_stages - 1) * tile.block_d * 256 // 1024
+        padding = ", ".join(f"{-(-l_d // tile.block_d) * tile.block_d / l_d - 1:.0%}" for l_d in LENGTHS)
+        lines.append(
+            [
+                f"{tile.block_q} × {tile.block_d}", "yes" if "argmax" in row["case"] else "",
+                "peeled" if tile.peel else "in the loop", row["registers"], row["spills"], row["shared"], blocks,
+                f"{under_way} KB", row["loop"], row["alu"], padding,
+            ]
+        )  # fmt: skip
     head = [
-        "tile", "last tile", "registers", "spills", "shared bytes", "blocks", "on the way", "inner loop",
-        "ALU instructions", "padding of 196, 300, 400 tokens",
+        "tile", "argmax", "last tile", "registers", "spills", "shared bytes", "blocks", "on the way", "inner loop",
+        "ALU instructions", f"padding of {', '.join(map(str, LENGTHS))} tokens",
     ]  # fmt: skip
-    return markdown(head, lines)
+    return markdown(head, lines) + (f"\ntriton {result['triton']}, commit {result['commit']}, {result['date']}.\n")
 
 
-TABLES = {"aot": Table("aot", table), "aot-short": Table("aot", short_table)}
+TABLES = {"aot": Table("aot", table), "aot-short": Table("aot-short", short_table)}
 
 
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHES)
+    parser.add_argument("--short", action="store_true", help="tiles of short documents against those of long ones")
     options = parser.parse_args()
+    if options.short:
+        machine = harness.machine()
+        result = dict(
+            rows=measure_short(), triton=importlib.metadata.version("triton"), commit=machine["commit"],
+            date=machine["date"],
+        )  # fmt: skip
+        harness.finish(result, short_table, options.json)
+        return
     whole = tuple(options.arch) == ARCHES and not options.tiny
     result = dict(sources=sources() if whole else "a part of the builds", rows=measure(options.arch, options.tiny))
     harness.finish(result, full_table, options.json)

@@ -55,8 +55,9 @@ def build(shape: shapes.Shape, rows: list[dict]) -> tuple[dict, tiles.Launch] | 
     for row in rows:
         if row["arch"] != ARCH or row["kernel"] != "forward_kernel" or not row["case"].startswith("half"):
             continue
-        named = {word for word in row["case"].split() if "=" in word}
-        if named == flags and row["tile"] == [*launch.tile] and row["dim"] == shape.dim:
+        # the length of documents is in the tile
+        named = {word for word in row["case"].split() if "=" in word and not word.startswith("l_d=")}
+        if named == flags and tiles.TileConfig(*row["tile"]) == launch.tile and row["dim"] == shape.dim:
             return row, launch
     return None
 

@@ -288,7 +288,7 @@ class _Stores(corpora.Corpus):
         return self.stores[at], index - self.starts[at]
 
     def find(self, ids: Sequence[object]) -> Tensor:
-        plain = [check_id(id) for id in ids]
+        plain: Any = [check_id(id) for id in ids]
         found = torch.full((len(plain),), -1)
         for start, store in zip(self.starts, self.stores, strict=False):
             here = torch.from_numpy(store.snapshot().find(plain))

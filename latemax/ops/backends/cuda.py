@@ -27,8 +27,8 @@ ARCHITECTURES = "sm_90a (wgmma), sm_80 and PTX for later chips (mma.sync)"
 MOST_GRADIENT_DIMS = 1024  # as in csrc/cuda/backward.h
 # Where auto leaves the gradient to Triton. Its one-hot products take l_d / 64 / 32 blocks of 235 issue slots (128 dims,
 # sm_90) for a query token and a document; the CUDA kernel reads the query token from L2, 256 bytes at 24 a clock and
-# multiprocessor: 0.115 l_d clocks and 10.7, both in proportion to dim. Equal at 93 tokens. The gradient of rerank is
-# always the CUDA kernel's: torch's index_put would sort every query token's argmax. Predicted: neither ran on a GPU.
+# multiprocessor: 0.115 l_d clocks and 10.7, both in proportion to dim. Equal at 93 tokens. Predicted: neither ran on a
+# GPU.
 SHORT_DOCUMENT = 96
 
 
@@ -143,7 +143,7 @@ def no_gradient(b: Batch, by_name: bool) -> str:
     if b.dim > MOST_GRADIENT_DIMS:
         return f"the CUDA kernels compute gradients of up to {MOST_GRADIENT_DIMS} dims"
     tokens = b.d.length if b.d.offsets is None else -(-b.d.length // max(1, b.d.items))
-    if not by_name and b.candidates is None and tokens < SHORT_DOCUMENT:
+    if not by_name and tokens < SHORT_DOCUMENT:
         return "predicted to be slower than Triton's for short documents"
     return ""
 
