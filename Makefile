@@ -1,4 +1,4 @@
-# make demo | make test | make test-hosts | make docs | make bench | make soak | make lint | make wheel | make clean
+# make demo | make test | make test-hosts | make test-ray | make docs | make bench | make soak | make lint | make wheel | make clean
 # Everything is installed into .venv; only python3 and access to a package index are needed.
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ JOBS ?= auto
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-hosts docs bench soak lint wheel clean
+.PHONY: help demo test test-hosts test-ray docs bench soak lint wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -24,6 +24,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 VISION_LIBS := .vision-libs
 HOSTS := .hosts
+RAY := .ray-libs
 DOCS_VENV := .docs-venv
 VISION_TESTS := tests/test_encoders*.py tests/test_lora*.py tests/test_preprocess*.py tests/test_retriever.py
 
@@ -31,12 +32,14 @@ VISION_TESTS := tests/test_encoders*.py tests/test_lora*.py tests/test_preproces
 # not.
 KEY := $(shell { echo '$(TORCH) $(CURDIR)'; cat pyproject.toml setup.py; } | cksum | cut -d' ' -f1)
 VISION_KEY := $(shell cksum < requirements/vision.txt | cut -d' ' -f1)
+RAY_KEY := $(shell cksum < requirements/ray.txt | cut -d' ' -f1)
 DOCS_KEY := $(shell cksum < requirements/docs.txt | cut -d' ' -f1)
 HOSTS_KEY := $(shell cksum < requirements/hosts.txt | cut -d' ' -f1)
 DEMO_STAMP := $(VENV)/.demo-$(KEY)
 DEV_STAMP := $(VENV)/.dev-$(KEY)
 RELEASE_STAMP := $(VENV)/.release-$(KEY)
 VISION_STAMP := $(VISION_LIBS)/.stamp-$(VISION_KEY)
+RAY_STAMP := $(RAY)/.stamp-$(RAY_KEY)
 DOCS_STAMP := $(DOCS_VENV)/.stamp-$(DOCS_KEY)
 HOSTS_STAMP := $(HOSTS)/.stamp-$(HOSTS_KEY)
 # A whole file goes to one worker, so that its fixtures are built once; files start in the order of tests/conftest.py.
@@ -87,6 +90,16 @@ $(HOSTS_STAMP): requirements/hosts.txt | $(DEV_STAMP)
 test-hosts: $(HOSTS_STAMP) $(VISION_STAMP)
 	LATEMAX_HOSTS=$(HOSTS) LATEMAX_HOST_CASES=200 PYTHONPATH=$(VISION_LIBS) $(PY) -m pytest -n $(JOBS) tests/test_hosts.py
 
+$(RAY_STAMP): requirements/ray.txt | $(DEV_STAMP)
+	@echo "installing Ray into $(RAY)"
+	@rm -rf $(RAY)
+	@$(PIP) install --no-deps --target $(RAY) -r requirements/ray.txt
+	@touch $@
+
+# latemax.ray on a local cluster of two cores, whose workers are killed.
+test-ray: $(RAY_STAMP)
+	PYTHONPATH=$(CURDIR)/$(RAY) $(PY) -m pytest tests/test_ray.py
+
 # A virtual environment without torch: the reference is read from the sources, not imported.
 $(DOCS_STAMP): requirements/docs.txt
 	@echo "installing mkdocs into $(DOCS_VENV)"
@@ -130,6 +143,6 @@ wheel: $(RELEASE_STAMP)
 	python=$$PWD/$(PY) program=$$PWD/tests/programs/installed.py; cd "$$site"; PYTHONPATH="$$site" "$$python" "$$program"
 
 clean:
-	rm -rf $(VENV) $(VISION_LIBS) $(HOSTS) $(DOCS_VENV) site build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks \
+	rm -rf $(VENV) $(VISION_LIBS) $(HOSTS) $(RAY) $(DOCS_VENV) site build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks \
 		demo_out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,7 +19,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = re.sub(r"^{{ (\S+) }}$", lambda found: _included(found[1]), markdown, flags=re.MULTILINE)
     markdown = OUTSIDE.sub(_named, markdown)
     parts = FENCE.split(markdown)
-    return "".join(part if part.startswith("```") else _spaced(part) for part in parts)
+    return "".join(f"{part}\n" if part.startswith("```") else _spaced(part) for part in parts)
 
 
 def _included(name: str) -> str:
@@ -38,6 +38,6 @@ def _named(link: re.Match[str]) -> str:
 def _spaced(text: str) -> str:
     """Text without the markers of generated tables, and with an empty line before each list and table."""
     text = re.sub(r"^<!-- .*? -->$", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^(?![-*|>#\s]|\d+\. )(.+)\n(?=(?:- |\d+\. |\|))", r"\1\n\n", text, flags=re.MULTILINE)
+    text = re.sub(r"^(?![-|>#\s]|\d+\. )(.+)\n(?=(?:- |\d+\. |\|))", r"\1\n\n", text, flags=re.MULTILINE)
     # an item of a list continues with two spaces here, with four in Python-Markdown
     return re.sub(r"^  (?=\S)", "    ", text, flags=re.MULTILINE)

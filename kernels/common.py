@@ -84,7 +84,7 @@ def load_bits(
         base, rows, row_ok, first // 8 + tl.arange(0, BYTES), stride, MOST, DIM % COLUMNS == 0, ROWS_FULL
     )
     bits = (packed.to(tl.int32)[:, :, None] & (128 >> tl.arange(0, 8))[None, None, :]) != 0
-    # a choice of two constants: shifts and a conversion took 930 instructions more in a loop of 790
+    # a choice of two constants: shifts and a conversion took 1716 instructions a tile of 128 x 128, this 773 (sm_90)
     signs = tl.where(bits, tl.full([], 1, COMPUTE), tl.full([], -1, COMPUTE))
     return tl.reshape(signs, [ROWS, COLUMNS])
 

@@ -57,6 +57,11 @@ def test_the_exact_score_is_inside(seed, dim, dtype, normalize, weighted, mean):
     q, d = hard(seed, 3, dim, dtype), hard(seed + 1, 5, dim, dtype)
     weights = torch.randn(3, generator=torch.Generator().manual_seed(seed)) if weighted else None
     inside(q, d, weights, normalize=normalize, mean=mean)
+    # the native kernel rounds q to 8 bits
+    options = dict(normalize=normalize, q_weights=weights, reduce="mean" if mean else "sum", coarse=True)
+    lower, upper = bound_corpus(q, quantize(d), torch.tensor([0, len(d)]), **options)
+    score = exact_score(q, d, weights, normalize=normalize, mean=mean)
+    assert Decimal(lower.item()) <= score <= Decimal(upper.item())
 
 
 def inside(q, d, weights=None, *, normalize=False, mean=False, backend="auto"):

@@ -262,6 +262,27 @@ class TestWords:
         share = (quadrants == torch.arange(4)).double().mean()
         assert float(share) == numbers["trained"]["dropped"]["pointing"]
 
+    def test_words_are_trained_on_one_thread(self, monkeypatch):
+        """Two threads wait for each other in every tiny step where other work has the cores."""
+        from latemax.demo import words
+
+        used, tokens = [], torch.randn(2, 5, 8)
+        canvases = words.Canvases([], torch.zeros(2, 4, dtype=torch.int64), tokens, 1, (2, 2))
+        monkeypatch.setattr(words, "encode", lambda *_: canvases)
+
+        def train(seen, n, **_):
+            used.append(torch.get_num_threads())
+            return words.Words(n, tokens.shape[-1]).requires_grad_(False)
+
+        monkeypatch.setattr(words, "train", train)
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            words.study(None, [None], 0)
+            assert used == [1, 1] and torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
+
     def test_pages(self, demo):
         out, result = demo
         index, found = (out / "index.html").read_text(), (out / "words.html").read_text()

@@ -2,8 +2,10 @@
 in the reference."""
 
 import importlib
+import importlib.util
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,7 +69,7 @@ def test_a_dead_link_is_seen():
     assert dead_links(DOCS / "scale.md", text) == ["gone.md", "corpus.md#three-stages"]
 
 
-@pytest.mark.parametrize("name", ["", "analysis", "encoders", "search", "store", "viz", "compat", "distributed"])
+@pytest.mark.parametrize("name", ["", "analysis", "encoders", "search", "store", "viz", "compat", "distributed", "ray"])
 def test_every_public_name_is_in_the_reference_and_has_a_docstring(name):
     module = importlib.import_module(f"latemax.{name}" if name else "latemax")
     shown = re.findall(r"^::: latemax\.([\w.]+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
@@ -81,6 +83,18 @@ def test_every_public_name_is_in_the_reference_and_has_a_docstring(name):
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert [page.name for page in DOCS.glob("*.md") if f": {page.name}\n" not in navigation] == []
+
+
+@pytest.mark.parametrize("page", [*DOCS.glob("*.md")], ids=lambda page: page.name)
+def test_lists_and_tables_of_the_site_follow_an_empty_line(page):
+    """Python-Markdown takes them as a part of the paragraph otherwise."""
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    text = hooks.FENCE.sub("```", hooks.on_page_markdown(page.read_text(), None))
+    lines = text.split("\n")
+    begins = [(a, b) for a, b in pairwise(lines) if re.match(r"- |\d+\. |\|", b)]
+    assert [b for a, b in begins if a and not re.match(r"#|- |\d+\. |\||  ", a)] == []
 
 
 def test_the_help_of_search_says_what_was_measured(capsys):

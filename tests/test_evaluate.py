@@ -129,3 +129,72 @@ def test_wrong_queries_are_named(store, tmp_path, capsys):
     ):
         assert main(["evaluate", str(store.path), "--queries", *(str(tmp_path / name) for name in files)]) == 1
         assert words in capsys.readouterr().err
+
+
+def judgements(path, store, q):
+    """Relevant: the exact best two of each query, the first one twice; a query that is not asked is ignored."""
+    rows = topk(q, store, 2).indices.tolist()
+    lines = [f"q.pt#{i} 0 {store.ids[x]} {2 - rank}" for i, row in enumerate(rows) for rank, x in enumerate(row)]
+    path.write_text("\n".join([*lines, "", "other 0 page-1 1"]) + "\n")
+
+
+def test_judged_queries(store, tmp_path, capsys):
+    pytest.importorskip("pytrec_eval", reason="ir-measures is not installed")
+    pytest.importorskip("ir_measures", reason="ir-measures is not installed")
+    q = queries(documents())
+    torch.save(q, tmp_path / "q.pt")
+    judgements(tmp_path / "qrels", store, q)
+    arguments = ["evaluate", str(store.path), "--queries", str(tmp_path / "q.pt"), "--qrels", str(tmp_path / "qrels")]
+    arguments += ["-k", "5", "--candidates", "80", "--stages", "mean", "row", "muvera"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["method"]: row["relevance"] for row in found["rows"]}
+    assert found["judged"] == 4 and {"row pool", "Muvera", "Muvera, 80 rescored", "int8"} <= set(rows)
+    for name in ("exact", "mean pool, 80 rescored", "Muvera, 80 rescored"):
+        assert rows[name] == {"ndcg": 1.0, "recall": 1.0, "mrr": 1.0}, name
+    # our own nDCG says the same of a ranking that is not perfect
+    gains = [{i: float(2 - rank) for rank, i in enumerate(row)} for row in topk(q, store, 2).indices.tolist()]
+    pooled = {row.method: row for row in retention(q, store, 5, stages=["mean"])}["mean pool"]
+    assert rows["mean pool"]["ndcg"] == pytest.approx(float(ndcg(pooled.indices, gains, 5).mean()), abs=1e-6) != 1
+    assert main(arguments) == 0
+    assert "4 of them judged" in (text := capsys.readouterr().out) and "recall@5" in text and "MRR@5" in text
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    assert main([*arguments, "--plot", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("q.pt#0 page-1\n", "line 1 must be: query 0 document relevance"),
+        ("\nq.pt#0 0 page-1 high\n", "line 2 must be"),
+        ("", "holds no judgement"),
+        ("nobody 0 page-1 1\n", "no query has judgements: queries are 'q.pt#0'"),
+    ],
+)
+def test_wrong_judgements_are_named(store, tmp_path, capsys, monkeypatch, text, words):
+    monkeypatch.setattr("latemax.cli.evaluate.measuring", lambda: None)
+    torch.save(queries(documents()), tmp_path / "q.pt")
+    (tmp_path / "qrels").write_text(text)
+    arguments = ["evaluate", str(store.path), "--queries", str(tmp_path / "q.pt"), "--qrels", str(tmp_path / "qrels")]
+    assert main(arguments) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_judgements_need_ir_measures(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ir_measures", None)
+    arguments = ["evaluate", str(store.path), "--queries", "q.pt", "--qrels", str(tmp_path / "qrels")]
+    assert main(arguments) == 1
+    assert '--qrels needs ir-measures: pip install "latemax[eval]"' in capsys.readouterr().err
+
+
+def test_tabs_separate_ids_with_spaces(tmp_path):
+    from latemax.cli.qrels import read
+
+    (tmp_path / "qrels").write_text("a b\t0\tpage one\t1\na b\tpage two\t0\n")
+    assert read(str(tmp_path / "qrels")) == {"a b": {"page one": 1, "page two": 0}}
+
+
+def test_an_unknown_stage_is_named(store):
+    with pytest.raises(ValueError, match="stages must be of binary, mean, row, muvera, lemur; got 'best'"):
+        retention(queries(documents()), store, 5, stages=["best"])

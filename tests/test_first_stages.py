@@ -7,7 +7,18 @@ import torch
 import torch.nn.functional as F
 
 import latemax
-from latemax import BinaryScan, Lemur, MeanPool, Muvera, PatchStore, RowPool, StoreWriter, first_stage_recall, topk, two_stage
+from latemax import (
+    BinaryScan,
+    Lemur,
+    MeanPool,
+    Muvera,
+    PatchStore,
+    RowPool,
+    StoreWriter,
+    first_stage_recall,
+    topk,
+    two_stage,
+)
 from latemax.search import FirstStage
 
 DIM = 24

@@ -72,6 +72,7 @@ def test_every_host_is_tested_and_pinned():
 
 def test_suites_without_hosts():
     from benchmarks import harness
+    from benchmarks.runs import calmest
     from benchmarks.suites import host_parity, hosts
 
     parts = {host: hosts.measure_one(host, tiny=True) for host in ("vllm", "lists")}
@@ -80,6 +81,10 @@ def test_suites_without_hosts():
     text = hosts.table(dict(machine=harness.machine(), versions=versions, rows=rows))
     assert text.count("\n| stand-in for vLLM | ") == 1 and text.count("\n| latemax ") == 2
     assert {*hosts.HOSTS} == {*HOSTS, "lists"}
+    calm = [{**row, "host_ms": row["host_ms"] / 2, "ours_ms": row["ours_ms"] / 2} for row in rows[:1]]
+    runs = [dict(machine={"commit": commit}, versions={}, rows=x) for commit, x in (("a", rows), ("b", calm))]
+    whole = calmest(runs, [*hosts.HOSTS])
+    assert whole["rows"] == [*calm, *rows[1:]] and whole["machine"]["commit"] == "a, b" and whole["runs"] == 2
     counters = {"tried": {"maxsim": 7}, "refused": {"maxsim": 2}, "differs": {"why": 1, "never": 0}}
     text = host_parity.table(dict(machine=harness.machine(), cases=5, hosts={"mteb": counters}))
     assert "| mteb | maxsim | 7 | 2 | 0 |" in text and "| mteb | why |  |  | 1 |" in text and "never" not in text

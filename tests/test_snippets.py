@@ -24,7 +24,7 @@ FENCE = re.compile(
 BLOCKS = {page: list(FENCE.finditer(page.read_text())) for page in PAGES}
 WITH_BLOCKS = [page for page in PAGES if BLOCKS[page]]
 # blocks of all pages that run, and that do not
-RUN, NOT_RUN = 19, 0
+RUN, NOT_RUN = 23, 2
 
 
 def tokens(*shape):
@@ -96,15 +96,14 @@ def names_of_scoring():
 
 
 def names_of_the_corpus():
-    from latemax import PatchStore, StoreWriter, first_stage_recall, topk
-    from latemax.search import MeanPool, two_stage
+    from latemax import Lemur, PatchStore, StoreWriter, first_stage_recall, topk, two_stage
 
     with StoreWriter("pages", dtype=torch.float16) as writer:
         for i in range(502):
             if i != 1:
                 writer.add(tokens(4).half(), f"page-{i}", meta={"year": 2024})
     return dict(
-        StoreWriter=StoreWriter, PatchStore=PatchStore, topk=topk, MeanPool=MeanPool, two_stage=two_stage,
+        StoreWriter=StoreWriter, PatchStore=PatchStore, topk=topk, Lemur=Lemur, two_stage=two_stage,
         first_stage_recall=first_stage_recall, tokens=tokens(256).half(),
         other_tokens=tokens(256).half(), q=tokens(1, 3),
     )  # fmt: skip

@@ -314,6 +314,17 @@ def test_codes_are_checked(codes, error, words):
         topk(torch.zeros(1, DIM), [torch.zeros(2, DIM)], 1, codes=codes)
 
 
+def test_arguments_are_checked_before_codes_are_read(stored):
+    items, store = stored
+    q = queries(items).to(store.dtype)
+    for options in (dict(q_mask=torch.ones(3, 4)), dict(q_weights=torch.ones(2, 5)), dict(q_mask=[None])):
+        with pytest.raises((ValueError, TypeError)) as expected:
+            topk(q, store, 5, codes="off", **options)
+        with pytest.raises(expected.type) as found:
+            topk(q, store, 5, **options)
+        assert str(found.value) == str(expected.value)
+
+
 def test_codes_of_a_masked_corpus_are_refused():
     d = torch.ones(2, 3, DIM)
     with pytest.raises(ValueError, match="or a d_mask"):

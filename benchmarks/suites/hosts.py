@@ -1,6 +1,7 @@
 """The hosts' own calls, and the same calls of latemax.compat, interleaved.
 
     python -m benchmarks.suites.hosts [--json FILE] [--host NAME ...] [--hosts FOLDER] [--avx2]
+    python -m benchmarks.suites.hosts --merge FILE ... --json FILE
 
 `make test-hosts` fills the folder (.hosts): a folder per host and `libs`. Each host runs in a process of its own, since
 they pin versions of each other. Scores are compared before anything is timed. vLLM needs a GPU: its rows are against
@@ -26,6 +27,7 @@ from torch import Tensor
 
 import latemax
 from benchmarks import harness, internals
+from benchmarks.runs import calmest
 from benchmarks.shapes import unit
 from benchmarks.tables import Table, markdown
 
@@ -322,15 +324,16 @@ def measure(hosts: list[str], folder: pathlib.Path, tiny: bool = False, avx2: bo
 
 def table(result: dict) -> str:
     """Milliseconds of every call by the host and by latemax.compat."""
-    machine, lines = result["machine"], []
+    machine, lines, runs = result["machine"], [], result.get("runs", 1)
+    of_runs = f", of the calmest of {runs} runs" if runs > 1 else ""
     for row in result["rows"]:
         what = row["call"] + (", forward and backward" if row["train"] else "")
         cells = [f"{row[key]:.3g}" for key in ("host_ms", "ours_ms")]
         lines.append([result["versions"][row["host"]], what, *cells, f"{row['ratio']:.1f}×"])
     return markdown(["host", "call", "host, ms", "latemax, ms", "ratio"], lines) + (
         f"\nUnit tokens of dim 128, float32 unless it says otherwise; scores are compared first; median of {ROUNDS} or "
-        f"more interleaved rounds. {machine['cpu']} ({machine['capability']}), {machine['threads']} threads, torch "
-        f"{machine['torch']}, commit {machine['commit']}, {machine['date']}.\n"
+        f"more interleaved rounds{of_runs}. {machine['cpu']} ({machine['capability']}), {machine['threads']} threads, "
+        f"torch {machine['torch']}, commit {machine['commit']}, {machine['date']}.\n"
     )
 
 
@@ -373,10 +376,15 @@ def main() -> None:
     parser.add_argument("--host", action="append", choices=HOSTS, help="only this one; may be repeated")
     parser.add_argument("--hosts", type=pathlib.Path, default=harness.ROOT / ".hosts", help="folder of the libraries")
     parser.add_argument("--avx2", action="store_true", help="keep latemax and the hosts from using AVX-512")
+    parser.add_argument("--merge", type=pathlib.Path, nargs="+", metavar="FILE", help="results to join, of one machine")
     parser.add_argument("--child", action="store_true", help="measure one host in this process")
     options = parser.parse_args()
     if options.child:
         harness.write(options.json, measure_one(options.host[0], options.tiny, options.avx2))
+        return
+    if options.merge:
+        results = [json.loads(path.read_text()) for path in options.merge]
+        harness.finish(calmest(results, [*HOSTS]), table, options.json)
         return
     harness.finish(measure(options.host or [*HOSTS], options.hosts, options.tiny, options.avx2), table, options.json)
 

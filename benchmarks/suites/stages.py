@@ -195,7 +195,34 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"stages": Table("stages", table)}
+def table_of_scale(result: dict[str, Any]) -> str:
+    """What first stages of the crops take for more documents, in proportion to what was measured."""
+    corpus, rows = result["corpora"][0], []
+    n = corpus["documents"]
+    exact = dict(name="exact `topk`, float16 tokens", bytes=corpus["bytes"], ms=corpus["exact_ms"], build_s=0.0)
+    for row in [
+        exact,
+        *(row for row in corpus["stages"] if "HNSW" not in row["name"] and "fastembed" not in row["name"]),
+    ]:
+        per, seconds, build = row["bytes"], row["ms"] / 1e3 / n, row["build_s"] / n
+        rows.append(
+            [
+                row["name"], f"{per:,.0f}", f"{128e9 / per:,.2g}", f"{1e6 * seconds:,.2g}", f"{1e9 * seconds:,.3g}",
+                f"{1e6 * build / 3600:,.2g}", f"{1e9 * build / 3600:,.3g}",
+            ]
+        )  # fmt: skip
+    head = [
+        "search", "bytes a document", "documents in 128 GB", "core-seconds a query, 10⁶", "10⁹",
+        "core-hours to build, 10⁶", "10⁹",
+    ]  # fmt: skip
+    return markdown(head, rows) + (
+        f"\nDocuments of {corpus['tokens'] // n} tokens of dim {corpus['dim']}, queries of {corpus['l_q']}; in "
+        f"proportion to {n:,} documents on one core of {result['machine']['cpu']}, encoding left out. Lemur's learning "
+        f"does not grow.\n"
+    )
+
+
+TABLES = {"stages": Table("stages", table), "scale-stages": Table("stages", table_of_scale)}
 
 
 def main() -> None:

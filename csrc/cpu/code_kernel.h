@@ -49,7 +49,7 @@ struct SixteenBits {
     static LATEMAX_INLINE vf total(vi sum) { return to_float(sum); }
 };
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 /* Rows hold code + 128, without a sign. */
 struct EightBits {
     static constexpr Form FORM = I8;
@@ -57,7 +57,13 @@ struct EightBits {
     /* - 128 x the sum of the query token's codes */
     static LATEMAX_INLINE vi start(const vi *extra) { return *extra; }
     static LATEMAX_INLINE vi step(vi sum, vi q, const char *row) {
+#if defined(__AVX512VNNI__)
         return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)broadcast(row), (__m512i)q);
+#elif defined(__AVX512BW__)
+        return sum + pairs((vi)_mm512_maddubs_epi16((__m512i)broadcast(row), (__m512i)q), vi{} + 0x10001);
+#else
+        return sum + pairs((vi)_mm256_maddubs_epi16((__m256i)broadcast(row), (__m256i)q), vi{} + 0x10001);
+#endif
     }
     static LATEMAX_INLINE vf total(vi sum) { return to_float(sum); }
 };
@@ -218,16 +224,18 @@ void bound_run(const vi *panel, const Rows &rows, int64_t dim, float *lower_out,
     std::memcpy(upper_out, &upper, sizeof upper);
 }
 
+template <class Op, int U, int TAIL, int V>
+void code_run_with(const void *panel, const Rows &rows, int64_t dim, float *best, int32_t *at) {
+    const vi *p = static_cast<const vi *>(panel);
+    at ? code_run<Op, U, TAIL, V, true>(p, rows, dim, best, at) : code_run<Op, U, TAIL, V, false>(p, rows, dim, best, at);
+}
+
 /* As run_any. */
 template <class Op, int SUMS, int TAIL, int BLOCK>
 void codes_any(const void *panel, int vectors, const Rows &rows, int64_t dim, float *best, int32_t *at) {
-    const vi *p = static_cast<const vi *>(panel);
-    constexpr int U = SUMS / BLOCK, LAST = (2 * TAIL + BLOCK - 1) / BLOCK;
-    if (vectors == 1) return at ? code_run<Op, 8, 8, 1, true>(p, rows, dim, best, at) : code_run<Op, 8, 8, 1, false>(p, rows, dim, best, at);
-    if (vectors == 2)
-        return at ? code_run<Op, SUMS / 2, TAIL, 2, true>(p, rows, dim, best, at)
-                  : code_run<Op, SUMS / 2, TAIL, 2, false>(p, rows, dim, best, at);
-    at ? code_run<Op, U, LAST, BLOCK, true>(p, rows, dim, best, at) : code_run<Op, U, LAST, BLOCK, false>(p, rows, dim, best, at);
+    if (vectors == 1) return code_run_with<Op, 8, 8, 1>(panel, rows, dim, best, at);
+    if (vectors == 2) return code_run_with<Op, SUMS / 2, TAIL, 2>(panel, rows, dim, best, at);
+    code_run_with<Op, SUMS / BLOCK, (2 * TAIL + BLOCK - 1) / BLOCK, BLOCK>(panel, rows, dim, best, at);
 }
 
 template <class Op, int SUMS, int TAIL, int BLOCK>

@@ -72,18 +72,19 @@ LATEMAX_INLINE int32_t int8_to_i16(const char *from, int64_t dim, char *to) {
     return squares;
 }
 
-#if defined(__AVX512VNNI__)
-/* Adds 128. The squares are (x + 128) x - 128 x, without an overflow for -128. */
+#if defined(__AVX2__)
+/* Adds 128. */
 template <bool NORM>
 LATEMAX_INLINE int32_t int8_to_i8(const char *from, int64_t dim, char *to) {
-    __m512i products = _mm512_setzero_si512(), less = products;
+    vi sum = {};
+    int64_t k = 0;
+#if defined(__AVX512VNNI__)
     const __m512i sign = _mm512_set1_epi8((char)0x80);
     auto take = [&](__m512i x) {
-        const __m512i above = _mm512_xor_si512(x, sign);
-        if (NORM) products = _mm512_dpbusd_epi32(products, above, x), less = _mm512_dpbusd_epi32(less, sign, x);
-        return above;
+        const __m512i size = _mm512_abs_epi8(x);
+        if (NORM) sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, size, size);
+        return _mm512_xor_si512(x, sign);
     };
-    int64_t k = 0;
     for (; k + 64 <= dim; k += 64) _mm512_storeu_si512(to + k, take(_mm512_loadu_si512(from + k)));
     if (k < dim) {
         /* zeros add nothing; a masked store takes many cycles */
@@ -91,7 +92,28 @@ LATEMAX_INLINE int32_t int8_to_i8(const char *from, int64_t dim, char *to) {
         _mm512_store_si512(last, take(_mm512_maskz_loadu_epi8(((__mmask64)1 << (dim - k)) - 1, from + k)));
         std::memcpy(to + k, last, (dim - k + 3) / 4 * 4);
     }
-    return NORM ? total((vi)_mm512_sub_epi32(products, less)) : 0;
+    return NORM ? total(sum) : 0;
+#else
+    for (; k + 32 <= dim; k += 32) {
+        const __m256i x = load<__m256i>(from + k), above = _mm256_xor_si256(x, _mm256_set1_epi8((char)0x80));
+        std::memcpy(to + k, &above, 32);
+#if defined(__AVX512BW__)
+        const vi wide = (vi)_mm512_cvtepi8_epi16(x);
+        if (NORM) sum += pairs(wide, wide);
+#else
+        const vi low = (vi)_mm256_cvtepi8_epi16(_mm256_castsi256_si128(x));
+        const vi high = (vi)_mm256_cvtepi8_epi16(_mm256_extracti128_si256(x, 1));
+        if (NORM) sum += pairs(low, low) + pairs(high, high);
+#endif
+    }
+    int32_t squares = NORM ? total(sum) : 0;
+    for (; k < dim; ++k) {
+        to[k] = from[k] ^ (char)0x80;
+        if (NORM) squares += (signed char)from[k] * (signed char)from[k];
+    }
+    for (; k % 4; ++k) to[k] = 0;
+    return squares;
+#endif
 }
 #endif
 
@@ -113,7 +135,7 @@ inline void write_rows(const Codes &c, int64_t first, int64_t n, int32_t *square
     auto wide_norm = [](const char *x, int64_t dim, char *to) { return int8_to_i16<true>(x, dim, to); };
     if (c.form == BITS) return each_row(c, first, n, squares, copied);
     if (c.from == MAXSIM_BITS) return each_row(c, first, n, squares, signs);
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
     auto up = [](const char *x, int64_t dim, char *to) { return int8_to_i8<false>(x, dim, to); };
     auto up_norm = [](const char *x, int64_t dim, char *to) { return int8_to_i8<true>(x, dim, to); };
     if (c.form == I8) return norm ? each_row(c, first, n, squares, up_norm) : each_row(c, first, n, squares, up);

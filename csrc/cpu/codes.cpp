@@ -69,7 +69,7 @@ CodeToken pack_i16(const maxsim_args &args, const Lane &lane, const float *x, do
     return {unit, std::sqrt(apart) / norm, false};
 }
 
-CodeToken pack_float(const maxsim_args &args, Form form, const Lane &lane, const float *x) {
+CodeToken pack_float(const maxsim_args &args, const Level &level, Form form, const Lane &lane, const float *x) {
     double size = 0, squares = 0, top = 0;
     for (int64_t k = 0; k < args.dim; ++k) {
         const double y = x[k];
@@ -88,7 +88,7 @@ CodeToken pack_float(const maxsim_args &args, Form form, const Lane &lane, const
         lane.put_extra(radius, 1.0f);
         return {0, 0, false};
     }
-    const double step = top / 127;
+    const double step = top / level.codes->i8_most;
     double apart = 0;
     long sum = 0;
     for (int64_t k = 0; k < args.dim; ++k) {
@@ -132,7 +132,8 @@ double element(const maxsim_args &args, const char *row, int64_t k) {
 Form form_of(const maxsim_args &args, const Level &level) {
     if (is_code(args.d.dtype)) {
         if (args.q.dtype == MAXSIM_BITS) return BITS;
-        return level.codes->i8 && args.d.dtype == MAXSIM_I8 && (args.q.dtype == MAXSIM_I8 || args.coarse) ? I8 : I16;
+        const int most = level.codes->i8_most;
+        return args.d.dtype == MAXSIM_I8 && (args.q.dtype == MAXSIM_I8 ? most == 127 : args.coarse && most) ? I8 : I16;
     }
     const bool bf16 = args.q.dtype == MAXSIM_BF16 && args.d.dtype == MAXSIM_BF16 && args.d.stride_k == 1;
     return level.run_bf16 && bf16 ? BF16 : F32;
@@ -155,7 +156,7 @@ CodeToken pack_codes(const maxsim_args &args, const Level &level, Form form, int
         return pack_int8(args, form, lane, reinterpret_cast<const int8_t *>(x), from.scale[token],
                          from.error ? from.error[token] : 0);
     widen_row(level, args.q.dtype, x, args.q.stride_k, args.dim, wide);
-    return pack_float(args, form, lane, wide);
+    return pack_float(args, level, form, lane, wide);
 }
 
 void infinite_maximum(const maxsim_args &args, const Level &level, int64_t query, int64_t token, const Item &document,
@@ -199,7 +200,8 @@ void read_codes(const maxsim_args &args, const Level &level, Form form, const It
      * code of a query token is at most twice as long as the token. */
     const int64_t dim = row_dims(args, form);
     const int64_t blocks = form == I16 ? (steps_of(form, dim) + I16_STEPS - 1) / I16_STEPS : 1;
-    const float rounding = static_cast<float>(2 * (blocks + 8) * 0x1p-24), norm_of_bits = std::sqrt(static_cast<float>(args.dim));
+    const float rounding = static_cast<float>(2 * (blocks + 8) * 0x1p-24);
+    const float norm_of_bits = std::sqrt(static_cast<float>(args.dim));
     level.codes->rewrite({args.d.dtype, form, rows.base, rows.stride, rows.gather, rows.count, dim, to, args.normalize != 0,
                           norm_of_bits, rows.scale, rows.radius, query_error, rounding});
     rows.prefetch = rows.base + (rows.gather ? rows.gather[rows.count - 1] + 1 : rows.count) * rows.stride;

@@ -5,7 +5,8 @@
 #include "code_rows.h"
 
 namespace latemax {
-const CodeLevel codes_avx2 = {codes_any<SixteenBits, 8, 2, 4>, nullptr, codes_any<Bits, 8, 2, 4>,
-    bounds_any<SixteenBits, 8, 2, 4>, nullptr, rewrite};
+const CodeLevel codes_avx2 = {
+    codes_any<SixteenBits, 8, 2, 4>, codes_any<EightBits, 8, 2, 4>, 63, codes_any<Bits, 8, 2, 4>,
+    bounds_any<SixteenBits, 8, 2, 4>, bounds_any<EightBits, 8, 2, 4>, rewrite};
 }
 #endif

@@ -5,7 +5,8 @@
 #include "code_rows.h"
 
 namespace latemax {
-const CodeLevel codes_avx512 = {codes_any<SixteenBits, 24, 4, 2>, nullptr, codes_any<Bits, 24, 4, 2>,
-    bounds_any<SixteenBits, 24, 4, 2>, nullptr, rewrite};
+const CodeLevel codes_avx512 = {
+    codes_any<SixteenBits, 24, 4, 2>, codes_any<EightBits, 24, 4, 2>, 63, codes_any<Bits, 24, 4, 2>,
+    bounds_any<SixteenBits, 24, 4, 2>, bounds_any<EightBits, 24, 4, 2>, rewrite};
 }
 #endif

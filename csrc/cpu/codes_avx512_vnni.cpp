@@ -5,7 +5,8 @@
 #include "code_rows.h"
 
 namespace latemax {
-const CodeLevel codes_avx512_vnni = {codes_any<SixteenBits, 24, 4, 2>, codes_any<EightBits, 24, 4, 2>, codes_any<Bits, 24, 4, 2>,
+const CodeLevel codes_avx512_vnni = {
+    codes_any<SixteenBits, 24, 4, 2>, codes_any<EightBits, 24, 4, 2>, 127, codes_any<Bits, 24, 4, 2>,
     bounds_any<SixteenBits, 24, 4, 2>, bounds_any<EightBits, 24, 4, 2>, rewrite};
 }
 #endif

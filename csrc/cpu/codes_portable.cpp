@@ -4,6 +4,7 @@
 #include "code_rows.h"
 
 namespace latemax {
-const CodeLevel codes_portable = {codes_any<SixteenBits, 12, 3, 2>, nullptr, codes_any<Bits, 12, 3, 2>,
+const CodeLevel codes_portable = {
+    codes_any<SixteenBits, 12, 3, 2>, nullptr, 0, codes_any<Bits, 12, 3, 2>,
     bounds_any<SixteenBits, 12, 3, 2>, nullptr, rewrite};
 }

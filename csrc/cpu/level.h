@@ -73,7 +73,8 @@ struct Codes {
 
 struct CodeLevel {
     Run i16;
-    Run i8; /* NULL: int8 codes by int8 codes use i16 */
+    Run i8; /* NULL: i16 is used */
+    int i8_most; /* the largest number of a query token that i8 takes: 127, or 63 where pairs are summed in 16 bits */
     Run bits;
     Bounds bounds_i16, bounds_i8;
     void (*rewrite)(const Codes &codes);

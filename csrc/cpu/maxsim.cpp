@@ -172,7 +172,8 @@ void Forward::run() {
         empty_.resize(args_.n_c);
     }
     const int64_t scored = own_ ? total : total * static_cast<int64_t>(queries_.parts.size());
-    const std::vector<Unit> work = units(std::clamp<int64_t>(scored / (8 * threads), 1, form_ > BF16 ? CODE_UNIT_TOKENS : batch_));
+    const std::vector<Unit> work = units(
+        std::clamp<int64_t>(scored / (8 * threads), 1, form_ > BF16 ? CODE_UNIT_TOKENS : batch_));
     std::atomic<size_t> next{0};
     auto body = [&] {
         static thread_local Scratch scratch;
@@ -310,7 +311,8 @@ void Forward::finish(const Part &part, int64_t row, int64_t c, float *best, int3
             const int64_t lane = i - part.row_first;
             if (!queries_.infinite[i]) continue;
             const Document doc = document(row, c);
-            infinite_maximum(args_, level_, a, queries_.token[i], doc.item, doc.length, best + lane, at ? at + lane : nullptr);
+            infinite_maximum(args_, level_, a, queries_.token[i], doc.item, doc.length, best + lane,
+                             at ? at + lane : nullptr);
         }
         for (int64_t i = first; at && i < end; ++i)
             argmax_row(args_, row, c)[queries_.token[i]] = at[i - part.row_first];

@@ -127,12 +127,20 @@ def _parser() -> argparse.ArgumentParser:
     search.set_defaults(run=_search)
 
     evaluate = commands.add_parser(
-        "evaluate", help="what 8-bit and 1-bit codes and mean pooling keep of a store's exact ranking"
+        "evaluate", help="what codes and first stages keep of a store's exact ranking, and nDCG, recall and MRR"
     )
     evaluate.add_argument("store", metavar="STORE", help="the store's folder")
     evaluate.add_argument(
         "--queries", metavar="FILE", nargs="+", required=True,
         help="files of query tokens (.npy, .safetensors, .pt), or images, encoded with the store's own model",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--qrels", metavar="FILE",
+        help="judgements, 'query 0 document relevance' a line; queries are named after their files, FILE#0 …",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--stages", nargs="+", choices=("binary", "mean", "row", "muvera", "lemur"), default=("binary", "mean"),
+        help="first stages (default: binary mean)",
     )  # fmt: skip
     evaluate.add_argument(
         "-k", type=_positive, default=10, metavar="N", help="results that count (default: %(default)s)"
@@ -221,7 +229,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     found = evaluate(
         args.store, queries=args.queries, k=args.k, candidates=args.candidates, normalize=args.normalize,
-        memory_mib=args.memory, device=args.device, plot=args.plot,
+        memory_mib=args.memory, device=args.device, plot=args.plot, qrels=args.qrels, stages=args.stages,
     )  # fmt: skip
     print(json.dumps(found, indent=2) if args.json else render(found))
 

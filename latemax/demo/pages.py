@@ -132,5 +132,7 @@ and compositions. Every photo was seen in training: the words know these photos,
 def _figure(name: str) -> str:
     from latemax.demo.figures import note_of
 
-    asked, shown, _ = map(escape, note_of(name))
-    return f'<figure><img src="{name}" alt="{asked} {shown}"><figcaption>{asked}</figcaption></figure>'
+    asked, shown, look = map(escape, note_of(name))
+    # the picture says it too, but too small for a phone
+    caption = f"<strong>{asked}</strong> {shown} Look at {look}"
+    return f'<figure><img src="{name}" alt="{asked}"><figcaption>{caption}</figcaption></figure>'

@@ -85,7 +85,8 @@ def encode(
         model: a folder or hub name. adapter: a LoRA file for it.
         out: the store's folder, on a disk that all machines share; created if missing.
         num_workers: encoders at a time. num_cpus, num_gpus: of each; with a GPU it encodes there.
-        dtype: of the stored tokens. codes: "int8" also stores 8-bit codes. size: of images in pixels; None takes the model's own.
+        dtype: of the stored tokens. codes: "int8" also stores 8-bit codes.
+        size: of images in pixels; None takes the model's own.
         batch_size: images a batch. block: images a block.
         progress: Ray Data's own progress on stderr.
 
@@ -122,7 +123,9 @@ def encode(
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*"):
         shutil.rmtree(left, ignore_errors=True)
-    blocks = {_name([meta, dtype, codes], part): part for part in (todo[i : i + block] for i in range(0, len(todo), block))}
+    blocks = {
+        _name([meta, dtype, codes], part): part for part in (todo[i : i + block] for i in range(0, len(todo), block))
+    }
     missing = {name: part for name, part in blocks.items() if not (folder / name).exists()}
     if missing:
         worker = dict(

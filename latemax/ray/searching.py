@@ -18,6 +18,7 @@ from latemax.search.exact import Within
 from latemax.search.merge import best
 from latemax.search.spaces import unwrapped
 from latemax.store import PatchStore
+from latemax.store.documents import check_id
 
 # How often one call replaces the same actor.
 TRIES = 3
@@ -136,7 +137,15 @@ class Searcher:
             TimeoutError: naming the actors that did not answer in time, which are replaced before the next call.
             RuntimeError: an actor failed, or died three times.
         """
-        wrong = options.keys() - {"normalize", "empty_score", "return_argmax", "q_weights", "reduce", "memory", "backend"}
+        wrong = options.keys() - {
+            "normalize",
+            "empty_score",
+            "return_argmax",
+            "q_weights",
+            "reduce",
+            "memory",
+            "backend",
+        }
         if wrong:
             raise TypeError(f"topk of a Searcher takes no {', '.join(sorted(wrong))}")
         check.check_positive("k", k)
@@ -147,7 +156,7 @@ class Searcher:
         one_query = isinstance(tokens, Tensor) and not tokens.is_nested and tokens.dim() == 2
         if self._needs["num_gpus"]:
             options["device"] = "cuda"
-        wanted = []
+        wanted: list[tuple[int, Tensor | None]] = []
         for i, pieces in enumerate(self._parts):
             if documents is None:
                 wanted.append((i, None))
@@ -259,9 +268,13 @@ class _Stores(corpora.Corpus):
             for name in ("dim", "dtype"):
                 ours, first = getattr(store, name), getattr(real[0], name)
                 if ours != first:
-                    raise ValueError(f"stores must have one {name}; {real[0].path} has {first}, {store.path} has {ours}")
+                    raise ValueError(
+                        f"stores must have one {name}; {real[0].path} has {first}, {store.path} has {ours}"
+                    )
         self.stores = list(stores)
-        self.dim, self.dtype, self.device = real[0].dim, real[0].dtype, torch.device("cpu")
+        dim, dtype = real[0].dim, real[0].dtype
+        assert dim is not None and dtype is not None
+        self.dim, self.dtype, self.device = dim, dtype, torch.device("cpu")
         lengths = torch.cat([store.offsets.diff() for store in stores])
         self.offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         self.starts = [0]
@@ -275,13 +288,17 @@ class _Stores(corpora.Corpus):
         return self.stores[at], index - self.starts[at]
 
     def find(self, ids: Sequence[object]) -> Tensor:
-        found = []
-        for id in ids:
-            places = [start + store.find(id) for start, store in zip(self.starts, self.stores, strict=False) if id in store]  # type: ignore[arg-type]
-            if len(places) != 1:
-                raise ValueError(f"within must name ids of one store each; {id!r} is in {len(places)}")
-            found += places
-        return torch.tensor(found, dtype=torch.int64)
+        plain = [check_id(id) for id in ids]
+        found = torch.full((len(plain),), -1)
+        for start, store in zip(self.starts, self.stores, strict=False):
+            here = torch.from_numpy(store.snapshot().find(plain))
+            twice = ((here >= 0) & (found >= 0)).nonzero().flatten().tolist()
+            if twice:
+                raise ValueError(f"within must name ids of one store each; {plain[twice[0]]!r} is in two")
+            found = torch.where(here >= 0, here + start, found)
+        if len(found) and int(found.min()) < 0:
+            raise ValueError(f"within names id {plain[int(found.argmin())]!r}, which no store has")
+        return found
 
 
 def _split(stores: Sequence[PatchStore], corpus: _Stores, parts: int) -> list[list[Piece]]:

@@ -13,8 +13,19 @@ from torch import Tensor
 from latemax.search import corpus as corpora
 from latemax.search.binary import BinaryScan, encoded
 from latemax.search.exact import topk
-from latemax.search.pooled import MeanPool
+from latemax.search.first import FirstStage
+from latemax.search.lemur import Lemur
+from latemax.search.muvera import Muvera
+from latemax.search.pooled import MeanPool, RowPool
 from latemax.search.stages import two_stage
+
+STAGES: dict[str, tuple[str, type[FirstStage]]] = {
+    "binary": ("one bit", BinaryScan),
+    "mean": ("mean pool", MeanPool),
+    "row": ("row pool", RowPool),
+    "muvera": ("Muvera", Muvera),
+    "lemur": ("Lemur", Lemur),
+}
 
 
 class Quality(NamedTuple):
@@ -74,20 +85,29 @@ def retention(
     q_mask: Tensor | None = None,
     *,
     n_candidates: int = 50,
+    stages: Sequence[str] = ("binary", "mean"),
     normalize: bool = False,
     memory: int = 1 << 30,
     progress: bool = False,
 ) -> list[Quality]:
-    """Compares 8-bit codes, one-bit codes and mean pooling with the exact ranking, each alone and as a first stage.
+    """Compares 8-bit codes and first stages, each alone and with its candidates rescored, with the exact ranking.
 
     Args:
         q: [n_q, l_q, dim]. q_mask: [n_q, l_q] or None. corpus, normalize, memory, progress: as in `topk`. The codes of
             a store are used as they are; where it has none, they are made in memory.
         k: documents that count. n_candidates: of a first stage.
+        stages: of "binary" (`BinaryScan`), "mean" (`MeanPool`), "row" (`RowPool`), "muvera" (`Muvera`) and "lemur"
+            (`Lemur`), each with its defaults.
 
     Returns:
         The exact search first, whose ranking is the truth; then the others. Times are the best of two runs.
+
+    Raises:
+        TypeError, ValueError: as `topk`; an unknown stage.
     """
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise ValueError(f"stages must be of {', '.join(STAGES)}; got {unknown[0]!r}")
     found = corpora.of(corpus)
     k, n = min(k, len(found)), min(max(k, n_candidates), len(found))
     documents = len(found)
@@ -108,20 +128,20 @@ def retention(
         add("exact, from codes", size, lambda: topk(q, found, k, q_mask, **options).indices)
     else:
         codes = encoded(found, "int8", memory, progress)
-    binary = BinaryScan(found, memory=memory, progress=progress)
-    signs = binary.tokens, binary.offsets
-    pooled = MeanPool(found, engine="torch", memory=memory, progress=progress)
-    bits = (-(-found.dim // 8) + 4) * per
-    mean = 4 * found.dim
     add("int8", (found.dim + 8) * per, lambda: topk(q, codes, k, q_mask, **options).indices)
-    add("one bit", bits, lambda: topk(q, signs, k, q_mask, **options).indices)
-    add("mean pool", mean, lambda: pooled.first(q, q_mask, k))
-    for name, size, first in (("one bit", bits, binary), ("mean pool", mean, pooled)):
+    made = {}
+    for stage in stages:
+        name, kind = STAGES[stage]
+        # MeanPool ranks by cosine whatever the search does
+        settings = {} if kind is MeanPool else {"normalize": normalize}
+        made[name] = first = kind(found, memory=memory, progress=progress, **settings)
+        add(name, first.bytes_per_document, lambda first=first: first.first(q, q_mask, k))
+    for name, first in made.items():
 
         def search(first: Any = first) -> Tensor:
             return two_stage(q, found, k, first, q_mask, n_candidates=n, normalize=normalize).indices
 
-        add(f"{name}, {n} rescored", size + whole, search)
+        add(f"{name}, {n} rescored", first.bytes_per_document + whole, search)
     return rows
 
 

@@ -119,6 +119,7 @@ def topk(
     with torch.no_grad():
         runs = scan.runs(searched)
         if (given or codes == "auto") and bounded.fits(scan, searched):
+            scan.check(searched)
             margin = margin_of(q, q_mask, q_weights, d_dtype=found.dtype, normalize=normalize, reduce=reduce)
             if margin.usable:
                 stats = bounded.Search(scan, searched, margin, options, bar).run()

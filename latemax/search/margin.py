@@ -36,7 +36,7 @@ class Margin(NamedTuple):
 def margin_of(
     q: Any, q_mask: Any, q_weights: Any, *, d_dtype: torch.dtype, normalize: bool, reduce: str
 ) -> Margin:  # fmt: skip
-    """Raises nothing: q is checked when it is scored."""
+    """The margin of queries that were checked, for documents of ``d_dtype``."""
     parts = [_lengths(*part) for part in _queries(q, q_mask, q_weights)]
     lengths, longest, weight, count = (torch.cat([part[i] for part in parts]).unsqueeze(1) for i in range(4))
     first = q if isinstance(q, Tensor) else q[0]

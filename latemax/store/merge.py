@@ -71,7 +71,8 @@ def append(writer: StoreWriter, stores: Sequence[PatchStore]) -> None:
         stores: to read.
 
     Raises:
-        ValueError: an id that is in two of them. StoreError: stores that do not go together. OSError: the store is as it was.
+        ValueError: an id that is in two of them. StoreError: stores that do not go together.
+        OSError: the store is as it was.
     """
     writer.commit()
     stores = [store for store in stores if len(store)]
@@ -108,9 +109,7 @@ def append(writer: StoreWriter, stores: Sequence[PatchStore]) -> None:
                     if old is not None:
                         removed.append(catalog.document_row(db, old))
                         pos = removed[-1].pos
-                    rows.append(
-                        row._replace(seq=new, pos=pos, removed=None, shard=shard, start=int(snapshot.ends[i]))
-                    )
+                    rows.append(row._replace(seq=new, pos=pos, removed=None, shard=shard, start=int(snapshot.ends[i])))
         ids = [row.id for row in rows if isinstance(row.id, int)]
         after = before._replace(
             format_version=first.format_version, dim=first.dim, dtype=first.dtype, id_type=first.id_type,

@@ -11,7 +11,8 @@ struct Tokens {
     std::vector<uint8_t> mask;
 
     Tokens(maxsim_dtype dtype, int64_t n, int64_t dim, bool masked, Values values)
-        : dtype(dtype), n(n), dim(dim), bytes(dtype == MAXSIM_BITS ? (dim + 7) / 8 : dim), coded(n * dim), original(n * dim) {
+        : dtype(dtype), n(n), dim(dim), bytes(dtype == MAXSIM_BITS ? (dim + 7) / 8 : dim), coded(n * dim),
+          original(n * dim) {
         std::normal_distribution<float> normal;
         if (dtype == MAXSIM_F32) floats.resize(n * dim);
         else codes.resize(n * bytes), scale.resize(n), error.resize(n);
@@ -29,7 +30,8 @@ struct Tokens {
                     original[r * dim + k] = x = y;
                     continue;
                 }
-                const int code = dtype == MAXSIM_I8 ? static_cast<int>(random_bits() % 255) - 127 : random_bits() % 2 ? 1 : -1;
+                const int bit = random_bits() % 2 ? 1 : -1;
+                const int code = dtype == MAXSIM_I8 ? static_cast<int>(random_bits() % 255) - 127 : bit;
                 if (dtype == MAXSIM_I8) codes[r * dim + k] = static_cast<int8_t>(code);
                 else if (code > 0) codes[r * bytes + k / 8] |= static_cast<int8_t>(128 >> k % 8);
                 x = static_cast<double>(code) * scale[r];
@@ -47,13 +49,16 @@ struct Tokens {
     }
 };
 
-double product(const std::vector<double> &q, int64_t i, const std::vector<double> &d, int64_t j, int64_t dim, bool normalize) {
-    double s = 0, x = 0, y = 0;
-    for (int64_t k = 0; k < dim; ++k) {
-        const double a = q[i * dim + k], b = d[j * dim + k];
-        s += a * b, x += a * a, y += b * b;
-    }
-    return normalize ? s / (std::fmax(std::sqrt(x), 1e-12) * std::fmax(std::sqrt(y), 1e-12)) : s;
+double product(const std::vector<double> &q, int64_t i, const std::vector<double> &d, int64_t j, int64_t dim) {
+    double s = 0;
+    for (int64_t k = 0; k < dim; ++k) s += q[i * dim + k] * d[j * dim + k];
+    return s;
+}
+
+std::vector<double> norms(const std::vector<double> &x, int64_t n, int64_t dim) {
+    std::vector<double> out(n);
+    for (int64_t i = 0; i < n; ++i) out[i] = std::sqrt(product(x, i, x, i, dim));
+    return out;
 }
 
 /* form: 0 dense, 1 own, 2 ragged, 3 candidates; queries are ragged in 2 and 3 */
@@ -63,7 +68,8 @@ int check(int form, maxsim_dtype q_dtype, maxsim_dtype d_dtype, int64_t dim, Val
     const bool ragged = form >= 2;
     std::vector<int64_t> q_offsets{0}, d_offsets{0}, candidates;
     for (int64_t a = 1; a <= n_q; ++a) q_offsets.push_back(ragged ? q_offsets.back() + random_bits() % 40 : a * l_q);
-    for (int64_t a = 1; a <= (form == 1 ? n_q : 1) * n_c; ++a) d_offsets.push_back(ragged ? d_offsets.back() + random_bits() % 300 : a * l_d);
+    for (int64_t a = 1; a <= (form == 1 ? n_q : 1) * n_c; ++a)
+        d_offsets.push_back(ragged ? d_offsets.back() + random_bits() % 130 : a * l_d);
     for (int64_t i = 0; i < n_q * n_c; ++i) candidates.push_back(static_cast<int64_t>(random_bits() % 6) - 1);
     const Tokens q(q_dtype, q_offsets.back(), dim, masked, values), d(d_dtype, d_offsets.back(), dim, masked, ORDINARY);
     std::vector<float> weights(q.n);
@@ -84,11 +90,13 @@ int check(int form, maxsim_dtype q_dtype, maxsim_dtype d_dtype, int64_t dim, Val
         maxsim_args args = a;
         std::vector<maxsim_item> table;
         for (int64_t i = 0; i < n_c; ++i)
-            table.push_back({d.codes.data() + d_offsets[i] * d.bytes, masked ? d.mask.data() + d_offsets[i] : nullptr, d.bytes});
+            table.push_back({d.codes.data() + d_offsets[i] * d.bytes, masked ? d.mask.data() + d_offsets[i] : nullptr,
+                             d.bytes});
         if (apart) args.d.separate = table.data(), args.d.tokens = nullptr, args.d.mask = nullptr;
         std::vector<float> out(2 * n_q * n_c, 7);
         std::vector<int32_t> at(q.n * n_c, -99);
-        args.scores = out.data(), args.argmax = bounds ? nullptr : at.data(), args.upper = bounds ? out.data() + n_q * n_c : nullptr;
+        args.scores = out.data(), args.argmax = bounds ? nullptr : at.data();
+        args.upper = bounds ? out.data() + n_q * n_c : nullptr;
         args.coarse = coarse;
         latemax::forward(args, level, threads);
         return std::make_pair(out, at);
@@ -103,6 +111,11 @@ int check(int form, maxsim_dtype q_dtype, maxsim_dtype d_dtype, int64_t dim, Val
         bounds[coarse] = call(1, false, true, coarse).first;
         wrong += !same(bounds[coarse], call(3, ragged, true, coarse).first);
     }
+    const std::vector<double> norm[] = {norms(q.coded, q.n, dim), norms(d.coded, d.n, dim), norms(q.original, q.n, dim),
+                                        norms(d.original, d.n, dim)};
+    auto over = [&](int64_t i, int64_t j, int which) {
+        return normalize ? std::fmax(norm[which][i], 1e-12) * std::fmax(norm[which + 1][j], 1e-12) : 1;
+    };
     for (int64_t p = 0; p < n_q * n_c; ++p) {
         const int64_t query = p / n_c, document = form == 3 ? candidates[p] : form == 1 ? p : p % n_c;
         double score = 0, real = 0, tolerance = 1e-30, count = 0, some = 0;
@@ -110,12 +123,13 @@ int check(int form, maxsim_dtype q_dtype, maxsim_dtype d_dtype, int64_t dim, Val
             const int64_t slot = ragged ? p % n_c * q.n + i : p * l_q + i - q_offsets[query];
             const int32_t at = one.second[slot];
             double best = -INF, truth = -INF, chosen = -INF, longest = 0;
-            for (int64_t j = document < 0 ? 0 : d_offsets[document]; q.mask[i] && document >= 0 && j < d_offsets[document + 1]; ++j) {
+            const bool scored = q.mask[i] && document >= 0;
+            for (int64_t j = scored ? d_offsets[document] : 0; scored && j < d_offsets[document + 1]; ++j) {
                 if (masked && !d.mask[j]) continue;
-                const double s = product(q.coded, i, d.coded, j, dim, normalize);
+                const double s = product(q.coded, i, d.coded, j, dim) / over(i, j, 0);
                 some = 1, best = std::isnan(best) || std::isnan(s) ? NOT_A_NUMBER : std::fmax(best, s);
-                truth = std::fmax(truth, product(q.original, i, d.original, j, dim, normalize));
-                longest = std::fmax(longest, std::sqrt(product(d.coded, j, d.coded, j, dim, false)));
+                truth = std::fmax(truth, product(q.original, i, d.original, j, dim) / over(i, j, 2));
+                longest = std::fmax(longest, norm[1][j]);
                 if (at == j - d_offsets[document]) chosen = s;
             }
             if (!q.mask[i]) {
@@ -123,7 +137,7 @@ int check(int form, maxsim_dtype q_dtype, maxsim_dtype d_dtype, int64_t dim, Val
                 continue;
             }
             const double w = masked ? weights[i] : 1;
-            const double near = 0x1p-12 * (normalize ? 1 : std::sqrt(product(q.coded, i, q.coded, i, dim, false)) * longest);
+            const double near = 0x1p-12 * (normalize ? 1 : norm[0][i] * longest);
             score += w * best, real += w * truth, tolerance += std::fabs(w) * near, ++count;
             if (std::isfinite(best)) wrong += !(chosen >= best - 2 * near - 1e-30);
             if (best == -INF) wrong += at != -1 && chosen != best;
@@ -132,9 +146,11 @@ int check(int form, maxsim_dtype q_dtype, maxsim_dtype d_dtype, int64_t dim, Val
         const bool empty = count && !some;
         if (!count || empty) score = real = empty ? -3 : 0, tolerance = 0;
         const double ours = one.first[p];
-        wrong += !(std::isnan(score) ? std::isnan(ours) : std::isinf(score) ? ours == score : std::fabs(ours - score) <= tolerance);
+        const bool near = std::isinf(score) ? ours == score : std::fabs(ours - score) <= tolerance;
+        wrong += !(std::isnan(score) ? std::isnan(ours) : near);
         for (const std::vector<float> &b : bounds)
-            if (!b.empty() && std::isfinite(real) && std::isfinite(score)) wrong += !(b[p] <= real && real <= b[n_q * n_c + p]);
+            if (!b.empty() && std::isfinite(real) && std::isfinite(score))
+                wrong += !(b[p] <= real && real <= b[n_q * n_c + p]);
     }
     if (wrong)
         std::printf("%s codes form %d dtypes %d %d dim %d values %d masked %d normalize %d: %d wrong\n", level.name, form,
@@ -144,13 +160,15 @@ int check(int form, maxsim_dtype q_dtype, maxsim_dtype d_dtype, int64_t dim, Val
 
 int check_all(const latemax::Level &level, bool all, int &cases) {
     int wrong = 0;
-    const maxsim_dtype pairs[4][2] = {{MAXSIM_F32, MAXSIM_I8}, {MAXSIM_I8, MAXSIM_I8}, {MAXSIM_F32, MAXSIM_BITS}, {MAXSIM_BITS, MAXSIM_BITS}};
+    const maxsim_dtype pairs[4][2] = {
+        {MAXSIM_F32, MAXSIM_I8}, {MAXSIM_I8, MAXSIM_I8}, {MAXSIM_F32, MAXSIM_BITS}, {MAXSIM_BITS, MAXSIM_BITS}};
     for (const auto &dtypes : pairs)
         for (int form = 0; form < 4; ++form)
             for (int64_t dim : {35, 64, 300})
                 for (Values values : {ORDINARY, DENORMAL, SPECIAL})
                     for (bool masked : {false, true})
                         for (bool normalize : {false, true}) {
+                            if (dim == 64 && form) continue;
                             if (values != ORDINARY && (!all || dtypes[0] != MAXSIM_F32 || form % 2)) continue;
                             wrong += check(form, dtypes[0], dtypes[1], dim, values, masked, normalize, level), ++cases;
                         }
