@@ -47,7 +47,14 @@ def test_no_register_spills(rows):
     # products without a wgmma, and float64: since tiles are read from last to first, ptxas spills a few registers
     # there, far from the limit of 255; at dim 128 on sm_90 three stages avoid it, elsewhere no tile was found yet
     few = {"ieee": 12, "double": 12}
-    assert not spilled(row for row in rows if aligned(row) and row["spills"] > few.get(row["case"].split()[0], 0))
+    # smooth maxima of float32: 2 in 128 registers, before the loop
+    few_smooth = few | {"tf32": 4}
+
+    def allowed(row):
+        kinds = few_smooth if row["kernel"].startswith("smooth") else few
+        return kinds.get(row["case"].split()[0], 0)
+
+    assert not spilled(row for row in rows if aligned(row) and row["spills"] > allowed(row))
 
 
 @pytest.mark.xfail(reason="rows that are not 16-byte aligned are loaded through registers: 8 to 501 spills at dim 1030")
