@@ -117,7 +117,7 @@ def maxsim_pairs(
 
     Args:
         q: [b, l_q, dim], or a list of b tensors [l_i, dim], or a jagged nested tensor.
-        d: [b, l_d, dim], or a list of b tensors [l_j, dim], or a jagged nested tensor.
+        d: [b, l_d, dim], or a list of b tensors [l_j, dim], or a jagged nested tensor; or QuantizedTokens.
         q_mask, d_mask, normalize, empty_score, return_argmax, q_weights, reduce, backend: as ``maxsim``.
 
     Returns:
@@ -154,7 +154,7 @@ def maxsim_varlen(
 
     Args:
         q: query tokens [t_q, dim]. Query a holds rows ``cu_seqlens_q[a]`` to ``cu_seqlens_q[a + 1]``.
-        d: document tokens [t_d, dim]; document b likewise.
+        d: document tokens [t_d, dim]; document b likewise. QuantizedTokens as in ``maxsim``.
         cu_seqlens_q: int32 or int64 [n_q + 1], starting at 0, never falling, within q. Rows after the last offset
             belong to no query. An empty query scores 0, an empty document ``empty_score``.
         cu_seqlens_d: likewise [n_d + 1].
@@ -207,7 +207,7 @@ def rerank(
         q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor;
             or a tuple (tokens [t_q, dim], int32 or int64 offsets [n_q + 1]).
         tokens: the corpus [t_d, dim], documents concatenated; on the CPU it may be memory-mapped. Or, with offsets
-            None, a list of n_d tensors [l_j, dim] or a jagged nested tensor.
+            None, a list of n_d tensors [l_j, dim] or a jagged nested tensor. QuantizedTokens as in ``maxsim``.
         offsets: int32 or int64 [n_d + 1]: document b holds rows ``offsets[b]`` to ``offsets[b + 1]``.
         candidates: int32 or int64 [n_q, k] ([k] with a 2-D q): document numbers in any order, repeated or not; -1 is an
             empty slot and scores ``empty_score``.

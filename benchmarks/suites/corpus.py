@@ -198,8 +198,8 @@ def table_of_scale(result: dict) -> str:
         rows.append([name, f"{gbs:.3g}", source, *(f"{s:,.3g}" for s in seconds)])
     head = ["what feeds the scoring", "GB/s each", "input is", "1", "8", "64", "512"]
     return markdown(head, rows) + (
-        f"\nSeconds to pass 10⁹ pages of {shape['l_d']} float16 tokens of dim {shape['dim']} ({page:,} bytes a page, "
-        f"{total / 1e12:.1f} TB) once through N devices, at the whole rate of the link named.\n"
+        f"\nSeconds to pass 10⁹ pages of {shape['l_d']} float16 tokens of dim {shape['dim']} ({page:,} bytes per page, "
+        f"{total / 1e12:.1f} TB) once through N devices, at the full rate of the link named.\n"
     )
 
 
@@ -207,14 +207,25 @@ def table_of_ten_million(result: dict) -> str:
     """Bytes and seconds of 10⁷ pages of a retriever, by what a token is stored as."""
     pages, tokens, dim, rows = 10**7, 1030, 128, []
     rate = result["cold"]["gbs"]
-    for name, each in (("float16", 2 * dim), ("8-bit codes, a scale a token", dim + 4), ("1-bit codes", dim // 8)):
+    for name, each in (
+        ("float16", 2 * dim),
+        ("8-bit codes, scale and error", dim + 8),
+        ("1-bit codes and scale", dim // 8 + 4),
+    ):
         total = pages * tokens * each
         seconds = total / rate / 1e9
         rows.append([name, f"{tokens * each / 1e3:,.1f}", f"{total / 1e12:.2f}", f"{seconds:,.0f}",
                      f"{-(-seconds // 10):,.0f}", f"{-(-total // (512 * 10**9)):,.0f}"])  # fmt: skip
-    head = ["a token as", "kB a page", "TB", "seconds, one machine", "machines for 10 s", "machines of 512 GB"]
+    head = [
+        "a token is stored as",
+        "kB per page",
+        "TB",
+        "seconds, one machine",
+        "machines for 10 s",
+        "machines of 512 GB",
+    ]
     return markdown(head, rows) + (
-        f"\n{pages:,} pages of {tokens:,} tokens of dim {dim}, every one read once at {rate:.2f} GB/s, the rate "
+        f"\n{pages:,} pages of {tokens:,} tokens of dim {dim}, each read once at {rate:.2f} GB/s, the rate "
         f"measured for float16 from disk. Rows with codes assume the same rate, which has not been measured.\n"
     )
 

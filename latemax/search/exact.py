@@ -54,7 +54,7 @@ def topk(
         q: query tokens [l_q, dim], [n_q, l_q, dim], a list of n_q tensors [l_i, dim], or a jagged nested tensor; or
             what an encoder returned (`TextTokens`, `PatchTokens`), whose model and space must be the store's.
         corpus: [n_d, l_d, dim]; a list of [l_i, dim]; a jagged nested tensor; (tokens [t_d, dim], offsets [n_d + 1]);
-            or a `PatchStore`. On the CPU, or where the scoring runs. Arrays as in `maxsim`.
+            or a `PatchStore`. On the CPU, or where the scoring runs. Arrays and QuantizedTokens as in `maxsim`.
         k: how many, 1 <= k <= n_d, as in torch.topk.
         q_mask: as in `maxsim`. d_mask: [n_d, l_d], with a dense corpus only.
         within: the documents to rank, which alone are read: indices (an int64 tensor or array), a mask (a bool tensor

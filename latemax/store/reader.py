@@ -21,13 +21,12 @@ from .verify import verify
 
 
 class PatchStore(Sequence):
-    """A packed corpus on disk: a folder with a catalogue and safetensors shards, as it was at one commit.
+    """A ragged corpus on disk: a folder with a catalogue and safetensors shards, as it was at one commit.
 
     ``store[i]`` is document i, and ``store["page-1"]`` the document of that id: [l, dim], a tensor, or QuantizedTokens
-    in a store of dtype int8. Opening reads the catalogue
-    and every shard's size and header, and no token; `verify` checks every byte. What a writer commits, removes or
-    compacts later changes nothing here until `refresh`. Copies, pickles and the workers of a DataLoader open the same
-    folder at the same commit.
+    in a store of dtype int8. Opening reads the catalogue and every shard's size and header, but no token; `verify`
+    checks every byte. What a writer commits, removes or compacts later changes nothing here until `refresh`. Copies,
+    pickles and the workers of a DataLoader open the same folder at the same commit.
 
     Args:
         path: the folder; it may be read-only.

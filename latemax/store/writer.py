@@ -44,7 +44,7 @@ class StoreWriter:
 
     Args:
         path: the folder; made if missing.
-        dtype: of the tokens, float16, bfloat16 or float32, or "int8" for a store that keeps nothing but 8-bit codes;
+        dtype: of the tokens, float16, bfloat16 or float32, or "int8" for a store that keeps only 8-bit codes;
             None takes the store's own, or the first document's.
         codes: "int8" also keeps 8-bit codes of float tokens, in shards of their own, from which `latemax.topk` finds
             the same documents faster; None takes the store's own.
