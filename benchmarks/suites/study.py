@@ -66,10 +66,10 @@ def settings(result: dict) -> str:
     factors = f"rank {s['rank']} in the last {s['blocks']} blocks"
     return (
         f"{len(result['seeds'])} seeds, each with its own {s['n_train']} canvases to train on and {s['n_test']} held "
-        f"out; {s['size']} px, {result['grid'][0]}x{result['grid'][1]} patches; {s['dim']} features a token; "
+        f"out; {s['size']} px, {result['grid'][0]}x{result['grid'][1]} patches; {s['dim']} features per token; "
         f"{s['warm_steps']} steps with the ViT frozen, then {s['steps']} with or without LoRA ({factors}), "
-        f"{s['batch']} captions a batch. {result['seconds']:.0f} s in all, {result['cpu_seconds']:.0f} s of processor "
-        f"time, on {machine['threads']} threads of {machine['cpu_count']} {machine['processor']} cores, torch "
+        f"{s['batch']} captions per batch. {result['seconds']:.0f} s in all, {result['cpu_seconds']:.0f} s of "
+        f"processor time, on {machine['threads']} threads of {machine['cpu_count']} {machine['processor']} cores, torch "
         f"{machine['torch']}.\n"
     )
 

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="real photos through a real ViT: ranking, grounding and CLS study, pictures to a folder",
+        help="words that find their patch, ranking and a CLS study on real photos, as pictures in a folder",
         description="Train words that find their patch in real photos, rank photos for crops of them by MaxSim over "
         "ViT patch tokens, and write pictures and index.html to a folder. The first run downloads 90 MB. Later "
         "runs show the words after about half a minute on two cores and end after about a minute.",

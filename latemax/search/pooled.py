@@ -1,4 +1,4 @@
-"""First stages of means: one a document (`MeanPool`), or one a row of its patches (`RowPool`)."""
+"""First stages of means: one per document (`MeanPool`), or one per row of its patches (`RowPool`)."""
 
 from __future__ import annotations
 

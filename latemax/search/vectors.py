@@ -1,4 +1,4 @@
-"""First stages of one vector a document: the search for the largest inner products."""
+"""First stages of one vector per document: the search for the largest inner products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCORES = 1 << 25
 
 
 class OneVector(FirstStage):
-    """A first stage of one vector a document, found by inner product with one vector a query.
+    """A first stage of one vector per document, found by inner product with one vector a query.
 
     Args:
         corpus, memory, progress: as in `FirstStage`.

@@ -41,7 +41,7 @@ def from_qdrant(
 
 
 def to_qdrant(documents: Iterable[Tensor], ids: Iterable[int | str], *, vector: str | None = None) -> Iterator:
-    """PointStructs, one a document, made as they are asked for: ``client.upload_points(name, to_qdrant(...))``.
+    """PointStructs, one per document, made on demand: ``client.upload_points(name, to_qdrant(...))``.
 
     Args:
         documents: a PatchStore, or any iterable of tensors [l, dim]. ids: unsigned ints or UUID strings.

@@ -124,7 +124,7 @@ class PatchStore(Sequence):
 
     @property
     def ids(self) -> list[int] | list[str]:
-        """One a document, in order."""
+        """The id of every document, in order."""
         return self._snapshot.ids
 
     def __len__(self) -> int:

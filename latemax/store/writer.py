@@ -214,7 +214,7 @@ class StoreWriter:
         Args:
             tokens: [t_d, dim]; document i is ``tokens[offsets[i] : offsets[i + 1]]``.
             offsets: int32 or int64 [n_d + 1].
-            ids: one a document, as in `add`; None numbers them. quantize: as in `add`.
+            ids: one per document, as in `add`; None numbers them. quantize: as in `add`.
 
         Raises:
             TypeError, ValueError, StoreError: as `add`.
@@ -225,7 +225,7 @@ class StoreWriter:
         tokens = as_tokens(tokens, self.dim, self.dtype, quantize)
         documents = packed.Packed(tokens, offsets).documents()
         if ids is not None and len(ids) != len(documents):
-            raise ValueError(f"ids must hold one a document, {len(documents)}; got {len(ids)}")
+            raise ValueError(f"ids must hold one per document, {len(documents)}; got {len(ids)}")
         if ids is None:
             ids = range(self._next_id, self._next_id + len(documents))
         kind, checked = self.id_type, []

@@ -210,7 +210,7 @@ def _scale(heats: list[Tensor], *, zero: bool) -> tuple[float, float]:
 
 
 def _coded(heat: Tensor, low: float, high: float) -> str:
-    """Returns heat as base64 of a byte a token, low = 0 and high = 255; what is not finite is 0."""
+    """Returns heat as base64 of a byte per token, low = 0 and high = 255; what is not finite is 0."""
     level = (heat - low) / (high - low) if high > low else torch.zeros_like(heat)
     level = (255 * level).nan_to_num(0, 0, 0).clamp(0, 255).round().to(torch.uint8)
     return base64.b64encode(level.numpy().tobytes()).decode()
