@@ -235,8 +235,8 @@ def reason(result: dict) -> str:
     one = result["cold"]
     return (
         f"- **A corpus larger than memory**: exact search of {result['gb']:g} GB on disk ({result['documents']:,} "
-        f"images) takes {one['seconds']:.1f} s and peaks at {one['peak_bytes'] / 1e6:.0f} MB of resident memory; "
-        f"scores within {one['error']:.0e} of brute force.\n"
+        f"documents of {result['shape']['l_d']} random tokens) takes {one['seconds']:.1f} s and peaks at "
+        f"{one['peak_bytes'] / 1e6:.0f} MB of resident memory; scores within {one['error']:.0e} of brute force.\n"
     )
 
 
