@@ -71,10 +71,11 @@ def table(result: dict) -> str:
         share = f"{100 * ms['wrapper only'] / ms['bare']:.2f} %"
         cells = [f"{ms[name]:.2f}" for name in ("bare", "wrapped")]
         rows.append([row["batch"], *cells, *change, f"{ms['wrapper only']:.3f}", share])
+    loaded = f" Other programs ran meanwhile (load average {machine['load']:.0f})." if machine["load"] > 2 else ""
     return markdown(head, rows) + (
         f"\nDINOv2 ViT-S/14 at {IMAGE_SIZE} px, processor time of one thread, medians of interleaved rounds "
         f"({result['rounds']} of one image). {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}, "
-        f"{machine['date']}.\n"
+        f"{machine['date']}.{loaded}\n"
     )
 
 
