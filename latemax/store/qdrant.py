@@ -19,7 +19,7 @@ def from_qdrant(
         dtype: of the documents; Qdrant's client hands float32 values over.
 
     Raises:
-        ValueError: a point without that vector, or with one that is no multi-vector; names the point.
+        ValueError: a point without that vector, or with one that is not a multi-vector; names the point.
     """
     ids, documents = [], []
     for point in points:

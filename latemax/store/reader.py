@@ -202,7 +202,7 @@ class PatchStore(Sequence):
     def regions(self, i: int) -> Tensor | None:
         """float32 [l, 4] of document i: left, top, right, bottom of every token as fractions of the image.
 
-        NaN for a token that is no patch; None if the document was added without.
+        NaN for a token that is not a patch; None if the document was added without.
         """
         _, boxes = self._snapshot.row(self._index(i))
         return None if boxes is None else torch.from_numpy(np.frombuffer(boxes, "<f4").astype(np.float32)).view(-1, 4)

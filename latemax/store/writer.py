@@ -160,7 +160,7 @@ class StoreWriter:
             grid: (rows, cols) of patches, rows · cols = l.
             meta: a JSON object of the document, for `PatchStore.document_meta` and `PatchStore.where`.
             regions: float32 [l, 4] instead of a grid: left, top, right, bottom of every token as fractions of the
-                image, NaN for a token that is no patch.
+                image, NaN for a token that is not a patch.
             quantize: tokens are floats, to be quantized; for a store of dtype "int8". NaN and infinity are refused.
 
         Raises:

@@ -217,7 +217,7 @@ def _coded(heat: Tensor, low: float, high: float) -> str:
 
 
 def _rounded(regions: Tensor) -> list[Region | None]:
-    """Returns the place of each token on the image; None for a token that is no patch."""
+    """Returns the place of each token on the image; None for a token that is not a patch."""
     return [None if any(map(math.isnan, row)) else tuple(round(x, 4) for x in row) for row in regions.tolist()]
 
 
