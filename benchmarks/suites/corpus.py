@@ -51,13 +51,6 @@ def query() -> torch.Tensor:
     return unit(SHAPE.l_q, SHAPE.dim, generator=torch.Generator().manual_seed(1)).half()
 
 
-def drop_cache(folder: pathlib.Path) -> None:
-    for path in folder.glob("*.safetensors"):
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
 def read_rate(folder: pathlib.Path) -> float:
     """GB/s of plain reads of all files into one buffer."""
     buffer, total, start = bytearray(BLOCK), 0, time.perf_counter()
@@ -136,9 +129,9 @@ def measure(
         result["write_gbs"] = gb / write_store(store, gb)
         result["documents"] = len(PatchStore(store))
         limit = int(limit_gb * 1e9)
-        drop_cache(store)
+        harness.drop_cache(store)
         result["disk_gbs"] = read_rate(store)
-        drop_cache(store)
+        harness.drop_cache(store)
         result["cold"] = search_in_fresh_process(store, limit)
         read_rate(store)
         result["cached_read_gbs"] = read_rate(store)
