@@ -161,6 +161,16 @@ def test_edges(backend):
         keep[1, 2], keep[2] = False, False
         lower, upper = maxsim_bounds(x, codes, keep, backend=backend)
         assert lower.isfinite().all() and not lower[2].any() and not upper[2].any()
+    # neither a weight that is not finite nor sums beyond float64 make a bound that is wrong
+    weights = torch.ones(3, 4)
+    weights[1, 2] = math.inf
+    score = maxsim(q, d, q_weights=weights)
+    lower, upper = maxsim_bounds(q, codes, q_weights=weights, backend=backend)
+    assert ((lower <= score) & (score <= upper)).all() and lower[[0, 2]].isfinite().all()
+    for sign in (1, -1):
+        big = torch.full((1, 1, 8), sign * 1e306, dtype=torch.float64)
+        lower, upper = maxsim_bounds(big, quantize(torch.ones(1, 1, 8)), backend=backend)
+        assert lower <= sign * 8e306 <= upper
     # a token that has no code: its document's score may be anything above the others'
     unknown = QuantizedTokens(codes.codes, codes.scale, codes.error.clone(), "int8", 8)
     unknown.error[0, 1] = math.inf

@@ -265,11 +265,13 @@ def chosen(within: Tensor | np.ndarray | Sequence[object] | None, corpus: Corpus
     Raises:
         TypeError, ValueError: naming ``within``, the rule and what came.
     """
-    if within is None:
-        return None
-    n = len(corpus)
     if isinstance(within, (list, tuple)):
         return corpus.find(within).unique()
+    return None if within is None else numbered(within, len(corpus))
+
+
+def numbered(within: Any, n: int) -> Tensor:
+    """As `chosen`, of indices or a mask over n documents."""
     if isinstance(within, np.ndarray) and within.dtype in (np.bool_, np.int64):
         within = torch.from_numpy(np.ascontiguousarray(within))
     if not isinstance(within, Tensor) or within.dtype not in (torch.bool, torch.int64):
@@ -285,7 +287,7 @@ def chosen(within: Tensor | np.ndarray | Sequence[object] | None, corpus: Corpus
     wrong = within[(within < 0) | (within >= n)]
     if len(wrong):
         raise ValueError(f"within must be indices from 0 to {n - 1}, got {int(wrong[0])}")
-    return within.unique()
+    return within if bool((within.diff() > 0).all()) else within.unique()
 
 
 def at_most(k: int, corpus: Corpus, within: Tensor | None) -> None:
