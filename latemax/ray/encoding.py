@@ -68,7 +68,8 @@ class Encoder:
 
 
 def encode(
-    paths: Sequence[str | os.PathLike[str]], *, model: str, out: str | os.PathLike[str], num_workers: int = 1, num_cpus: float = 1, num_gpus: float = 0,
+    paths: Sequence[str | os.PathLike[str]], *, model: str, out: str | os.PathLike[str], num_workers: int = 1,
+    num_cpus: float = 1, num_gpus: float = 0,
     dtype: str = "float16", codes: str | None = None, size: int | None = None, batch_size: int = 16,
     adapter: str | None = None, block: int = 256, progress: bool = False,
 ) -> dict[str, Any]:  # fmt: skip

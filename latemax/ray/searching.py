@@ -17,6 +17,7 @@ from latemax.search import TopK, topk
 from latemax.search import corpus as corpora
 from latemax.search.exact import Within
 from latemax.search.merge import best
+from latemax.search.scan import is_one
 from latemax.search.spaces import unwrapped
 from latemax.store import PatchStore
 from latemax.store.documents import check_id
@@ -155,7 +156,7 @@ class Searcher:
         tokens = arrays.as_tensors("q", tokens)
         documents = corpora.chosen(within, self._corpus)
         corpora.at_most(k, self._corpus, documents)
-        one_query = isinstance(tokens, Tensor) and not tokens.is_nested and tokens.dim() == 2
+        one_query = is_one(tokens)
         if self._needs["num_gpus"]:
             options["device"] = "cuda"
         wanted: list[tuple[int, Tensor | None]] = []

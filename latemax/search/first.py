@@ -114,8 +114,8 @@ class FirstStage:
             int64 [n_q, n], best first; -1 where fewer were found.
 
         Raises:
-            TypeError, ValueError: q is not [n_q, l_q, dim] of this dim, q_mask is not of its shape, n is not at least 1,
-                or within names a document that is not there.
+            TypeError, ValueError: q is not [n_q, l_q, dim] of this dim, q_mask is not of its shape, n is not at least
+                1, or within names a document that is not there.
         """
         q = arrays.as_tensor("q", q)
         check.check_tokens("q", q, (3,), "[n_q, l_q, dim]")
