@@ -184,6 +184,19 @@ def test_edges(backend):
     assert not maxsim_bounds(q.requires_grad_(), codes, backend=backend)[0].requires_grad
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_processor_that_flushes_subnormal_numbers(sign, backend):
+    q, d = torch.full((2, 8), sign * 1e-30), quantize(torch.full((3, 8), 1e-30))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        lower, upper = (float(x) for x in maxsim_bounds(q, d, backend=backend))
+    finally:
+        torch.set_flush_denormal(False)
+    assert lower <= sign * 16e-60 <= upper
+
+
 @pytest.mark.torch_path
 def test_blocks_change_nothing_but_rounding(monkeypatch):
     g = torch.Generator().manual_seed(0)

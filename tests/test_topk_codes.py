@@ -240,6 +240,7 @@ def test_documents_without_a_token_and_other_backends(tmp_path):
     q = queries(items)
     found, expected = (topk(q, store, 5, backend="reference", codes=codes) for codes in ("auto", "off"))
     assert found.stats is not None and torch.equal(found.indices, expected.indices)
+    assert topk(q[:0], store, 5).indices.shape == (0, 5)
 
 
 def test_small_memory_and_large_k_are_scored_without_codes(tmp_path):
