@@ -49,16 +49,16 @@ def maxsim(
 
     Args:
         q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor
-            [n_q, l_i, dim]. Nothing is padded. The items of a list are scored where they are in CPU memory; they are
-            concatenated in float64, for a gradient, and where torch compiles, traces or transforms. On a GPU Triton
-            scores documents where they are, and queries are concatenated. A CUDA graph cannot capture lists.
+            [n_q, l_i, dim]. Nothing is padded. On the CPU, the items of a list are scored in place, but concatenated
+            for float64, for a gradient, and where torch compiles, traces or transforms. On a GPU, Triton scores the
+            documents of a list in place, and queries are concatenated. A CUDA graph cannot capture lists.
         d: document (image patch) tokens [l_d, dim], [n_d, l_d, dim], or own candidates of every query
             [n_q, k, l_d, dim]; or a list of n_d tensors [l_j, dim]; or a jagged nested tensor. float16, bfloat16,
             float32 or float64, promoted together with q; both on one device. Every tensor on the CPU, also in a list,
             may be a numpy array (bfloat16 by ``ml_dtypes``), whose memory is used as it is; only negative strides and
-            strides that are no multiple of an element's size are copied. Or QuantizedTokens of any of these shapes, or
-            a list of them: documents are read as codes, and the gradient is that of q alone. q may be QuantizedTokens
-            of the same kind; products are those of integers then.
+            strides that are not a multiple of an element's size are copied. Or QuantizedTokens of any of these shapes,
+            or a list of them: documents are read as codes, and only q has a gradient. q may then be QuantizedTokens of
+            the same kind, which makes the products exact integers.
         q_mask: bool, int or float of shape ``q.shape[:-1]``; nonzero = keep. With a list or a nested tensor: a list of
             [l_i] or None.
         d_mask: likewise, of shape ``d.shape[:-1]``. Masked tokens influence nothing, whatever their values.
@@ -117,7 +117,7 @@ def maxsim_pairs(
 
     Args:
         q: [b, l_q, dim], or a list of b tensors [l_i, dim], or a jagged nested tensor.
-        d: [b, l_d, dim], or a list of b tensors [l_j, dim], or a jagged nested tensor.
+        d: [b, l_d, dim], or a list of b tensors [l_j, dim], or a jagged nested tensor; or QuantizedTokens.
         q_mask, d_mask, normalize, empty_score, return_argmax, q_weights, reduce, backend: as ``maxsim``.
 
     Returns:
@@ -154,7 +154,7 @@ def maxsim_varlen(
 
     Args:
         q: query tokens [t_q, dim]. Query a holds rows ``cu_seqlens_q[a]`` to ``cu_seqlens_q[a + 1]``.
-        d: document tokens [t_d, dim]; document b likewise.
+        d: document tokens [t_d, dim]; document b likewise. QuantizedTokens as in ``maxsim``.
         cu_seqlens_q: int32 or int64 [n_q + 1], starting at 0, never falling, within q. Rows after the last offset
             belong to no query. An empty query scores 0, an empty document ``empty_score``.
         cu_seqlens_d: likewise [n_d + 1].
@@ -207,7 +207,7 @@ def rerank(
         q: query tokens [l_q, dim] or [n_q, l_q, dim]; or a list of n_q tensors [l_i, dim]; or a jagged nested tensor;
             or a tuple (tokens [t_q, dim], int32 or int64 offsets [n_q + 1]).
         tokens: the corpus [t_d, dim], documents concatenated; on the CPU it may be memory-mapped. Or, with offsets
-            None, a list of n_d tensors [l_j, dim] or a jagged nested tensor.
+            None, a list of n_d tensors [l_j, dim] or a jagged nested tensor. QuantizedTokens as in ``maxsim``.
         offsets: int32 or int64 [n_d + 1]: document b holds rows ``offsets[b]`` to ``offsets[b + 1]``.
         candidates: int32 or int64 [n_q, k] ([k] with a 2-D q): document numbers in any order, repeated or not; -1 is an
             empty slot and scores ``empty_score``.
@@ -226,8 +226,9 @@ def rerank(
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``maxsim``; offsets or candidates of another dtype or shape; on the CPU
-            also unsorted offsets, candidates that are no document and query_ids that are no query. On a GPU reading
-            them would need a device sync: there an invalid candidate, and a row of an invalid query, score NaN.
+            also unsorted offsets, candidates that are not a document and query_ids that are not a query. On a GPU
+            reading them would need a device sync: there an invalid candidate, and a row of an invalid query, score
+            NaN.
 
     Example:
         >>> first = (corpus_means @ q.mean(0)).topk(1000).indices

@@ -38,8 +38,8 @@ def maxsim_bounds(
     Args:
         q: query tokens as in ``maxsim``; no QuantizedTokens.
         d: QuantizedTokens of kind "int8" [l_d, dim], [n_d, l_d, dim] or [n_q, k, l_d, dim], or a list of [l_j, dim].
-        q_mask, d_mask, normalize, q_weights, reduce, empty_score: as ``maxsim``. Weights are those of the dtype of the
-            scores.
+        q_mask, d_mask, normalize, q_weights, reduce, empty_score: as ``maxsim``. Weights are first cast to the
+            dtype of the scores.
         backend: "auto", "cpu" or "reference".
 
     Returns:

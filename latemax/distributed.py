@@ -105,7 +105,7 @@ def topk(
 ) -> TopK:
     """`latemax.topk` over the shards of all ranks, as if they were concatenated in the order of the ranks.
 
-    Every rank searches its own shard; k scores and indices a query and rank travel. Equal bit for bit to one process
+    Every rank searches its own shard and sends k scores and indices per query. Equal bit for bit to one process
     with the whole corpus, where the backend scores a document alike whatever its batch mates (the native kernels do).
 
     Args:
@@ -200,7 +200,7 @@ def in_batch(
     Args:
         q: [n_q, l_q, dim] and d: [n_d, l_d, dim] of this rank; n_q, l_q, n_d and l_d may differ among ranks.
         q_mask, d_mask: [n_q, l_q], [n_d, l_d].
-        chunk: documents a transfer; None sends all of a rank's at once.
+        chunk: documents per transfer; None sends all of a rank's at once.
         group, timeout: as in `topk`. normalize, empty_score, backend: as in `maxsim`.
 
     Returns:

@@ -18,8 +18,8 @@ CODE_DTYPES = {"int8": torch.int8, "binary": torch.uint8}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # the smallest normal float32: a smaller scale would lose bits
 LEAST_SCALE = 2.0**-126
-# elements that are converted to float64 at a time: 32 MB
-CHUNK = 1 << 22
+# elements that are converted to float64 at a time: 2 MB, which stay in cache (32 MB take twice as long)
+CHUNK = 1 << 18
 BITS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 

@@ -133,6 +133,6 @@ def test_arguments_are_checked(items, q, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ImportError, match="engine='faiss' needs faiss: pip install faiss-cpu"):
         MeanPool(items, engine="faiss")
-    with pytest.raises(ValueError, match="factory goes with faiss"):
+    with pytest.raises(ValueError, match="factory needs engine='faiss'"):
         MeanPool(items, factory="HNSW8")
     assert MeanPool(items).engine == "torch"

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 import latemax
-from benchmarks import harness, internals
+from benchmarks import harness, internals, peers_cpu
 from benchmarks.shapes import unit
-from benchmarks.suites import cpu
 from benchmarks.tables import Table, markdown
 
 SHAPE, TINY = (32, 1000, 512, 128), (32, 40, 100, 128)
@@ -58,7 +57,9 @@ def measure(tiny: bool = False) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     q, d = unit(1, l_q, dim, generator=generator), unit(n_d, l_d, dim, generator=generator)
     codes = {kind: latemax.quantize(d, kind) for kind in ("int8", "binary")}
-    result: dict[str, Any] = dict(machine=harness.machine(packages=cpu.PEERS), shape=(l_q, n_d, l_d, dim), levels={})
+    result: dict[str, Any] = dict(
+        machine=harness.machine(packages=peers_cpu.PEERS), shape=(l_q, n_d, l_d, dim), levels={}
+    )
     truth = latemax.maxsim(q, d)
     few = latemax.quantize(q, "int8")
     for level in (None, *(name for name in LEVELS if name in internals.native_levels())):
@@ -73,7 +74,7 @@ def measure(tiny: bool = False) -> dict[str, Any]:
         if level is None:
             runs["torch._int_mm and amax, int8 × int8"] = lambda: int_mm(few, codes["int8"])
             harness.check("torch._int_mm", int_mm(few, codes["int8"]), latemax.maxsim(few, codes["int8"])[0], 1e-3)
-            runs |= cpu.fast_maxsim(q[0], d) | cpu.numkong(q[0], d)
+            runs |= peers_cpu.fast_maxsim(q[0], d) | peers_cpu.numkong(q[0], d)
         harness.interleaved(runs, 1)
         seconds = harness.interleaved(runs, 3 if tiny else ROUNDS)
         result["levels"][level or internals.native_levels()[-1]] = {

@@ -19,7 +19,6 @@ import torch
 
 from benchmarks import harness
 from benchmarks.shapes import unit
-from benchmarks.suites.corpus import drop_cache
 from benchmarks.tables import Table, markdown
 from latemax.search import TopK, topk
 from latemax.store import PatchStore, StoreWriter
@@ -73,7 +72,7 @@ def compare(name: str, store: PatchStore, queries: list[torch.Tensor], rounds: i
             def run(mode: str, q: torch.Tensor = q) -> Any:
                 return lambda: topk(q, store, K, codes=mode)
 
-            before = (lambda: drop_cache(store.path)) if state == "cold" else (lambda: None)
+            before = (lambda: harness.drop_cache(store.path)) if state == "cold" else (lambda: None)
             taken: dict[str, list[float]] = {mode: [] for mode in modes}
             for turn in range(rounds):
                 for key in sorted(modes, reverse=turn % 2 == 1):

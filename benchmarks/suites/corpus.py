@@ -51,13 +51,6 @@ def query() -> torch.Tensor:
     return unit(SHAPE.l_q, SHAPE.dim, generator=torch.Generator().manual_seed(1)).half()
 
 
-def drop_cache(folder: pathlib.Path) -> None:
-    for path in folder.glob("*.safetensors"):
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
 def read_rate(folder: pathlib.Path) -> float:
     """GB/s of plain reads of all files into one buffer."""
     buffer, total, start = bytearray(BLOCK), 0, time.perf_counter()
@@ -136,9 +129,9 @@ def measure(
         result["write_gbs"] = gb / write_store(store, gb)
         result["documents"] = len(PatchStore(store))
         limit = int(limit_gb * 1e9)
-        drop_cache(store)
+        harness.drop_cache(store)
         result["disk_gbs"] = read_rate(store)
-        drop_cache(store)
+        harness.drop_cache(store)
         result["cold"] = search_in_fresh_process(store, limit)
         read_rate(store)
         result["cached_read_gbs"] = read_rate(store)
@@ -198,8 +191,8 @@ def table_of_scale(result: dict) -> str:
         rows.append([name, f"{gbs:.3g}", source, *(f"{s:,.3g}" for s in seconds)])
     head = ["what feeds the scoring", "GB/s each", "input is", "1", "8", "64", "512"]
     return markdown(head, rows) + (
-        f"\nSeconds to pass 10⁹ pages of {shape['l_d']} float16 tokens of dim {shape['dim']} ({page:,} bytes a page, "
-        f"{total / 1e12:.1f} TB) once through N devices, at the whole rate of the link named.\n"
+        f"\nSeconds to pass 10⁹ pages of {shape['l_d']} float16 tokens of dim {shape['dim']} ({page:,} bytes per page, "
+        f"{total / 1e12:.1f} TB) once through N devices, at the full rate of the link named.\n"
     )
 
 
@@ -207,14 +200,25 @@ def table_of_ten_million(result: dict) -> str:
     """Bytes and seconds of 10⁷ pages of a retriever, by what a token is stored as."""
     pages, tokens, dim, rows = 10**7, 1030, 128, []
     rate = result["cold"]["gbs"]
-    for name, each in (("float16", 2 * dim), ("8-bit codes, a scale a token", dim + 4), ("1-bit codes", dim // 8)):
+    for name, each in (
+        ("float16", 2 * dim),
+        ("8-bit codes, scale and error", dim + 8),
+        ("1-bit codes and scale", dim // 8 + 4),
+    ):
         total = pages * tokens * each
         seconds = total / rate / 1e9
         rows.append([name, f"{tokens * each / 1e3:,.1f}", f"{total / 1e12:.2f}", f"{seconds:,.0f}",
                      f"{-(-seconds // 10):,.0f}", f"{-(-total // (512 * 10**9)):,.0f}"])  # fmt: skip
-    head = ["a token as", "kB a page", "TB", "seconds, one machine", "machines for 10 s", "machines of 512 GB"]
+    head = [
+        "a token is stored as",
+        "kB per page",
+        "TB",
+        "seconds, one machine",
+        "machines for 10 s",
+        "machines of 512 GB",
+    ]
     return markdown(head, rows) + (
-        f"\n{pages:,} pages of {tokens:,} tokens of dim {dim}, every one read once at {rate:.2f} GB/s, the rate "
+        f"\n{pages:,} pages of {tokens:,} tokens of dim {dim}, each read once at {rate:.2f} GB/s, the rate "
         f"measured for float16 from disk. Rows with codes assume the same rate, which has not been measured.\n"
     )
 
@@ -224,8 +228,8 @@ def reason(result: dict) -> str:
     one = result["cold"]
     return (
         f"- **A corpus larger than memory**: exact search of {result['gb']:g} GB on disk ({result['documents']:,} "
-        f"images) takes {one['seconds']:.1f} s and peaks at {one['peak_bytes'] / 1e6:.0f} MB of resident memory; "
-        f"scores within {one['error']:.0e} of brute force.\n"
+        f"documents of {result['shape']['l_d']} random tokens) takes {one['seconds']:.1f} s and peaks at "
+        f"{one['peak_bytes'] / 1e6:.0f} MB of resident memory; scores within {one['error']:.0e} of brute force.\n"
     )
 
 

@@ -23,43 +23,18 @@ import torch.nn.functional as F
 
 import latemax
 from benchmarks import harness, shapes
+from benchmarks.peers_cpu import PEERS, Runs, fast_maxsim, numkong
 from benchmarks.shapes import Shape
 from benchmarks.tables import Table, markdown, measured_limits
 
-PEERS = ("fast-maxsim", "maxsim-cpu", "numkong")
 ROUNDS = 15
 # a contender that takes longer than this is timed in three rounds, one that takes ten times as long in one
 SLOW_SECONDS = 0.5
-Runs = dict[str, Callable[[], Any]]
 
 
 def chunked(q: torch.Tensor, d: torch.Tensor, documents: int) -> torch.Tensor:
     """Plain chunked matmul + amax, documents as the batch."""
     return torch.cat([torch.matmul(q, part.mT).amax(-1).sum(-1) for part in d.split(documents)])
-
-
-def fast_maxsim(q: torch.Tensor, d: torch.Tensor) -> Runs:
-    if not importlib.util.find_spec("fast_maxsim"):
-        return {}
-    from fast_maxsim import maxsim_scores
-
-    a, b = q.numpy(), d.numpy()
-    return {"fast-maxsim": lambda: torch.as_tensor(maxsim_scores(a, b))}
-
-
-def numkong(q: torch.Tensor, d: torch.Tensor) -> Runs:
-    if not importlib.util.find_spec("numkong"):
-        return {}
-    import numkong as package
-
-    packed_q = package.maxsim_pack(q.numpy())
-    packed_d = [package.maxsim_pack(document) for document in d.numpy()]
-
-    # it returns Σ (1 - similarity) of unit vectors
-    def run() -> torch.Tensor:
-        return torch.tensor([len(q) - package.maxsim_packed(packed_q, document) for document in packed_d])
-
-    return {"numkong (approximate, 1 thread)": run}
 
 
 def contenders(q: torch.Tensor, d: torch.Tensor, exact: bool) -> Runs:

@@ -57,10 +57,12 @@ def measure_encoder(enc: PatchEncoder, rounds: int) -> list[dict[str, Any]]:
 def measure(tiny: bool = False, rounds: int = 60) -> dict[str, Any]:
     torch.set_num_threads(1)
     enc = PatchEncoder.from_pretrained("dinov2-small")
-    return dict(machine=harness.machine(), rows=measure_encoder(enc, 2 if tiny else rounds))
+    rounds = 2 if tiny else rounds
+    return dict(machine=harness.machine(), rounds=rounds, rows=measure_encoder(enc, rounds))
 
 
 def table(result: dict) -> str:
+    machine = result["machine"]
     head = ["batch", "bare ms", "PatchEncoder ms", "overhead", "bare again", "wrapper only ms", "of bare"]
     rows = []
     for row in result["rows"]:
@@ -69,7 +71,12 @@ def table(result: dict) -> str:
         share = f"{100 * ms['wrapper only'] / ms['bare']:.2f} %"
         cells = [f"{ms[name]:.2f}" for name in ("bare", "wrapped")]
         rows.append([row["batch"], *cells, *change, f"{ms['wrapper only']:.3f}", share])
-    return markdown(head, rows)
+    loaded = f" Other programs ran meanwhile (load average {machine['load']:.0f})." if machine["load"] > 2 else ""
+    return markdown(head, rows) + (
+        f"\nDINOv2 ViT-S/14 at {IMAGE_SIZE} px, processor time of one thread, medians of interleaved rounds "
+        f"({result['rounds']} of one image). {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}, "
+        f"{machine['date']}.{loaded}\n"
+    )
 
 
 TABLES = {"encoder": Table("encoder", table)}

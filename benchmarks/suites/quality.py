@@ -51,7 +51,7 @@ def table(result: dict) -> str:
         [row["method"], f"{row['overlap']:.3f}", f"{row['ndcg']:.3f}", f"{row['bytes']:,.0f}", f"{row['ms']:.1f}"]
         for row in result["rows"]
     ]
-    head = ["search", f"share of the exact top {shape['k']}", "nDCG", "bytes a document", "ms a query"]
+    head = ["search", f"share of the exact top {shape['k']}", "nDCG", "bytes per document", "ms per query"]
     return markdown(head, rows) + (
         f"\n{result['name']}: {shape['documents']:,} documents of {shape['l_d']:.0f} x {shape['dim']}, {shape['n_q']} "
         f"queries of {shape['l_q']} tokens. The exact ranking says what is relevant. {machine['cpu']}, "

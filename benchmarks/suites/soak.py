@@ -168,7 +168,7 @@ def measure(tiny: bool = False, minutes: float = 30) -> dict[str, Any]:
 
 
 def table(result: dict) -> str:
-    head = ["minutes", "calls", "resident MB, first and last", "MB a minute", "descriptors", "threads"]
+    head = ["minutes", "calls", "resident MB, first and last", "MB per minute", "descriptors", "threads"]
     samples = result["samples"]
     row = [
         f"{samples[-1]['minute']:.0f}", f"{sum(result['calls'].values()):,}",
@@ -188,7 +188,7 @@ def main() -> None:
     result = measure(options.tiny, options.minutes)
     harness.finish(result, table, options.json)
     if not options.tiny and result["mb_a_minute"] >= 1:
-        raise SystemExit(f"resident memory grew by {result['mb_a_minute']:.2f} MB a minute")
+        raise SystemExit(f"resident memory grew by {result['mb_a_minute']:.2f} MB per minute")
 
 
 if __name__ == "__main__":

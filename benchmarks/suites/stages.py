@@ -1,4 +1,4 @@
-"""First stages: candidates that hold the exact top 10, build time, bytes a document and time a query.
+"""First stages: candidates that hold the exact top 10, build time, bytes per document and time per query.
 
     python -m benchmarks.suites.stages [--crops 20000] [--json FILE] [--plot docs/img/stages.png]
 
@@ -180,10 +180,10 @@ def table(result: dict[str, Any]) -> str:
         for row in corpus["stages"]:
             counts = [f"{count:,}" if count else "> 1,000" for count in row["needed"].values()]
             rows.append([row["name"], *counts, f"{row['build_s']:.1f}", f"{row['bytes']:,.0f}", f"{row['ms']:.2f}"])
-        head = ["first stage", "candidates for 95 %", "for 99 %", "build, s", "bytes a document", "ms a query"]
+        head = ["first stage", "candidates for 95 %", "for 99 %", "build, s", "bytes per document", "ms per query"]
         text += markdown(head, rows) + (
             f"\n{corpus['name'].capitalize()}: {corpus['documents']:,} documents, {corpus['tokens']:,} tokens of dim "
-            f"{corpus['dim']}, {corpus['bytes']:,.0f} bytes a document in float16; {corpus['queries']} queries of "
+            f"{corpus['dim']}, {corpus['bytes']:,.0f} bytes per document in float16; {corpus['queries']} queries of "
             f"{corpus['l_q']} tokens, which `topk` answers exactly in {corpus['exact_ms']:.0f} ms each.\n\n"
         )
     machine = result["machine"]
@@ -212,7 +212,7 @@ def table_of_scale(result: dict[str, Any]) -> str:
             ]
         )  # fmt: skip
     head = [
-        "search", "bytes a document", "documents in 128 GB", "core-seconds a query, 10⁶", "10⁹",
+        "search", "bytes per document", "documents in 128 GB", "core-seconds per query, 10⁶", "10⁹",
         "core-hours to build, 10⁶", "10⁹",
     ]  # fmt: skip
     return markdown(head, rows) + (

@@ -66,11 +66,11 @@ def settings(result: dict) -> str:
     factors = f"rank {s['rank']} in the last {s['blocks']} blocks"
     return (
         f"{len(result['seeds'])} seeds, each with its own {s['n_train']} canvases to train on and {s['n_test']} held "
-        f"out; {s['size']} px, {result['grid'][0]}x{result['grid'][1]} patches; {s['dim']} features a token; "
+        f"out; {s['size']} px, {result['grid'][0]}x{result['grid'][1]} patches; {s['dim']} features per token; "
         f"{s['warm_steps']} steps with the ViT frozen, then {s['steps']} with or without LoRA ({factors}), "
-        f"{s['batch']} captions a batch. {result['seconds']:.0f} s in all, {result['cpu_seconds']:.0f} s of processor "
-        f"time, on {machine['threads']} threads of {machine['cpu_count']} {machine['processor']} cores, torch "
-        f"{machine['torch']}.\n"
+        f"{s['batch']} captions per batch. {result['seconds']:.0f} s in all, {result['cpu_seconds']:.0f} s of "
+        f"processor time, on {machine['threads']} threads of {machine['cpu_count']} {machine['processor']} cores, "
+        f"torch {machine['torch']}.\n"
     )
 
 
@@ -115,8 +115,8 @@ def demo_words(demo: dict) -> str:
     return (
         f"On {w['test']} canvases that were not trained on, {percent(how[0])} of the words find a patch of their photo "
         f"(untrained {percent(how[1])}, chance {percent(how[2])}; all photos were seen in training). With the weights "
-        f"on disk, the words are there {seconds['model'] + seconds['words']:.0f} s after the start, the whole demo "
-        f"after {sum(seconds.values()):.0f} s ({demo['machine']['cpu_count']} cores, shared with other work).\n"
+        f"on disk, the words are ready after {seconds['model'] + seconds['words']:.0f} s and the whole demo after "
+        f"{sum(seconds.values()):.0f} s ({demo['machine']['cpu_count']} cores with other load).\n"
     )
 
 

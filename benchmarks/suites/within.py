@@ -63,7 +63,7 @@ def measure(tiny: bool = False, documents: int = 1_000_000) -> dict[str, Any]:
             "`topk` of a store of the ten alone": lambda: topk(q, alone, K),
             "`topk`, within ten indices": lambda: topk(q, store, K, within=chosen),
             "`topk`, within ten ids": lambda: topk(q, store, K, within=names),
-            "`topk`, within a mask of all": lambda: topk(q, store, K, within=mask),
+            "`topk`, within a mask [n_d]": lambda: topk(q, store, K, within=mask),
             "`topk` of (tokens, offsets), within ten indices": lambda: topk(q, packed, K, within=chosen),
             "`two_stage` of a store of the ten alone": lambda: two_stage(q, alone, K, pool_alone),
             "`two_stage`, within ten indices": lambda: two_stage(q, store, K, pool, within=chosen),

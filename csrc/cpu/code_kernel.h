@@ -8,6 +8,7 @@
 namespace latemax {
 namespace {
 
+typedef uint32_t vu __attribute__((vector_size(LATEMAX_LANES * 4)));
 typedef int32_t vi_any __attribute__((vector_size(LATEMAX_LANES * 4), aligned(4), may_alias));
 
 LATEMAX_INLINE vf to_float(vi x) {
@@ -106,10 +107,10 @@ struct Bits {
 #else
     /* no byte reaches 256, so that the sum needs no carry between them */
     static LATEMAX_INLINE vi step(vi sum, vi q, const char *row) {
-        vi x = q ^ broadcast(row);
+        vu x = (vu)(q ^ broadcast(row));
         x -= x >> 1 & 0x55555555;
         x = (x & 0x33333333) + (x >> 2 & 0x33333333);
-        return sum + ((x & 0x0f0f0f0f) + (x >> 4 & 0x0f0f0f0f));
+        return (vi)((vu)sum + ((x & 0x0f0f0f0f) + (x >> 4 & 0x0f0f0f0f)));
     }
     static LATEMAX_INLINE vf total(vi sum) {
         const vi two = (sum & 0xff00ff) + (sum >> 8 & 0xff00ff);

@@ -279,7 +279,8 @@ LATEMAX_INLINE void inverse_norms(const Rows &rows, int64_t j, int64_t dim) {
         const vf norm = root(*reinterpret_cast<vf_any *>(factor + i));
         *reinterpret_cast<vf_any *>(factor + i) = 1.0f / (norm < EPS ? vf{} + EPS : norm);
     }
-    std::memcpy(rows.scale + j, factor, (j + U <= rows.count ? U : rows.count - j) * 4);
+    /* a group of a tile may lie after the last row */
+    for (int u = 0; u < U && j + u < rows.count; ++u) rows.scale[j + u] = factor[u];
 }
 
 /* Folds the similarities of rows j .. j + U into the running maxima. */

@@ -90,7 +90,7 @@ def grounding_map(
             the [query, x, y] of colpali-engine.
 
     Returns:
-        The map with its score, argmax and contributions; of a `TopK` a list of them, one a document, best first.
+        The map with its score, argmax and contributions; of a `TopK` a list of them, one per document, best first.
 
     Raises:
         TypeError: a `TopK` without its store.

@@ -11,7 +11,7 @@ import torch
 def as_tensor(name: str, x: Any) -> Any:
     """An array as a tensor that shares its memory; anything else as it is.
 
-    Only negative strides, and strides that are no multiple of an element's size, are copied: torch has none.
+    Only negative strides, and strides that are not a multiple of an element's size, are copied: torch has none.
 
     Raises:
         TypeError: a masked array, another byte order than this machine's, or a dtype that torch does not have.

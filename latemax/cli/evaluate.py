@@ -133,14 +133,14 @@ def render(result: dict[str, Any]) -> str:
     """Formats what `evaluate` returned as the text of ``latemax evaluate``."""
     k = result["k"]
     judged = f", {result['judged']} of them judged" if "judged" in result else ""
-    head = f"{'':28}{f'top {k} kept':>12}{'nDCG':>8}{'bytes':>12}{'ms a query':>12}"
+    head = f"{'':28}{f'top {k} kept':>12}{'nDCG':>8}{'bytes':>12}{'ms per query':>14}"
     lines = [
         f"{printable(result['store'])}: {result['documents']} documents, {result['queries']} queries{judged}, "
         f"against the exact top {k}",
         head + (f"{f'nDCG@{k}':>10}{f'recall@{k}':>11}{f'MRR@{k}':>9}" if judged else ""),
     ]
     for row in result["rows"]:
-        line = f"{row['method']:28}{row['overlap']:12.3f}{row['ndcg']:8.3f}{row['bytes']:12,.0f}{row['ms']:12.2f}"
+        line = f"{row['method']:28}{row['overlap']:12.3f}{row['ndcg']:8.3f}{row['bytes']:12,.0f}{row['ms']:14.2f}"
         if judged:
             of = row["relevance"]
             line += f"{of['ndcg']:10.3f}{of['recall']:11.3f}{of['mrr']:9.3f}"

@@ -52,10 +52,10 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="real photos through a real ViT: ranking, grounding and CLS study, pictures to a folder",
+        help="words that find their patch, ranking and a CLS study on real photos, as pictures in a folder",
         description="Train words that find their patch in real photos, rank photos for crops of them by MaxSim over "
-        "ViT patch tokens, and write pictures and index.html to a folder. The first run downloads 90 MB; the words "
-        "take about a quarter of a minute on two free cores, everything half a minute.",
+        "ViT patch tokens, and write pictures and index.html to a folder. The first run downloads 90 MB. Later "
+        "runs show the words after about half a minute on two cores and end after about a minute.",
     )
     demo.add_argument("--out", metavar="DIR", default="demo_out", help="folder for the pictures (default: %(default)s)")
     demo.add_argument(
@@ -70,11 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         "index",
         help="encode images and PDF pages into a store for `latemax search`",
         description="Encode images and pages of PDF files into a store. A second run continues where the first "
-        "stopped, skips the images that the store holds and encodes those again that changed. Images that are gone or "
-        "unreadable are named and left out. A ViT-S takes about a tenth of a second an image on a CPU core, a "
-        "retriever of billions of parameters seconds to minutes: it needs --device cuda. After the first batch the "
-        "remaining time is printed. Exit status: 0 all images are in the store, 3 some were left out, 1 none or "
-        "another error.",
+        "stopped, skips the images that the store holds and encodes changed images again. Missing and unreadable "
+        "images are named and left out. A ViT-S takes about a tenth of a second per image on a CPU core. A "
+        "retriever of billions of parameters takes seconds to minutes, so use --device cuda. After the first batch the "
+        "remaining time is printed. Exit status: 0 if all images are in the store, 3 if some were left out, 1 if all "
+        "were or after another error.",
     )
     index.add_argument("images", metavar="IMAGES", nargs="+", help="image and PDF files, or folders of them")
     index.add_argument("--model", metavar="NAME_OR_PATH", required=True, help="a model folder or hub name")
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--batch-size", type=_positive, default=16, help="images per batch (default: %(default)s)")
     index.add_argument("--device", help="device of the encoder (default: cpu)")
     index.add_argument("--adapter", metavar="FILE", help="a LoRA file for the model")
-    index.add_argument("--prune", action="store_true", help="remove the images of IMAGES that were deleted")
+    index.add_argument("--prune", action="store_true", help="also remove images of IMAGES whose files are gone")
     index.add_argument("--json", action="store_true", help="print the summary as JSON")
     index.set_defaults(run=_index)
 
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the best images of a store for a text, a crop or query tokens",
         description="Rank the images of a store, exactly. --text and --image load the model that the store was "
         "indexed with. A frozen ViT such as DINOv2 finds the same object or texture, not a meaning: in `latemax demo`, "
-        "45 of 63 random crops rank their own photo first among 21 (chance 3); a plain crop may find another photo.",
+        "45 of 63 random crops rank their own photo first among 21 (chance: 3 of 63).",
     )
     search.add_argument("store", metavar="STORE", help="the store's folder")
     query = search.add_mutually_exclusive_group(required=True)
@@ -113,10 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("-k", type=_positive, default=10, metavar="N", help="number of results (default: %(default)s)")
     search.add_argument("--size", type=int, help="size of the crop in pixels (default: that of the store's images)")
     search.add_argument(
-        "--where", metavar="CONDITION", help="search only images for which it is true, such as \"id LIKE '%%cat%%'\""
+        "--where", metavar="CONDITION", help="search only images that meet it, such as \"id LIKE '%%cat%%'\""
     )
     search.add_argument("--patches", action="store_true", help="also print the patches that each score comes from")
-    search.add_argument("--html", metavar="FILE", help="write one page that shows each result and its patches")
+    search.add_argument("--html", metavar="FILE", help="write a page of the results with each word's best patch")
     search.add_argument("--normalize", action="store_true", help="L2-normalize all tokens before scoring")
     search.add_argument(
         "--memory", type=_positive, default=1024, metavar="MIB", help="MiB of read buffers (default: %(default)s)"
@@ -127,7 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     search.set_defaults(run=_search)
 
     evaluate = commands.add_parser(
-        "evaluate", help="what codes and first stages keep of a store's exact ranking, and nDCG, recall and MRR"
+        "evaluate",
+        help="what codes and first stages keep of a store's exact ranking; nDCG, recall and MRR",
+        description="Measure how much of the exact ranking 8-bit codes and first stages keep, with and without exact "
+        "rescoring, and their bytes and milliseconds. Every query is also searched exactly, and first stages are built "
+        "from the whole store in memory. Images as queries load the model that the store was indexed with. --qrels "
+        "adds nDCG, recall and MRR and needs ir-measures.",
     )
     evaluate.add_argument("store", metavar="STORE", help="the store's folder")
     evaluate.add_argument(
@@ -170,10 +175,10 @@ def _parser() -> argparse.ArgumentParser:
     action = actions.add_parser("remove", help="remove documents")
     action.add_argument("ids", metavar="ID", nargs="+", help="ids as `latemax search` prints them")
     actions.add_parser("compact", help="give back the disk space of removed documents and join small shards")
-    actions.add_parser("upgrade", help="bring a store of an earlier format up to date")
+    actions.add_parser("upgrade", help="convert a store of the old format")
     store.set_defaults(run=_store)
 
-    bench = commands.add_parser("bench", help="the quick table for this machine, compared with the machine's own limit")
+    bench = commands.add_parser("bench", help="a quick table for this machine, compared with the machine's own limit")
     bench.add_argument("--json", action="store_true", help="print it as JSON")
     bench.set_defaults(run=_bench)
     return parser

@@ -53,7 +53,7 @@ def verify(store: str) -> str:
     """
     pages = PatchStore(store)
     pages.verify()
-    return f"{printable(store)}: {len(pages)} documents in {len(pages.shards)} shards, every byte is right"
+    return f"{printable(store)}: {len(pages)} documents in {len(pages.shards)} shards, every byte is correct"
 
 
 def remove(store: str, ids: Sequence[str]) -> str:

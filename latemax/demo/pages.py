@@ -84,13 +84,16 @@ def _crops(result: dict[str, Any], pictures: Sequence[str]) -> str:
         hits[query["photo"]] = hits.get(query["photo"], 0) + (query["rank"] == 1)
     each = len(result["queries"]) // len(hits)
     lost = [escape(name) for name, found in hits.items() if not found]
+    missed = ""
+    if lost:
+        missed = f"""
+It misses all {each} crops of {", ".join(lost)}: where a crop shows little that marks its photo, others rank higher."""
     pointing = result["pointing"]
     return f"""<h2>Crops that find their photo</h2>
 <p>{len(result["queries"])} crops of {len(hits)} photos as queries, no training: {sum(hits.values())} rank their photo
 first (R@1 {sum(hits.values()) / len(result["queries"]):.3f}, chance {result["recall_at_1_chance"]:.3f}), and
 {percent(pointing["in_box"])} of their patches have their best match where the crop was cut (chance
-{percent(pointing["in_box_chance"])}). A frozen ViT of this size finds objects and textures, and no crop at all of
-{", ".join(lost) or "none"} ({each} each): where a crop shows little of what marks its photo, others are closer.</p>
+{percent(pointing["in_box_chance"])}). A frozen ViT of this size finds objects and textures.{missed}</p>
 {chr(10).join(map(_figure, pictures))}"""
 
 

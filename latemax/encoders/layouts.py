@@ -125,7 +125,7 @@ class Row(NamedTuple):
         name: In messages.
         matches: Whether a processor makes it.
         parts: The boxes of the image tokens.
-        markers: How many leading image tokens are no patches.
+        markers: How many leading image tokens are not patches.
     """
 
     name: str

@@ -304,7 +304,7 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, targets: str | 
         targets: Which of "q", "k", "v".
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: A bad argument, a model that carries a LoRA already, quantised weights, or no attention found.
     """
     targets = _check(model, rank, alpha, targets)

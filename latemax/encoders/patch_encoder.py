@@ -37,7 +37,7 @@ class PatchEncoder(nn.Module):
         final_norm: "auto" applies the norm that belongs on the patch tokens, wherever the family keeps it (timm's
             ``fc_norm`` models and mean-pooled BEiT keep it after the pool; CLIP applies ``post_layernorm`` to the class
             token only); None gives the tokens before it; an ``nn.Module`` replaces it.
-        n_prefix: How many leading tokens are no patches; None asks the model.
+        n_prefix: How many leading tokens are not patches; None asks the model.
         preprocess: How ``encode`` and ``preprocess`` treat images: a ``Preprocess``, an image processor of
             transformers, or a callable from a Pillow image to a tensor ``[3, height, width]``. None asks the model.
         model_id: The model's name, kept with the tokens; None takes the name that transformers loaded it by.

@@ -37,7 +37,7 @@ class Retriever(nn.Module):
 
     Raises:
         TypeError: ``model`` or ``processor`` is of no usable kind.
-        ValueError: A model that is no retriever known here.
+        ValueError: A model that is not a known retriever.
 
     Example:
         >>> retriever = Retriever.from_pretrained("vidore/colqwen2-v1.0-hf")
@@ -177,11 +177,11 @@ class Retriever(nn.Module):
             device, progress, output_device: As in ``encode_images``.
 
         Returns:
-            ``TextTokens`` of every token that the host scores; ``word_of`` is -1 for those that are no part
+            ``TextTokens`` of every token that the host scores; ``word_of`` is -1 for those that are not part
             of the text.
 
         Raises:
-            TypeError: A text that is no string.
+            TypeError: A text that is not a string.
             ValueError: No text, or one that is too long.
         """
         texts = check_texts(texts)

@@ -153,7 +153,7 @@ class TextEncoder(nn.Module):
             output_device: Where the tokens are gathered; None is the encoder's device.
 
         Raises:
-            TypeError: A text that is no string.
+            TypeError: A text that is not a string.
             ValueError: No text, or one that is longer than the model holds, named with its number of tokens.
         """
         texts = check_texts(texts)

@@ -58,7 +58,7 @@ class TextTokens(_TextFields):
         mask: Bool ``[b, n]``, True = a token that is scored.
         pieces: The text of every token, for display: ``pieces[i][j]`` belongs to ``tokens[i, j]``.
         word_of: Int64 ``[b, n]``, the word each piece is a part of, as an index into ``words[i]``; -1 for padding and
-            for tokens that are no part of the text.
+            for tokens that are not part of the text.
         words: The words of every text, split at white space.
         model_id: The model that made the tokens; None where it has no name.
         space: What the tokens may be compared with; see ``PatchEncoder.space``.

@@ -29,13 +29,21 @@ MODULES: dict[str, Backend] = {backend.name: backend for group in BY_NAME.values
 
 
 class Choice(NamedTuple):
-    """What would run and why."""
+    """The backend that would run, and why.
 
-    backend: str  # "triton", "cuda", "cpu" or "reference"
+    Attributes:
+        backend: "triton", "cuda", "cpu" or "reference".
+        why: the reason for this backend.
+        tile: of the Triton backend, else None.
+        notes: why each other backend does not run.
+        native: of backend "cpu": True for the native kernel, False for blocked torch matmul.
+    """
+
+    backend: str
     why: str
     tile: tiles.TileConfig | None = None
-    notes: tuple[str, ...] = ()  # why each other backend does not run
-    native: bool = False  # backend "cpu": the native kernel, not blocked torch matmul
+    notes: tuple[str, ...] = ()
+    native: bool = False
 
 
 def backend_status() -> dict[str, tuple[bool, str]]:

@@ -48,8 +48,8 @@ class Row(NamedTuple):
 
 
 UNBOUNDED = 1 << 30
-# Document tokens up to which tiles differ. 400 tokens are three tiles of 128, of which two blocks on a multiprocessor
-# leave too few copies under way at the start and end of a document.
+# Document tokens up to which tiles differ. 400 tokens are at most four tiles of 128, of which two blocks on a
+# multiprocessor leave too few copies under way at the start and end of a document.
 LENGTHS = (400, UNBOUNDED)
 
 

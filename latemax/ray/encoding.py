@@ -75,10 +75,10 @@ def encode(
 ) -> dict[str, Any]:  # fmt: skip
     """Encodes images and pages of PDF files into a store, with workers of a Ray cluster (Ray Data).
 
-    Images are cut into blocks. A worker makes a store of a block in the folder ``out + ".blocks"``, named by what is in
-    it, and renames it when it is whole; at the end the documents of all blocks join ``out`` in one transaction, in the
-    order of ``paths``. A worker that dies loses the block it was at, which another one makes again. A run that was
-    stopped leaves ``out`` as it was; the same call goes on with the blocks that are there. Ids, metadata and what is
+    Images are cut into blocks. A worker writes the store of a block into the folder ``out + ".blocks"``, named after
+    its content, and renames it when it is complete; at the end the documents of all blocks join ``out`` in one
+    transaction, in the order of ``paths``. If a worker dies, another one encodes its block again. A run that was
+    stopped leaves ``out`` as it was; the same call continues with the blocks that exist. Ids, metadata and what is
     left out are those of ``latemax index``, and images that ``out`` holds unchanged are skipped.
 
     Args:
@@ -88,7 +88,7 @@ def encode(
         num_workers: encoders at a time. num_cpus, num_gpus: of each; with a GPU it encodes there.
         dtype: of the stored tokens. codes: "int8" also stores 8-bit codes.
         size: of images in pixels; None takes the model's own.
-        batch_size: images a batch. block: images a block.
+        batch_size: images per batch. block: images per block.
         progress: Ray Data's own progress on stderr.
 
     Returns:

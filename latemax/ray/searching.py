@@ -59,15 +59,15 @@ class Part:
 class Searcher:
     """Exact top-k over stores, as if their documents were one corpus in the order of the stores.
 
-    Each actor has an equal part of the tokens, of one store or several, and reads them from the disk; k candidates of
-    each travel. Scores and indices equal those of one process bit for bit, where the backend scores a document alike
-    whatever its batch mates (the native kernels do). An actor that dies is replaced by one that opens the same
-    generation of the same stores, and the call goes on.
+    Each actor has an equal part of the tokens, of one store or several, reads them from the disk and returns its k
+    best. Scores and indices equal those of one process bit for bit if the score of a document does not depend on its
+    batch mates (true of the native kernels). An actor that dies is replaced by one that opens the same generation of
+    the same stores, and the call goes on.
 
     Args:
         stores: `PatchStore` or paths, under the same names on every machine; at least one with documents, all of one
             dim and dtype.
-        num_actors: how many parts; None is one a store. num_cpus, num_gpus: of each; with a GPU it scores there.
+        num_actors: how many parts; None is one per store. num_cpus, num_gpus: of each; with a GPU it scores there.
         timeout: seconds that a call waits for the slowest actor.
 
     Attributes:

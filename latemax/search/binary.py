@@ -19,7 +19,7 @@ from latemax.search.tokens import concatenated
 class BinaryScan(FirstStage):
     """A first stage: MaxSim of the query against the signs of every token, with the mean of its absolute values.
 
-    It keeps ``ceil(dim / 8) + 4`` bytes a token in memory: 1/15 of float16 tokens of dim 384.
+    It keeps ``ceil(dim / 8) + 4`` bytes per token in memory: 1/15 of float16 tokens of dim 384.
 
     Args:
         corpus: as in `topk`, without a mask; read once, in chunks.

@@ -36,7 +36,7 @@ class Quality(NamedTuple):
         overlap: share of the exact k best that are among its k best, the mean of all queries.
         ndcg: nDCG at k, where the exact ranking says what is relevant: its first document gains k, its last one 1.
         bytes: of a document, in what is kept to be searched.
-        ms: milliseconds a query.
+        ms: milliseconds per query.
         indices: int64 [n_q, k], its ranking.
     """
 
@@ -146,7 +146,7 @@ def retention(
 
 
 def _timed(search: Callable[[], Tensor], n_q: int) -> tuple[Tensor, float]:
-    """What a search finds, on the CPU, and its milliseconds a query: the best of two runs."""
+    """What a search finds, on the CPU, and its milliseconds per query: the best of two runs."""
     best, found = math.inf, None
     for _ in range(2):
         start = time.perf_counter()

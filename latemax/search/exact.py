@@ -56,8 +56,7 @@ def topk(
             what an encoder returned (`TextTokens`, `PatchTokens`), whose model and space must be the store's. Of a
             corpus of codes it may be QuantizedTokens of their kind, or a list of them.
         corpus: [n_d, l_d, dim]; a list of [l_i, dim]; a jagged nested tensor; (tokens [t_d, dim], offsets [n_d + 1]);
-            QuantizedTokens in these forms; or a `PatchStore`. On the CPU, or where the scoring runs. Arrays as in
-            `maxsim`.
+            or a `PatchStore`. On the CPU, or where the scoring runs. Arrays and QuantizedTokens as in `maxsim`.
         k: how many, 1 <= k <= n_d, as in torch.topk.
         q_mask: as in `maxsim`. d_mask: [n_d, l_d], with a dense corpus only.
         within: the documents to rank, which alone are read: indices (an int64 tensor or array), a mask (a bool tensor

@@ -184,7 +184,7 @@ class FirstStage:
         self._set(found, lengths, columns)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes it to one file, which appears whole or not at all; a file in the store's folder is no harm there.
+        """Writes it to one file, which appears whole or not at all; it may be in the store's folder.
 
         Raises:
             OSError: the file cannot be written.

@@ -20,7 +20,7 @@ RIDGE = 1e-3
 
 
 class Lemur(OneVector):
-    """A first stage: learned features of query tokens and one vector a document, after LEMUR (arXiv 2601.21853).
+    """A first stage: learned features of query tokens and one vector per document, after LEMUR (arXiv 2601.21853).
 
     A token x has features ψ(x) = layer norm(GELU(A x + b)), learned so that a linear map of them gives the maximum over
     each of some sample documents' tokens. With ψ fixed, a document is the vector w for which w · ψ(x) is closest to its
@@ -30,7 +30,7 @@ class Lemur(OneVector):
     Args:
         corpus, engine, factory, memory, progress: as in `MeanPool`.
         queries: tokens [t, dim] as those of queries to come; None samples tokens of the corpus, which suits queries
-            that are images. Of text queries, pass some.
+            that are images. For text queries, pass samples of them.
         width: numbers of a vector.
         documents: to learn from. tokens: sample tokens to learn from. solve: sample tokens of the least squares; at
             least ``width``.

@@ -18,23 +18,23 @@ MAX_BITS = 10
 
 
 class Muvera(OneVector):
-    """A first stage: one vector a document and a query, whose inner product estimates MaxSim (arXiv 2405.19504).
+    """A first stage: one vector per document and query, whose inner product estimates MaxSim (arXiv 2405.19504).
 
-    ``repetitions`` times, random planes cut the space into 2^bits clusters; a document's part for a cluster is the mean
-    of its tokens there (of an empty one: its token whose side of the planes differs least), a query's part is the sum
-    of its own. Each part is projected by random signs to ``projection`` numbers, so that a vector has repetitions ·
-    2^bits · projection: 5,120 by default. Nothing is learned, so documents can come and go.
+    ``repetitions`` times, random planes cut the space into 2^bits clusters. For each cluster a document keeps the mean
+    of its tokens there (or, if there is none, its token that differs in the fewest planes), and a query the sum of its
+    tokens. Random signs project each of these to ``projection`` numbers, so a vector has repetitions · 2^bits ·
+    projection numbers, 5,120 by default. Nothing is learned, so documents can come and go.
 
     Args:
         corpus, engine, factory, memory, progress: as in `MeanPool`.
-        repetitions: more estimate better, at a cost in proportion. bits: planes of a repetition, 0 to 10.
-        projection: numbers a cluster, at most dim, which keeps the tokens as they are.
+        repetitions: more give a better estimate at a proportional cost. bits: planes of a repetition, 0 to 10.
+        projection: numbers per cluster, at most dim, which keeps the tokens as they are.
         normalize: as in the search that follows: tokens are taken at length 1.
         seed: of planes and signs.
 
     Raises:
         ImportError: engine="faiss" without faiss.
-        TypeError, ValueError: as `topk`; numbers outside of what is said above.
+        TypeError, ValueError: as `topk`; numbers outside the ranges above.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]] = (

@@ -1,4 +1,4 @@
-"""First stages of means: one a document (`MeanPool`), or one a row of its patches (`RowPool`)."""
+"""First stages of means: one per document (`MeanPool`), or one per row of its patches (`RowPool`)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class MeanPool(OneVector):
 
     Args:
         corpus: as in `topk`, without a mask; read once, in chunks. A document without a token is the zero vector.
-        engine: "faiss" (``pip install faiss-cpu``), "torch" (an exact matrix product), or "auto": faiss where it is
-            installed. `engine` of the object says which it is.
+        engine: "faiss" (``pip install "latemax[faiss]"``), "torch" (an exact matrix product), or "auto": faiss if it
+            is installed. `engine` of the object says which it is.
         factory: faiss's description of the index, such as "Flat" (exact), "IVF1024,Flat" or "HNSW32".
         memory: bytes that chunks may take while pooling. progress: a bar on stderr.
 

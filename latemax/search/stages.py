@@ -49,9 +49,9 @@ def two_stage(
         q: [l_q, dim] or [n_q, l_q, dim], or encoded tokens. corpus: as in `topk`, without a mask.
         k: how many; 1 <= k <= n_candidates.
         first: called as ``first(q [n_q, l_q, dim], q_mask or None, n)``, returns candidates int64 [n_q, n] in any
-            order, -1 for none: a `MeanPool`, `RowPool`, `Muvera` or `Lemur` of this corpus, or any search of yours. A
-            candidate named twice counts once. Of an object with a method ``first`` that is called, with ``within=``
-            (int64 indices) where two_stage was given it.
+            order, -1 for none: a `FirstStage` of this corpus (`MeanPool`, `RowPool`, `BinaryScan`, `Muvera`, `Lemur`),
+            or any search of yours. A candidate named twice counts once. If an object has a method ``first``, that is
+            called, with ``within=`` (int64 indices) if two_stage was given it.
         n_candidates: how many to ask for; at most n_d are asked for.
         within: as in `topk`; candidates of a plain callable that are outside are dropped.
         q_mask, normalize, empty_score, q_weights, reduce, backend: as in `maxsim`; `first` is not given the weights.
@@ -148,10 +148,15 @@ def _candidates(
 
 
 class Recall(NamedTuple):
-    """How much of the exact top k the first stage kept."""
+    """How much of the exact top k the first stage kept.
+
+    Attributes:
+        mean: over the queries.
+        per_query: float32 [n_q], the share of each query's exact top k that is among its candidates.
+    """
 
     mean: float
-    per_query: Tensor  # [n_q] float32, the share of each query's exact top k among its candidates
+    per_query: Tensor
 
 
 def first_stage_recall(

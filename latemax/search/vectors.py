@@ -1,4 +1,4 @@
-"""First stages of one vector a document: the search for the largest inner products."""
+"""First stages of one vector per document: the search for the largest inner products."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SCORES = 1 << 25
 
 
 class OneVector(FirstStage):
-    """A first stage of one vector a document, found by inner product with one vector a query.
+    """A first stage of one vector per document, found by inner product with one vector a query.
 
     Args:
         corpus, memory, progress: as in `FirstStage`.
-        engine: "faiss" (``pip install faiss-cpu``), "torch" (an exact matrix product), or "auto": faiss where it is
-            installed. `engine` of the object says which it is.
+        engine: "faiss" (``pip install "latemax[faiss]"``), "torch" (an exact matrix product), or "auto": faiss if it
+            is installed. `engine` of the object says which it is.
         factory: faiss's description of the index: "Flat" (exact, no copy of the vectors), or such as "HNSW32" or
             "IVF1024,Flat", which is built next to the vectors.
 
@@ -41,7 +41,7 @@ class OneVector(FirstStage):
                 if engine == "faiss":
                     raise ImportError("engine='faiss' needs faiss: pip install faiss-cpu") from error
         if faiss is None and factory != "Flat":
-            raise ValueError(f"factory goes with faiss, which is not at hand, got {factory!r}; pip install faiss-cpu")
+            raise ValueError(f"factory needs engine='faiss' (pip install faiss-cpu), got {factory!r}")
         self.engine, self.factory = "torch" if faiss is None else "faiss", factory
         super().__init__(corpus, memory, progress)
 

@@ -1,4 +1,4 @@
-"""A packed corpus of patch tokens on disk, and its conversions. Knows nothing of scoring."""
+"""A ragged corpus of patch tokens on disk, and its conversions. Does not depend on scoring."""
 
 from .arrow import from_arrow, to_arrow
 from .files import StoreError

@@ -32,7 +32,7 @@ def to_arrow(corpus, *, dtype: torch.dtype | None = None, ids=None) -> pyarrow.T
         corpus: a PatchStore (a chunk for each of its `packed()`, on the files' own pages) or (tokens [t_d, dim],
             offsets [n_d + 1]) on the CPU, whose memory the table shares.
         dtype: torch.float16 or torch.float32: converts, which copies; None keeps float16 and float32.
-        ids: of a pair, one a document; None numbers them. A store brings its own.
+        ids: of a pair, one per document; None numbers them. A store brings its own.
 
     Raises:
         TypeError: bfloat16 or float64 without a dtype to convert to; a store of codes.

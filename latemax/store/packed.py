@@ -57,7 +57,7 @@ class Packed(NamedTuple):
         return cls(torch.cat(list(documents)), lengths.cumsum(0))
 
     def documents(self) -> list[Any]:
-        """Views [l_i, dim], one a document."""
+        """Views [l_i, dim], one for each document."""
         bounds = self.offsets.tolist()
         return [self.tokens[a:b] for a, b in pairwise(bounds)]
 

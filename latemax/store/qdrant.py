@@ -19,7 +19,7 @@ def from_qdrant(
         dtype: of the documents; Qdrant's client hands float32 values over.
 
     Raises:
-        ValueError: a point without that vector, or with one that is no multi-vector; names the point.
+        ValueError: a point without that vector, or with one that is not a multi-vector; names the point.
     """
     ids, documents = [], []
     for point in points:
@@ -41,7 +41,7 @@ def from_qdrant(
 
 
 def to_qdrant(documents: Iterable[Tensor], ids: Iterable[int | str], *, vector: str | None = None) -> Iterator:
-    """PointStructs, one a document, made as they are asked for: ``client.upload_points(name, to_qdrant(...))``.
+    """PointStructs, one per document, made on demand: ``client.upload_points(name, to_qdrant(...))``.
 
     Args:
         documents: a PatchStore, or any iterable of tensors [l, dim]. ids: unsigned ints or UUID strings.

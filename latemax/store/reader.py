@@ -21,13 +21,12 @@ from .verify import verify
 
 
 class PatchStore(Sequence):
-    """A packed corpus on disk: a folder with a catalogue and safetensors shards, as it was at one commit.
+    """A ragged corpus on disk: a folder with a catalogue and safetensors shards, as it was at one commit.
 
     ``store[i]`` is document i, and ``store["page-1"]`` the document of that id: [l, dim], a tensor, or QuantizedTokens
-    in a store of dtype int8. Opening reads the catalogue
-    and every shard's size and header, and no token; `verify` checks every byte. What a writer commits, removes or
-    compacts later changes nothing here until `refresh`. Copies, pickles and the workers of a DataLoader open the same
-    folder at the same commit.
+    in a store of dtype int8. Opening reads the catalogue and every shard's size and header, but no token; `verify`
+    checks every byte. What a writer commits, removes or compacts later changes nothing here until `refresh`. Copies,
+    pickles and the workers of a DataLoader open the same folder at the same commit.
 
     Args:
         path: the folder; it may be read-only.
@@ -125,7 +124,7 @@ class PatchStore(Sequence):
 
     @property
     def ids(self) -> list[int] | list[str]:
-        """One a document, in order."""
+        """The id of every document, in order."""
         return self._snapshot.ids
 
     def __len__(self) -> int:
@@ -203,7 +202,7 @@ class PatchStore(Sequence):
     def regions(self, i: int) -> Tensor | None:
         """float32 [l, 4] of document i: left, top, right, bottom of every token as fractions of the image.
 
-        NaN for a token that is no patch; None if the document was added without.
+        NaN for a token that is not a patch; None if the document was added without.
         """
         _, boxes = self._snapshot.row(self._index(i))
         return None if boxes is None else torch.from_numpy(np.frombuffer(boxes, "<f4").astype(np.float32)).view(-1, 4)

@@ -44,7 +44,7 @@ class StoreWriter:
 
     Args:
         path: the folder; made if missing.
-        dtype: of the tokens, float16, bfloat16 or float32, or "int8" for a store that keeps nothing but 8-bit codes;
+        dtype: of the tokens, float16, bfloat16 or float32, or "int8" for a store that keeps only 8-bit codes;
             None takes the store's own, or the first document's.
         codes: "int8" also keeps 8-bit codes of float tokens, in shards of their own, from which `latemax.topk` finds
             the same documents faster; None takes the store's own.
@@ -160,7 +160,7 @@ class StoreWriter:
             grid: (rows, cols) of patches, rows · cols = l.
             meta: a JSON object of the document, for `PatchStore.document_meta` and `PatchStore.where`.
             regions: float32 [l, 4] instead of a grid: left, top, right, bottom of every token as fractions of the
-                image, NaN for a token that is no patch.
+                image, NaN for a token that is not a patch.
             quantize: tokens are floats, to be quantized; for a store of dtype "int8". NaN and infinity are refused.
 
         Raises:
@@ -214,7 +214,7 @@ class StoreWriter:
         Args:
             tokens: [t_d, dim]; document i is ``tokens[offsets[i] : offsets[i + 1]]``.
             offsets: int32 or int64 [n_d + 1].
-            ids: one a document, as in `add`; None numbers them. quantize: as in `add`.
+            ids: one per document, as in `add`; None numbers them. quantize: as in `add`.
 
         Raises:
             TypeError, ValueError, StoreError: as `add`.
@@ -225,7 +225,7 @@ class StoreWriter:
         tokens = as_tokens(tokens, self.dim, self.dtype, quantize)
         documents = packed.Packed(tokens, offsets).documents()
         if ids is not None and len(ids) != len(documents):
-            raise ValueError(f"ids must hold one a document, {len(documents)}; got {len(ids)}")
+            raise ValueError(f"ids must hold one per document, {len(documents)}; got {len(ids)}")
         if ids is None:
             ids = range(self._next_id, self._next_id + len(documents))
         kind, checked = self.id_type, []

@@ -85,7 +85,7 @@ def page(
         words: labels of the words.
         tokens: number of query tokens.
         rows: the results, best first.
-        heats: of each result, base64 of a byte a token for the whole query and for each word.
+        heats: of each result, base64 of a byte per token for the whole query and for each word.
         scales: lowest and highest heat of the whole query and of each word.
         query_image: data URI of a picture of the query.
     """

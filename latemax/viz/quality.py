@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # more points than this would hide each other's numbers
 LABELLED = 7
-AXES = {"bytes": "bytes of a document", "ms": "ms a query"}
+AXES = {"bytes": "bytes of a document", "ms": "ms per query"}
 
 
 def plot_quality(

@@ -210,14 +210,14 @@ def _scale(heats: list[Tensor], *, zero: bool) -> tuple[float, float]:
 
 
 def _coded(heat: Tensor, low: float, high: float) -> str:
-    """Returns heat as base64 of a byte a token, low = 0 and high = 255; what is not finite is 0."""
+    """Returns heat as base64 of a byte per token, low = 0 and high = 255; what is not finite is 0."""
     level = (heat - low) / (high - low) if high > low else torch.zeros_like(heat)
     level = (255 * level).nan_to_num(0, 0, 0).clamp(0, 255).round().to(torch.uint8)
     return base64.b64encode(level.numpy().tobytes()).decode()
 
 
 def _rounded(regions: Tensor) -> list[Region | None]:
-    """Returns the place of each token on the image; None for a token that is no patch."""
+    """Returns the place of each token on the image; None for a token that is not a patch."""
     return [None if any(map(math.isnan, row)) else tuple(round(x, 4) for x in row) for row in regions.tolist()]
 
 

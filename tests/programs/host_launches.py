@@ -44,8 +44,8 @@ for case in cases:
     fast = plain(call(**case))
     assert slow == fast, (case, slow, fast)
     assert len(triton_launch._built) == built
-# other numbers of documents and tokens, 1 and multiples of 16 among them, run on the existing builds: one tile for
-# short documents, one for long ones
+# other numbers of documents and tokens, 1 and multiples of 16 among them, run on the existing builds: a tile for short
+# documents, one for long ones
 for l_d in (100, 500):
     call(n_q=1, n_d=5, l_q=32, l_d=l_d)
 built = len(triton_launch._built)

@@ -35,7 +35,7 @@ class Adapter:
 
     Attributes:
         tower: The module that makes the patch tokens; LoRA looks for attention in it.
-        n_prefix: How many leading tokens are no patches.
+        n_prefix: How many leading tokens are not patches.
         dim: Width of the tokens; None where it is unknown.
         norm_path: Dotted name below ``tower`` of the norm that belongs on the patch tokens, which ``run`` leaves out;
             None where the model has none.

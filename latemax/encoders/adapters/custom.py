@@ -1,4 +1,4 @@
-"""Any other model: a callable that returns all tokens, and how many of the first ones are no patches."""
+"""Any other model: a callable that returns all tokens, and how many of the first ones are not patches."""
 
 from __future__ import annotations
 
