@@ -44,8 +44,9 @@ def maxsim_bounds(
 
     Returns:
         (lower, upper), each of the shape and dtype of the scores. Both are NaN for a query with NaN in a valid token,
-        -inf and inf for one with infinity (whose score may be NaN), ``empty_score`` for a document without a valid
-        token, 0 for a query without one. An error of inf makes the upper bound inf. No gradient.
+        -inf and inf for one with infinity (whose score may be NaN), with a weight that is not finite, or with a number
+        beyond 2^850; ``empty_score`` for a document without a valid token, 0 for a query without one. An error of inf
+        makes the upper bound inf. No gradient.
 
     Raises:
         TypeError: d is not QuantizedTokens of kind "int8", or q is; else as ``maxsim``.

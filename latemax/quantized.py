@@ -85,7 +85,11 @@ class QuantizedTokens:
         scale = self.scale[index]
         if not scale.dim():
             raise IndexError(f"the index must keep the axis of tokens; got {index!r} on shape {list(self.shape)}")
-        return self._map(lambda x: scale if x is self.scale else x[index])
+        error, rows = None if self.error is None else self.error[index], index
+        if isinstance(index, tuple) and any(i is Ellipsis for i in index):
+            # what follows "..." is for tokens, not for their dims
+            rows = (*index, slice(None))
+        return QuantizedTokens(self.codes[rows], scale, error, self.kind, self.dim)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Tokens [..., l, dim]. float64 is exact, float32 is rounded once."""
@@ -108,7 +112,8 @@ def quantize(tokens: Any, kind: str = "int8", *, mask: Any = None) -> QuantizedT
         tokens: tensor or numpy array [..., l, dim] of float16, bfloat16, float32 or float64. Its values are read: on a
             GPU this waits for the device.
         kind: "int8" or "binary".
-        mask: bool [..., l], True = valid; codes, scale and error of other tokens are 0, whatever they hold.
+        mask: [..., l], bool, int or float, nonzero = valid; codes, scale and error of other tokens are 0, whatever they
+            hold.
 
     Returns:
         QuantizedTokens on the device of tokens, without a gradient.
@@ -129,13 +134,15 @@ def quantize(tokens: Any, kind: str = "int8", *, mask: Any = None) -> QuantizedT
     valid = None
     if mask is not None:
         valid = _as_tensor("mask", mask)
-        if valid.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {valid.dtype}")
+        if valid.dtype.is_complex:
+            raise TypeError(f"mask must be bool, int or float, got {valid.dtype}")
         if valid.shape != shape or valid.device != x.device:
             raise ValueError(
                 f"mask must be {list(shape)} like tokens, on {x.device}; got {list(valid.shape)} on {valid.device}"
             )
-        valid = valid.reshape(-1)
+        if valid.dtype != torch.bool and bool((valid < 0).any()):
+            raise ValueError("mask must be nonzero where a token is valid, else 0; got a negative value")
+        valid = valid.reshape(-1) != 0
     rows = x.reshape(-1, dim)
     codes = rows.new_empty((len(rows), dim if kind == "int8" else -(-dim // 8)), dtype=CODE_DTYPES[kind])
     scale = rows.new_empty(len(rows), dtype=torch.float32)

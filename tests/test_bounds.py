@@ -161,6 +161,16 @@ def test_edges(backend):
         keep[1, 2], keep[2] = False, False
         lower, upper = maxsim_bounds(x, codes, keep, backend=backend)
         assert lower.isfinite().all() and not lower[2].any() and not upper[2].any()
+    # neither a weight that is not finite nor sums beyond float64 make a bound that is wrong
+    weights = torch.ones(3, 4)
+    weights[1, 2] = math.inf
+    score = maxsim(q, d, q_weights=weights)
+    lower, upper = maxsim_bounds(q, codes, q_weights=weights, backend=backend)
+    assert ((lower <= score) & (score <= upper)).all() and lower[[0, 2]].isfinite().all()
+    for sign in (1, -1):
+        big = torch.full((1, 1, 8), sign * 1e306, dtype=torch.float64)
+        lower, upper = maxsim_bounds(big, quantize(torch.ones(1, 1, 8)), backend=backend)
+        assert lower <= sign * 8e306 <= upper
     # a token that has no code: its document's score may be anything above the others'
     unknown = QuantizedTokens(codes.codes, codes.scale, codes.error.clone(), "int8", 8)
     unknown.error[0, 1] = math.inf
@@ -172,6 +182,19 @@ def test_edges(backend):
     lower, upper = maxsim_bounds(q, codes[:, :0], empty_score=0.1, backend=backend)
     assert lower.eq(torch.tensor(0.1)).all() and upper.eq(torch.tensor(0.1)).all()
     assert not maxsim_bounds(q.requires_grad_(), codes, backend=backend)[0].requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_processor_that_flushes_subnormal_numbers(sign, backend):
+    q, d = torch.full((2, 8), sign * 1e-30), quantize(torch.full((3, 8), 1e-30))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        lower, upper = (float(x) for x in maxsim_bounds(q, d, backend=backend))
+    finally:
+        torch.set_flush_denormal(False)
+    assert lower <= sign * 16e-60 <= upper
 
 
 @pytest.mark.torch_path

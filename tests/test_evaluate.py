@@ -169,6 +169,7 @@ def test_judged_queries(store, tmp_path, capsys):
         ("q.pt#0 page-1\n", "line 1 must be: query 0 document relevance"),
         ("\nq.pt#0 0 page-1 high\n", "line 2 must be"),
         ("", "holds no judgement"),
+        ("q.pt 0 page-1 1\n", "names of their own; 'q.pt' is the name of two"),
         ("nobody 0 page-1 1\n", "no query has judgements: queries are 'q.pt#0'"),
     ],
 )
@@ -176,7 +177,11 @@ def test_wrong_judgements_are_named(store, tmp_path, capsys, monkeypatch, text, 
     monkeypatch.setattr("latemax.cli.evaluate.measuring", lambda: None)
     torch.save(queries(documents()), tmp_path / "q.pt")
     (tmp_path / "qrels").write_text(text)
-    arguments = ["evaluate", str(store.path), "--queries", str(tmp_path / "q.pt"), "--qrels", str(tmp_path / "qrels")]
+    files = [tmp_path / "q.pt", tmp_path / "a" / "q.pt", tmp_path / "b" / "q.pt"]
+    for file in files[1:]:
+        file.parent.mkdir()
+        torch.save(queries(documents())[0], file)
+    arguments = ["evaluate", str(store.path), "--queries", *map(str, files), "--qrels", str(tmp_path / "qrels")]
     assert main(arguments) == 1
     assert words in capsys.readouterr().err
 

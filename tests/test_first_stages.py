@@ -99,6 +99,10 @@ def test_within(make):
     every = first.first(q, None, 120)
     for row, whole in zip(found.tolist(), every.tolist(), strict=True):
         assert row[:5] == [i for i in whole if i in chosen.tolist()]
+    # as masks, as arrays, in another order and twice
+    mask = torch.zeros(len(items), dtype=torch.bool).index_fill_(0, chosen, True)
+    for within in (mask, mask.numpy(), chosen.numpy(), chosen.flip(0), torch.cat([chosen, chosen])):
+        assert torch.equal(first.first(q.numpy(), None, 7, within=within), found)
 
 
 def test_masked_query_tokens_have_no_influence(make):
@@ -218,6 +222,11 @@ def test_lemur_refuses_queries_it_cannot_learn_from(queries):
         (lambda c: MeanPool(c).first(torch.zeros(2, 3, DIM + 1), None, 1), "q must have the dim of the corpus, 24"),
         (lambda c: MeanPool(c).first(torch.zeros(2, 3, DIM), None, 0), "n must be"),
         (lambda c: MeanPool(c).first(torch.zeros(2, DIM), None, 1), "q must be"),
+        (
+            lambda c: MeanPool(c).first(torch.zeros(2, 3, DIM), torch.ones(2, 4), 1),
+            "q_mask must have the leading shape",
+        ),
+        (lambda c: MeanPool(c).first(torch.zeros(2, 3, DIM), None, 1, torch.tensor([-1])), "indices from 0 to 11"),
     ],
 )
 def test_wrong_arguments(build, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -78,6 +79,8 @@ def test_masked_tokens_are_zero_whatever_they_hold(kind: str) -> None:
     assert not codes.codes[~mask].any() and not codes.scale[~mask].any()
     assert torch.equal(codes.codes[mask], quantize(x[mask], kind).codes)
     assert codes.error is None or not codes.error[~mask].any()
+    for other in (mask.int(), mask * 0.5, mask.numpy()):
+        assert torch.equal(quantize(x, kind, mask=other).codes, codes.codes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,6 +93,9 @@ def test_shapes_numpy_and_large_inputs(kind: str, monkeypatch: pytest.MonkeyPatc
     assert quantize(x[:, :, :0], kind).shape == (2, 3, 0, 10)
     monkeypatch.setattr("latemax.quantized.CHUNK", 20)
     assert torch.equal(quantize(x, kind).codes, codes.codes) and torch.equal(quantize(x, kind).scale, codes.scale)
+    # as many tokens as dims
+    square, turned = quantize(x[..., :4], kind), torch.tensor([3, 1, 2, 0])
+    assert torch.equal(square[..., turned].codes, square.codes[:, :, turned]) and square[..., 1:].shape == (2, 3, 3, 4)
     with pytest.raises(IndexError, match="axis of tokens"):
         codes[0, 0, 0]
 
@@ -121,7 +127,9 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"\[\.\.\., l, dim\]"):
         quantize(x[0])
     with pytest.raises(TypeError, match="mask must be bool"):
-        quantize(x, mask=torch.ones(2))
+        quantize(x, mask=torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="mask must be nonzero where"):
+        quantize(x, mask=torch.tensor([0.0, -math.inf]))
     with pytest.raises(ValueError, match="mask must be"):
         quantize(x, mask=torch.ones(3, dtype=torch.bool))
     codes = quantize(x)

@@ -74,6 +74,7 @@ def test_a_search_equals_one_process(searcher, stores):
     ragged = [q[0], q[1, :2]]
     same(searcher.topk(ragged, 4, return_argmax=True), topk(ragged, corpus, 4, return_argmax=True))
     chosen = torch.tensor([2, 69, 70, 100])
+    same(searcher.topk(q[0].numpy(), 3), topk(q[0], corpus, 3))
     same(searcher.topk(q, 3, within=chosen), topk(q, corpus, 3, within=chosen))
     same(searcher.topk(q, 2, within=["p2", "p100"]), topk(q, corpus, 2, within=torch.tensor([2, 100])))
     same(searcher.topk(q, 1, within=torch.tensor([114])), topk(q, corpus, 1, within=torch.tensor([114])))
@@ -87,6 +88,7 @@ def test_a_search_equals_one_process(searcher, stores):
         (lambda s: s.topk(queries(), 1, within=["nobody"]), ValueError, "within names id 'nobody', which no store has"),
         (lambda s: s.topk(queries()[..., :4], 1), ValueError, "q and corpus must have the same dim; got 4 and 16"),
         (lambda s: s.topk(queries(), 1, device="cuda"), TypeError, "topk of a Searcher takes no device"),
+        (lambda s: latemax.ray.Searcher(Path("a")), ValueError, "stores must be a list of at least one"),
         (lambda s: latemax.ray.Searcher([]), ValueError, "stores must be a list of at least one"),
         (lambda s: latemax.ray.Searcher([s.stores[1]]), ValueError, "stores must hold at least one document"),
         (lambda s: latemax.ray.Searcher(s.stores, timeout=0), ValueError, "timeout must be"),

@@ -12,6 +12,7 @@ from latemax import PatchStore, StoreWriter, maxsim, quantize, topk
 from latemax.search import bounded
 from latemax.search import corpus as corpora
 from latemax.search.margin import margin_of
+from latemax.search.tokens import concatenated
 from latemax.store import Packed
 
 DIM = 16
@@ -239,6 +240,7 @@ def test_documents_without_a_token_and_other_backends(tmp_path):
     q = queries(items)
     found, expected = (topk(q, store, 5, backend="reference", codes=codes) for codes in ("auto", "off"))
     assert found.stats is not None and torch.equal(found.indices, expected.indices)
+    assert topk(q[:0], store, 5).indices.shape == (0, 5)
 
 
 def test_small_memory_and_large_k_are_scored_without_codes(tmp_path):
@@ -354,6 +356,38 @@ def test_a_corpus_of_codes(kind, tmp_path):
             assert torch.equal(found.indices, expected.indices), name
             torch.testing.assert_close(found.scores, expected.values, rtol=1e-5, atol=1e-5)
     assert isinstance(corpora.of(codes).view(0, 2), type(codes[0]))
+
+
+@pytest.mark.parametrize("kind", ["int8", "binary"])
+def test_queries_of_codes_and_masked_documents_of_codes(kind):
+    generator = torch.Generator().manual_seed(0)
+    q, mask = quantize(torch.randn(3, 5, DIM, generator=generator), kind), torch.rand(40, 6, generator=generator) < 0.7
+    d = quantize(torch.randn(40, 6, DIM, generator=generator), kind, mask=mask)
+    expected = maxsim(q, d, None, mask).topk(4)
+    found = topk(q, d, 4, d_mask=mask, return_argmax=True, memory=20_000)
+    assert torch.equal(found.scores, expected.values) and torch.equal(found.indices, expected.indices)
+    argmax = maxsim(q, d, None, mask, return_argmax=True)[1]
+    assert torch.equal(found.argmax, argmax.gather(1, found.indices.unsqueeze(-1).expand(-1, -1, 5)))
+    for other in (topk([q[i] for i in range(3)], d, 4, d_mask=mask), topk(q, d, 4, d_mask=mask.numpy())):
+        assert_same(other, found._replace(argmax=None))
+    one = topk(q[1], [d[i][mask[i]] for i in range(40)], 4, return_argmax=True)
+    assert torch.equal(one.scores, found.scores[1]) and torch.equal(one.indices, found.indices[1])
+    with pytest.raises(TypeError, match="q may be QuantizedTokens only where d is, and of its kind"):
+        topk(q, d.dequantize(), 4, codes=quantize(d.dequantize()))
+    with pytest.raises(ValueError, match=r"q must be \[l_q, dim\] or \[n_q, l_q, dim\]"):
+        topk(q[None], d, 4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "binary"])
+def test_buffers_hold_codes(kind):
+    """Those through which a corpus in memory goes to a GPU."""
+    items = [quantize(torch.randn(length, DIM), kind) for length in (3, 0, 5)]
+    tokens = concatenated(items)
+    for corpus in (items, (tokens, torch.tensor([0, 3, 3, 8])), tokens[None].to("cpu")):
+        found = corpora.of(corpus)
+        buffer = found.empty(9)[: int(found.offsets[-1])]
+        found.read(0, len(found), buffer)
+        assert torch.equal(buffer.dequantize(), tokens.dequantize())
 
 
 def test_memory_is_bounded(tmp_path):

@@ -28,8 +28,11 @@ struct Lane {
     }
 };
 
+/* Never subnormal: a processor that flushes those would lose the bound. */
 float rounded_up(double x) {
+    constexpr float TINY = std::numeric_limits<float>::min();
     const float y = static_cast<float>(x);
+    if (std::fabs(x) < TINY) return x > 0 ? TINY : 0.0f;
     return y < x ? std::nextafter(y, std::numeric_limits<float>::infinity()) : y;
 }
 

@@ -53,11 +53,14 @@ def judged(queries: Sequence[str], qrels: Judgements) -> list[str]:
     """The queries that have judgements.
 
     Raises:
-        ValueError: none has.
+        ValueError: none has, or two of one name have.
     """
     found = [query for query in queries if query in qrels]
     if not found:
         raise ValueError(f"no query has judgements: queries are {queries[0]!r}, …; judgements {next(iter(qrels))!r}, …")
+    if len(set(found)) != len(found):
+        twice = next(query for query in found if found.count(query) > 1)
+        raise ValueError(f"queries with judgements must have names of their own; {twice!r} is the name of two")
     return found
 
 

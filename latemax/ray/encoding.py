@@ -68,7 +68,8 @@ class Encoder:
 
 
 def encode(
-    paths: Sequence[str], *, model: str, out: str, num_workers: int = 1, num_cpus: float = 1, num_gpus: float = 0,
+    paths: Sequence[str | os.PathLike[str]], *, model: str, out: str | os.PathLike[str], num_workers: int = 1,
+    num_cpus: float = 1, num_gpus: float = 0,
     dtype: str = "float16", codes: str | None = None, size: int | None = None, batch_size: int = 16,
     adapter: str | None = None, block: int = 256, progress: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
@@ -97,12 +98,14 @@ def encode(
     Raises:
         ImportError: Ray, or what its part for data needs, is missing.
         StoreError: ``out`` is damaged, in use, or was made with other settings.
-        ValueError: no image; settings that do not fit the model; numbers below 1.
+        ValueError: no list of paths, or no image in them; settings that do not fit the model; numbers below 1.
         RuntimeError: a worker failed for another reason than an image, or four died at one block.
     """
     for name, number in dict(num_workers=num_workers, batch_size=batch_size, block=block).items():
         check.check_positive(name, number)
-    found = find_images(paths)
+    if isinstance(paths, (str, os.PathLike)):
+        raise ValueError(f"paths must be a list of files and folders, got {paths!r}")
+    found, out = find_images([os.fspath(path) for path in paths]), os.fspath(out)
     if not found.images:
         raise ValueError(f"paths must name at least one image or PDF, got {list(paths)!r}")
     meta, stored = settings(model, size, adapter), stored_meta(out)

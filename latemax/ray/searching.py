@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -10,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latemax.arguments import check
+from latemax.arguments import arrays, check
 from latemax.ray import cluster
 from latemax.search import TopK, topk
 from latemax.search import corpus as corpora
 from latemax.search.exact import Within
 from latemax.search.merge import best
+from latemax.search.scan import is_one
 from latemax.search.spaces import unwrapped
 from latemax.store import PatchStore
 from latemax.store.documents import check_id
@@ -85,7 +87,7 @@ class Searcher:
         self, stores: Sequence[Any], *, num_actors: int | None = None, num_cpus: float = 1, num_gpus: float = 0,
         timeout: float = 600.0,
     ):  # fmt: skip
-        if isinstance(stores, (str, PatchStore)) or not len(stores):
+        if isinstance(stores, (str, os.PathLike, PatchStore)) or not len(stores):
             raise ValueError(f"stores must be a list of at least one store or path, got {stores!r}")
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
@@ -151,9 +153,10 @@ class Searcher:
         check.check_positive("k", k)
         for store in self.stores:
             tokens, mask = unwrapped(q, q_mask, store)
+        tokens = arrays.as_tensors("q", tokens)
         documents = corpora.chosen(within, self._corpus)
         corpora.at_most(k, self._corpus, documents)
-        one_query = isinstance(tokens, Tensor) and not tokens.is_nested and tokens.dim() == 2
+        one_query = is_one(tokens)
         if self._needs["num_gpus"]:
             options["device"] = "cuda"
         wanted: list[tuple[int, Tensor | None]] = []
@@ -252,8 +255,6 @@ class _Actor(Part):
         return super().topk(q, k, q_mask, within, options)
 
     def pid(self) -> int:
-        import os
-
         return os.getpid()
 
 

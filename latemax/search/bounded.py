@@ -64,7 +64,7 @@ def codes_of(codes: Any, corpus: corpora.Corpus) -> corpora.Corpus:
 
 def fits(scan: Scan, searched: corpora.Corpus) -> bool:
     """Whether the memory holds the largest document twice, as codes and as tokens, and codes can pay."""
-    if searched.codes is None or scan.k > LOOSE * len(searched):
+    if searched.codes is None or not scan.n_q or scan.k > LOOSE * len(searched):
         return False
     longest = int(searched.offsets.diff().max())
     codes = longest * _code_bytes(searched) + scan.n_q * BOUND_BYTES

@@ -13,7 +13,7 @@ from torch import Tensor
 from latemax.arguments import arrays
 from latemax.arguments.check import as_mask, check_tokens
 from latemax.quantized import QuantizedTokens
-from latemax.search.tokens import bytes_of, concatenated, copy, dtype_of
+from latemax.search.tokens import bytes_of, concatenated, copy, dtype_of, mapped
 from latemax.store import PatchStore
 from latemax.store.documents import check_id
 from latemax.store.packed import check, token_bytes
@@ -54,7 +54,7 @@ class Corpus:
 
     def empty(self, rows: int) -> Any:
         """Uninitialised tokens [rows, dim] on the CPU."""
-        return torch.empty(rows, self.dim, dtype=self.dtype, device="cpu")
+        return mapped(lambda x: x.new_empty(rows, *x.shape[1:], device="cpu"), self.view(0, 0))
 
     def read(self, a: int, b: int, out: Any) -> None:
         """Documents a … b - 1 into out [t, dim] on the CPU."""
@@ -110,24 +110,28 @@ def _stretches(documents: Tensor) -> list[tuple[int, int]]:
 
 
 class Dense(Corpus):
-    """[n_d, l_d, dim], and a mask [n_d, l_d] or None."""
+    """[n_d, l_d, dim], a tensor or QuantizedTokens, and a mask [n_d, l_d] or None."""
 
-    def __init__(self, d: Tensor, mask: Tensor | None):
+    def __init__(self, d: Any, mask: Tensor | None):
         self.d, self.mask = d, mask
         n_d, l_d, self.dim = d.shape
         self.offsets = torch.arange(n_d + 1, device="cpu") * l_d
-        self.dtype, self.device = d.dtype, d.device
+        self.dtype, self.device = dtype_of(d), d.device
 
-    def view(self, a: int, b: int) -> Tensor:
-        return self.d[a:b].reshape(-1, self.dim)
+    @property
+    def token_bytes(self) -> int:
+        return bytes_of(self.d)
 
-    def some(self, documents: Tensor) -> Tensor:
-        return self.d[documents.to(self.device)].view(-1, self.dim)
+    def view(self, a: int, b: int) -> Any:
+        return mapped(lambda x: x.flatten(0, 1), self.d[a:b])
+
+    def some(self, documents: Tensor) -> Any:
+        return mapped(lambda x: x.flatten(0, 1), self.d[documents.to(self.device)])
 
     def keep(self, a: int, b: int) -> Tensor | None:
         return None if self.mask is None else self.mask[a:b]
 
-    def pieces(self, candidates: Tensor, memory: int = PIECE_BYTES) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def pieces(self, candidates: Tensor, memory: int = PIECE_BYTES) -> Iterator[tuple[Any, Tensor, Tensor]]:
         yield self.view(0, len(self)), self.offsets, candidates
 
 
@@ -265,11 +269,13 @@ def chosen(within: Tensor | np.ndarray | Sequence[object] | None, corpus: Corpus
     Raises:
         TypeError, ValueError: naming ``within``, the rule and what came.
     """
-    if within is None:
-        return None
-    n = len(corpus)
     if isinstance(within, (list, tuple)):
         return corpus.find(within).unique()
+    return None if within is None else numbered(within, len(corpus))
+
+
+def numbered(within: Any, n: int) -> Tensor:
+    """As `chosen`, of indices or a mask over n documents."""
     if isinstance(within, np.ndarray) and within.dtype in (np.bool_, np.int64):
         within = torch.from_numpy(np.ascontiguousarray(within))
     if not isinstance(within, Tensor) or within.dtype not in (torch.bool, torch.int64):
@@ -285,7 +291,7 @@ def chosen(within: Tensor | np.ndarray | Sequence[object] | None, corpus: Corpus
     wrong = within[(within < 0) | (within >= n)]
     if len(wrong):
         raise ValueError(f"within must be indices from 0 to {n - 1}, got {int(wrong[0])}")
-    return within.unique()
+    return within if bool((within.diff() > 0).all()) else within.unique()
 
 
 def at_most(k: int, corpus: Corpus, within: Tensor | None) -> None:
@@ -305,15 +311,15 @@ def of(corpus: Any, d_mask: Tensor | np.ndarray | None = None) -> Corpus:
     if isinstance(corpus, Corpus):
         return corpus
     corpus = arrays.as_tensors("corpus", corpus)
-    dense = isinstance(corpus, Tensor) and not corpus.is_nested
+    coded = isinstance(corpus, QuantizedTokens)
+    dense = coded or (isinstance(corpus, Tensor) and not corpus.is_nested)
     if d_mask is not None and not dense:
         raise ValueError(f"d_mask goes with a dense corpus [n_d, l_d, dim] only, got {type(corpus).__name__}")
     if isinstance(corpus, PatchStore):
         return Stored(corpus)
-    if isinstance(corpus, QuantizedTokens):
+    if coded:
         check_codes("corpus", corpus, 3, "[n_d, l_d, dim]")
-        n_d, l_d = corpus.shape[:2]
-        return Flat(corpus._map(lambda x: x.flatten(0, 1)), torch.arange(n_d + 1, device="cpu") * l_d)
+        return Dense(corpus, as_mask("d_mask", d_mask, "corpus", corpus.codes))
     if dense:
         check_tokens("corpus", corpus, (3,), "[n_d, l_d, dim], a list, (tokens, offsets) or a PatchStore")
         return Dense(corpus, as_mask("d_mask", d_mask, "corpus", corpus))

@@ -13,11 +13,12 @@ from torch import Tensor
 from latemax._progress import Bar
 from latemax.api import Weights, maxsim, rerank
 from latemax.arguments import arrays, check, ragged
+from latemax.quantized import QuantizedTokens
 from latemax.search import bounded
 from latemax.search import corpus as corpora
 from latemax.search.margin import margin_of
 from latemax.search.merge import TopK
-from latemax.search.scan import SCORE_BYTES, Scan
+from latemax.search.scan import SCORE_BYTES, Scan, is_one
 from latemax.search.spaces import unwrapped
 
 Within = Tensor | np.ndarray | Sequence[int] | Sequence[str] | None
@@ -52,7 +53,8 @@ def topk(
 
     Args:
         q: query tokens [l_q, dim], [n_q, l_q, dim], a list of n_q tensors [l_i, dim], or a jagged nested tensor; or
-            what an encoder returned (`TextTokens`, `PatchTokens`), whose model and space must be the store's.
+            what an encoder returned (`TextTokens`, `PatchTokens`), whose model and space must be the store's. Of a
+            corpus of codes it may be QuantizedTokens of their kind, or a list of them.
         corpus: [n_d, l_d, dim]; a list of [l_i, dim]; a jagged nested tensor; (tokens [t_d, dim], offsets [n_d + 1]);
             or a `PatchStore`. On the CPU, or where the scoring runs. Arrays and QuantizedTokens as in `maxsim`.
         k: how many, 1 <= k <= n_d, as in torch.topk.
@@ -100,8 +102,8 @@ def topk(
     documents = corpora.chosen(within, found)
     corpora.at_most(k, found, documents)
     q, q_mask, q_weights = on_device(q, q_mask, q_weights, device)
-    one = q if isinstance(q, Tensor) else q[0]
-    one_query = isinstance(q, Tensor) and not q.is_nested and q.dim() == 2
+    one = q[0] if isinstance(q, (list, tuple)) else q
+    one_query = is_one(q)
     n_q = 1 if one_query else len(q)
     for name, place in (("corpus", found), ("codes", found.codes)):
         if place is not None and place.device.type != "cpu" and place.device != one.device:
@@ -118,7 +120,9 @@ def topk(
     bar = Bar(len(searched), "searching ") if progress else None
     with torch.no_grad():
         runs = scan.runs(searched)
-        if (given or codes == "auto") and bounded.fits(scan, searched):
+        # codes against numbers are refused by the scan
+        numbers = not isinstance(one, QuantizedTokens)
+        if numbers and (given or codes == "auto") and bounded.fits(scan, searched):
             scan.check(searched)
             margin = margin_of(q, q_mask, q_weights, d_dtype=found.dtype, normalize=normalize, reduce=reduce)
             if margin.usable:
@@ -134,7 +138,7 @@ def topk(
             kept = TopK(kept.scores, documents.to(kept.indices.device)[kept.indices])
         kept.stats = stats
         if return_argmax:
-            one_q = (q.unsqueeze(0), None if q_mask is None else q_mask.unsqueeze(0)) if one_query else (q, q_mask)
+            one_q = (q[None], None if q_mask is None else q_mask[None]) if one_query else (q, q_mask)
             kept.argmax = _argmax(*one_q, found, kept.indices, memory - merging, normalize, backend)
     return kept.row(0) if one_query else kept
 
@@ -172,13 +176,19 @@ def on_device(q: Any, q_mask: Any, q_weights: Any, device: torch.device | str | 
     """q, which is checked, its mask and its weights, on the device that scores."""
     q, q_mask = arrays.as_tensors("q", q), arrays.as_tensors("q_mask", q_mask)
     q_weights = arrays.as_tensors("q_weights", q_weights)
-    if not ragged.is_ragged(q):
+    if isinstance(q, QuantizedTokens):
+        if len(q.shape) not in (2, 3):
+            raise ValueError(f"q must be [l_q, dim] or [n_q, l_q, dim], got shape {list(q.shape)}")
+    elif not ragged.is_ragged(q):
         check.check_tokens("q", q, (2, 3), "[l_q, dim] or [n_q, l_q, dim]")
     elif isinstance(q, (list, tuple)):
         if not len(q):
             raise ValueError("q must hold at least one query, got an empty list")
         for i, item in enumerate(q):
-            check.check_tokens(f"q[{i}]", item, (2,), "[l_i, dim]")
+            if isinstance(item, QuantizedTokens):
+                corpora.check_codes(f"q[{i}]", item, 2, "[l_i, dim]")
+            else:
+                check.check_tokens(f"q[{i}]", item, (2,), "[l_i, dim]")
     if device is None:
         return q, q_mask, q_weights
 

@@ -8,11 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latemax._progress import Bar
-from latemax.arguments import check
+from latemax.arguments import arrays, check
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.tokens import floats
@@ -98,31 +99,35 @@ class FirstStage:
         total = sum(column.numel() * column.element_size() for column in self.columns.values())
         return total / max(1, len(self))
 
-    def first(self, q: Tensor, q_mask: Tensor | None, n: int, within: Tensor | None = None) -> Tensor:
+    def first(
+        self, q: Tensor | np.ndarray, q_mask: Tensor | np.ndarray | None, n: int,
+        within: Tensor | np.ndarray | None = None,
+    ) -> Tensor:  # fmt: skip
         """Candidates of every query.
 
         Args:
-            q: [n_q, l_q, dim]. q_mask: [n_q, l_q] or None.
+            q: [n_q, l_q, dim], tensor or array. q_mask: [n_q, l_q] or None.
             n: how many.
-            within: int64 indices of the documents to choose from, each once; None is all.
+            within: the documents to choose from, int64 indices or a bool mask [n_d]; None is all.
 
         Returns:
             int64 [n_q, n], best first; -1 where fewer were found.
 
         Raises:
-            TypeError, ValueError: q is not [n_q, l_q, dim] of this dim, or n is not at least 1.
+            TypeError, ValueError: q is not [n_q, l_q, dim] of this dim, q_mask is not of its shape, n is not at least
+                1, or within names a document that is not there.
         """
+        q = arrays.as_tensor("q", q)
         check.check_tokens("q", q, (3,), "[n_q, l_q, dim]")
         check.check_positive("n", n)
         if q.shape[-1] != self.dim:
             raise ValueError(f"q must have the dim of the corpus, {self.dim}; got {q.shape[-1]}")
-        q = q.detach()
+        q, q_mask = q.detach(), check.as_mask("q_mask", q_mask, "q", q)
         if q_mask is not None:
             # a masked token influences nothing, whatever it holds
-            q_mask = q_mask.bool()
             q = q.masked_fill(~q_mask.unsqueeze(-1), 0)
         if within is not None:
-            within = within.cpu()
+            within = corpora.numbered(within, len(self))
         room = min(n, len(self) if within is None else len(within))
         found = torch.full((len(q), n), -1, dtype=torch.int64)
         if room and len(q):

@@ -8,15 +8,22 @@ import torch
 from torch import Tensor
 
 from latemax.api import maxsim, score_corpus
+from latemax.arguments import ragged
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.merge import TopK, merge
+from latemax.search.tokens import mapped
 
 # Of a chunk's scores, at once: the scores, their keys, the order as int64, a sort's copy of both, and the indices.
 SCORE_BYTES = 48
 # Chunks that are copied take no more, whatever the memory: nothing is scored while the first one is read, and pages are
 # slow to touch for the first time (a store of 1 GB on 2 Zen 4 cores: 1.7 s with 1 GB, 1.1 s with 64 to 256 MB).
 COPIED_BYTES = 1 << 27
+
+
+def is_one(q: Any) -> bool:
+    """Whether q, which was checked, is one query [l_q, dim]."""
+    return not ragged.is_ragged(q) and len(q.shape) == 2
 
 
 class Scan:
@@ -29,9 +36,9 @@ class Scan:
 
     def __init__(self, q: Any, q_mask: Any, k: int, budget: int, options: dict[str, Any]):
         self.q, self.q_mask, self.k, self.budget, self.options = q, q_mask, k, budget, options
-        self.one_query = isinstance(q, Tensor) and not q.is_nested and q.dim() == 2
+        self.one_query = is_one(q)
         self.n_q = 1 if self.one_query else len(q)
-        self.device: torch.device = (q if isinstance(q, Tensor) else q[0]).device
+        self.device: torch.device = (q[0] if isinstance(q, (list, tuple)) else q).device
         self.kept: TopK | None = None
 
     def runs(self, corpus: corpora.Corpus) -> list[tuple[int, int]]:
@@ -60,7 +67,8 @@ class Scan:
         if keep is None:
             offsets = corpus.offsets[a : b + 1] - corpus.offsets[a]
             return score_corpus(self.q, tokens, offsets, self.q_mask, **self.options)
-        return maxsim(self.q, tokens.view(b - a, -1, corpus.dim), self.q_mask, keep.to(tokens.device), **self.options)
+        documents = mapped(lambda x: x.unflatten(0, (b - a, keep.shape[1])), tokens)
+        return maxsim(self.q, documents, self.q_mask, keep.to(tokens.device), **self.options)
 
     def keep(self, scores: Tensor, indices: Tensor) -> None:
         """Takes scores [n_q, n] of documents of rising number, int64 [n]."""

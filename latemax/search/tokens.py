@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,11 @@ def tensors_of(tokens: Tokens) -> list[Tensor]:
 def floats(tokens: Tokens) -> Tensor:
     """The tokens as floats: codes as what they stand for, in float32."""
     return tokens.detach() if isinstance(tokens, Tensor) else tokens.dequantize()
+
+
+def mapped(function: Callable[[Tensor], Tensor], tokens: Tokens) -> Any:
+    """The same done to every tensor of the tokens."""
+    return function(tokens) if isinstance(tokens, Tensor) else tokens._map(function)
 
 
 def dtype_of(tokens: Tokens) -> torch.dtype:

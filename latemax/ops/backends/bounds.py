@@ -21,6 +21,8 @@ from latemax.ops.problem import Batch
 BLOCK_BYTES = 16 << 20
 # the smallest normal float32: a processor that flushes subnormal numbers would lose a bound
 TINY = 2.0**-126
+# numbers of q up to here: no sum of products leaves the range of float64
+LARGEST = 2.0**850
 
 
 def forward(b: Batch, lower: Tensor, upper: Tensor) -> None:
@@ -51,7 +53,7 @@ def _dense(b: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     n_q, l_q, dim = q.shape
     keep = q.new_ones((n_q, l_q), dtype=torch.bool) if b.q.mask is None else b.q.mask
     q = q.masked_fill(~keep.unsqueeze(-1), 0.0)
-    unknown, wrong = (x.flatten(1).any(-1, keepdim=True) for x in (q.isinf(), q.isnan()))  # [n_q, 1]
+    unknown, wrong = (x.flatten(1).any(-1, keepdim=True) for x in (q.abs() > LARGEST, q.isnan()))  # [n_q, 1]
     if b.normalize:
         q = q / _norms(q).clamp_min_(EPS)
     # as factors of the margin: at least the norms of real numbers
@@ -65,6 +67,9 @@ def _dense(b: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if b.mean:
         count = keep.sum(-1, keepdim=True).clamp_(min=1)
         low, high = low / count, high / count
+    # weights that are not finite, or too large
+    low = torch.where(low < math.inf, low, -math.inf)
+    high = torch.where(high > -math.inf, high, math.inf)
     empty = torch.zeros_like(low, dtype=torch.bool) if d.shape[-2] else torch.ones_like(low, dtype=torch.bool)
     if d_mask is not None:
         empty |= ~d_mask.any(-1)
