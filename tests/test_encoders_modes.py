@@ -89,7 +89,9 @@ def test_threads_never_see_training_mode(shared):
 
     def work(enc):
         for i in range(20):
-            wrong.append(not torch.equal(enc.encode(IMAGES, batch_size=1 + i % 3).tokens, expected))
+            # torch's products round by the shape on some processors; dropout changes whole numbers
+            tokens = enc.encode(IMAGES, batch_size=1 + i % 3).tokens
+            wrong.append(not torch.allclose(tokens, expected, rtol=0, atol=1e-4))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
