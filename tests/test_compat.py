@@ -102,6 +102,17 @@ def test_nonzero_rows():
             assert torch.equal(view, given)
 
 
+@pytest.mark.parametrize("dim", [4, 6, 20, 24, 128])
+def test_nonzero_rows_of_any_width(dim, monkeypatch):
+    monkeypatch.setattr("latemax.compat._inputs.ROWS", 7)
+    x = torch.zeros(5, 9, dim)
+    x[torch.arange(45).view(5, 9) % 3 == 0, dim // 2] = -1.0
+    x[torch.arange(45).view(5, 9) % 5 == 0, -1] = math.nan
+    x[4, :, 0] = -0.0
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert torch.equal(nonzero_rows(x.to(dtype)), x.ne(0).any(-1))
+
+
 @pytest.mark.parametrize("form", ["float", "bool", "int", "numpy", "list", "broadcast"])
 def test_sentence_transformers_masks(form):
     a, b = t(E1, E2)[None], torch.stack([t(E1, E2), t(E1, [0.0, 2.0])])
