@@ -81,7 +81,7 @@ def nonzero_rows(x: Tensor) -> Tensor | None:
     if not readable(x) or x.shape[-1] == 0:
         return x.ne(0).any(dim=-1)
     keep = x[..., 0] != 0
-    rows = keep.logical_not().view(-1).nonzero().squeeze(1)
+    rows = (~keep).reshape(-1).nonzero().squeeze(1)
     if not len(rows):
         return None
     if x.is_contiguous() and x.data_ptr() % 8 == 0 and x.shape[-1] * x.itemsize % 8 == 0:
