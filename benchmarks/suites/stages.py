@@ -1,6 +1,6 @@
 """First stages: candidates that hold the exact top 10, build time, bytes per document and time per query.
 
-    python -m benchmarks.suites.stages [--crops 20000] [--json FILE] [--plot docs/img/stages.png]
+    python -m benchmarks.suites.stages [--crops 20000] [--add STAGE] [--json FILE] [--plot docs/img/stages.png]
 
 Two corpora: crops of the demo's photos through DINOv2 (`benchmarks.crops` encodes them once and keeps them), and ragged
 synthetic documents with planted neighbours. fastembed's encoding is built next to ours where it is installed.
@@ -8,6 +8,7 @@ synthetic documents with planted neighbours. fastembed's encoding is built next 
 
 from __future__ import annotations
 
+import json
 import pathlib
 import statistics
 import time
@@ -128,8 +129,10 @@ def judge(name: str, build: Callable[[Packed], Any], corpus: Packed, q: Tensor, 
     return row
 
 
-def measure(tiny: bool = False, n: int = 20_000, folder: pathlib.Path = crops.FOLDER) -> dict[str, Any]:
-    """``n``: crops, and as many synthetic documents; ``folder``: where `benchmarks.crops` keeps them."""
+def measure(
+    tiny: bool = False, n: int = 20_000, folder: pathlib.Path = crops.FOLDER, only: str | None = None
+) -> dict[str, Any]:
+    """``n``: crops, and as many synthetic documents; ``folder``: of `benchmarks.crops`; ``only``: one stage."""
     result: dict[str, Any] = dict(machine=harness.machine(packages=("faiss-cpu", "fastembed")), tiny=tiny, corpora=[])
     made = [("planted", *planted(300, 5))] if tiny else [("crops", *real(n, folder)), ("planted", *planted(n))]
     for name, corpus, q in made:
@@ -140,10 +143,23 @@ def measure(tiny: bool = False, n: int = 20_000, folder: pathlib.Path = crops.FO
             dict(
                 name=name, documents=len(corpus[1]) - 1, tokens=len(corpus[0]), dim=q.shape[2], queries=len(q),
                 l_q=q.shape[1], exact_ms=exact_ms, bytes=corpus[0].numel() * 2 / (len(corpus[1]) - 1),
-                stages=[judge(which, build, corpus, q, exact) for which, build in contenders(tiny).items()],
+                stages=[
+                    judge(which, build, corpus, q, exact)
+                    for which, build in contenders(tiny).items()
+                    if only in (None, which)
+                ],
             )
         )  # fmt: skip
     return result
+
+
+def added(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A result with the stages of another one, which keep the commit of their run."""
+    for into, corpus in zip(known["corpora"], new["corpora"], strict=True):
+        names = [row["name"] for row in corpus["stages"]]
+        into["stages"] = [row for row in into["stages"] if row["name"] not in names]
+        into["stages"] += [row | dict(commit=new["machine"]["commit"]) for row in corpus["stages"]]
+    return known
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
@@ -188,10 +204,12 @@ def table(result: dict[str, Any]) -> str:
         )
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["peers"].items())
+    later = {row["name"]: row["commit"] for corpus in result["corpora"] for row in corpus["stages"] if "commit" in row}
+    runs = "".join(f"; {name} in a run of its own, commit {commit}" for name, commit in later.items())
     return text + (
         f"Candidates that hold this share of all queries' exact top 10. One query at a time, 1,000 candidates. "
         f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}, torch {machine['torch']}"
-        f"{', ' + versions if versions else ''}, commit {machine['commit']}, {machine['date']}.\n"
+        f"{', ' + versions if versions else ''}, commit {machine['commit']}, {machine['date']}{runs}.\n"
     )
 
 
@@ -230,8 +248,11 @@ def main() -> None:
     parser.add_argument("--crops", type=int, default=20_000)
     parser.add_argument("--folder", type=pathlib.Path, default=crops.FOLDER, help="where crops are kept")
     parser.add_argument("--plot", type=pathlib.Path, help="draw the curves into this file")
+    parser.add_argument("--add", metavar="STAGE", help="measure this one and add it to the JSON")
     options = parser.parse_args()
-    result = measure(options.tiny, options.crops, options.folder)
+    result = measure(options.tiny, options.crops, options.folder, options.add)
+    if options.add:
+        result = added(json.loads(pathlib.Path(options.json).read_text()), result)
     harness.finish(result, table, options.json)
     if options.plot:
         plot(result, options.plot)
