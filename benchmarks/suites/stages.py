@@ -174,7 +174,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
                 points = {int(m): share for m, share in row["recall"].items()}
                 dashed = "--" if "projection" in row["name"] else "-"
                 axis.plot(list(points), list(points.values()), dashed, marker="o", ms=3.5,
-                          color=CYCLE[i % len(CYCLE)], label=f"{row['name']}, {row['bytes'] / 1e3:.1f} kB")  # fmt: skip
+                          color=[*CYCLE, "0.2"][i], label=f"{row['name']}, {row['bytes'] / 1e3:.1f} kB")  # fmt: skip
             axis.axhline(0.99, color="#D9D9D9", zorder=0)
             axis.set(xscale="log", xlabel="candidates", title=f"{corpus['documents']:,} documents: {corpus['name']}")
             axis.set_xticks(CURVE, [str(m) for m in CURVE])
