@@ -352,7 +352,11 @@ def test_load_refuses_what_is_no_first_stage(tmp_path):
 def test_a_failed_save_leaves_the_file_before(tmp_path, monkeypatch):
     first, path = MeanPool(pages(), engine="torch"), tmp_path / "x.first"
     first.save(path)
-    before = path.read_bytes()
+    before, plain = path.read_bytes(), tmp_path / "plain"
+    plain.touch()
+    # whoever may read other new files may read this one
+    assert path.stat().st_mode == plain.stat().st_mode
+    plain.unlink()
 
     def full(*_):
         raise OSError("no space left")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -202,9 +202,10 @@ class FirstStage:
             "seq": self._seq,
         }
         path = Path(path)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        # not a file of tempfile, which only its owner may read
+        scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(scratch, "xb") as file:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
