@@ -116,7 +116,7 @@ def demo_words(demo: dict) -> str:
         f"On {w['test']} canvases that were not trained on, {percent(how[0])} of the words find a patch of their photo "
         f"(untrained {percent(how[1])}, chance {percent(how[2])}; all photos were seen in training). With the weights "
         f"on disk, the words are ready after {seconds['model'] + seconds['words']:.0f} s and the whole demo after "
-        f"{sum(seconds.values()):.0f} s ({demo['machine']['cpu_count']} cores with other load).\n"
+        f"{sum(seconds.values()):.0f} s ({demo['machine']['cpu_count']} cores without other load).\n"
     )
 
 
