@@ -1,4 +1,4 @@
-"""``maxsim_bounds``: what the scores of the tokens behind 8-bit codes can be."""
+"""``maxsim_bounds``: bounds of the scores of tokens, from their 8-bit codes."""
 
 from __future__ import annotations
 

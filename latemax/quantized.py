@@ -160,7 +160,7 @@ def quantize(tokens: Any, kind: str = "int8", *, mask: Any = None) -> QuantizedT
         else:
             codes[at], error[at] = _int8_of(part, scale[at])
     return QuantizedTokens(
-        codes.view(*shape, -1) if len(rows) else codes.view(*shape, codes.shape[-1]), scale.view(shape),
+        codes.view(*shape, codes.shape[-1]), scale.view(shape),
         None if error is None else error.view(shape), kind, dim,
     )  # fmt: skip
 
@@ -207,11 +207,14 @@ def _int8_of(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     by = largest.where(largest > 0, 1.0)
     length = (apart / by.unsqueeze(1)).square_().sum(-1).sqrt_() * by
     length *= 1 + (2.0**-40 if rows.shape[1] <= 4000 else 2.0**-30)
-    error = length.to(torch.float32)
-    error = torch.where(error < length, error.nextafter(torch.full_like(error, math.inf)), error)
-    # never subnormal: a processor that flushes those would lose the bound
-    error = torch.where(length > 0, error.clamp_min(LEAST_SCALE), error)
-    return codes.to(torch.int8), error
+    return codes.to(torch.int8), rounded_up(length)
+
+
+def rounded_up(x: Tensor) -> Tensor:
+    """float64 → float32, at least x, never subnormal: a processor that flushes subnormal numbers would lose a bound."""
+    y = x.to(torch.float32)
+    y = torch.where(y < x, y.nextafter(torch.full_like(y, math.inf)), y)
+    return torch.where((x > 0) & (y < LEAST_SCALE), LEAST_SCALE, torch.where((x < 0) & (y > -LEAST_SCALE), 0.0, y))
 
 
 def _as_tensor(name: str, x: Any) -> Tensor:

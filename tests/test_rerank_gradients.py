@@ -10,7 +10,7 @@ from latemax.ops.backends import gather, triton
 from latemax.ops.problem import Batch, Needs, Side
 
 LENGTHS = [0, 5, 70, 33, 1, 0]
-# the same document for several queries and twice for one; empty ones, empty slots, and a document that nobody names
+# the same document for several queries and twice for one; empty ones, empty slots; no candidate names document 4
 CANDIDATES = [[2, 1, 2, -1], [3, 0, 2, 5], [-1, -1, -1, 2]]
 
 
@@ -51,7 +51,7 @@ def test_repeated_candidates_and_empty_slots(normalize, weighted):
         grads = assert_right(
             Batch(Side(q, None, weights=weights), Side(d, None, offsets), candidates, normalize), argmax, g
         )
-        # document 4 is named by nobody
+        # no candidate names document 4
         first = sum(LENGTHS[:4])
         assert (grads.d[first:] == 0).all() and (grads.d[:first] != 0).any()
 
@@ -68,7 +68,7 @@ def test_ragged_queries():
 
 
 def test_nan_stays_with_its_own_tokens():
-    """In a document that nobody names, in a masked query token, and in the gradient of a pair."""
+    """In a document that no candidate names, in a masked query token, and in the gradient of a pair."""
     q, d, offsets, candidates, argmax, g = case()
     argmax[:, :, 0] = -1
     q[:, 0], d[sum(LENGTHS[:4]) :] = float("nan"), float("nan")

@@ -279,7 +279,7 @@ LATEMAX_INLINE void inverse_norms(const Rows &rows, int64_t j, int64_t dim) {
         const vf norm = root(*reinterpret_cast<vf_any *>(factor + i));
         *reinterpret_cast<vf_any *>(factor + i) = 1.0f / (norm < EPS ? vf{} + EPS : norm);
     }
-    /* a group of a tile may lie after the last row */
+    /* a group of a tile may start after the last row */
     for (int u = 0; u < U && j + u < rows.count; ++u) rows.scale[j + u] = factor[u];
 }
 
@@ -334,7 +334,7 @@ LATEMAX_INLINE void tile(const vf *panel, const Rows &rows, int64_t j, int64_t d
     }
     const int64_t steps = Op::steps(dim);
     const char *next = rows.prefetch ? rows.prefetch + j * rows.prefetch_stride : row_at(rows, within(rows, j + U));
-    /* of the next rows, which lie apart where a mask has holes */
+    /* of the next rows, which are not contiguous where a mask has holes */
     const int64_t apart = rows.gather && rows.dense ? row_at(rows, within(rows, j + 2 * U - 1)) + rows.stride - next : 0;
     const int64_t lines = apart / (4 * steps + 1) + 1;
     int64_t k = 0;

@@ -20,7 +20,7 @@ def score_dtype(q: torch.dtype, d: torch.dtype) -> torch.dtype:
 
 
 def _promoted(q: torch.dtype, d: torch.dtype, q_codes: bool, d_codes: bool) -> torch.dtype:
-    """Products of codes are exact integers; float32 stands for them."""
+    """The dtype of the products; float32 where they are the exact integers of codes."""
     return torch.float32 if q_codes else q if d_codes else torch.promote_types(q, d)
 
 

@@ -248,7 +248,7 @@ class Searcher:
 
 
 class _Actor(Part):
-    """What Ray runs: a part whose arguments lie in the object store."""
+    """What Ray runs: a part whose arguments are in the object store."""
 
     def topk(self, arguments: Any, within: Tensor | None) -> TopK:  # type: ignore[override]
         q, k, q_mask, options = arguments

@@ -13,7 +13,7 @@ from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.exact import topk
 from latemax.search.first import Column, FirstStage
-from latemax.search.tokens import concatenated
+from latemax.search.tokens import concatenated, floats
 
 
 class BinaryScan(FirstStage):
@@ -64,15 +64,12 @@ class BinaryScan(FirstStage):
 
 def encoded(corpus: corpora.Corpus, kind: str, memory: int, progress: bool = False) -> tuple[QuantizedTokens, Tensor]:
     """The codes of all documents, on the CPU, and their offsets."""
-    # two buffers of tokens and what quantize takes: float64 numbers, their absolute values and the codes
-    row = 2 * corpus.token_bytes + 24 * corpus.dim
+    # two buffers of tokens and what quantize takes
+    row = 2 * corpus.token_bytes + BinaryScan.WORKING * corpus.dim
     parts: list[QuantizedTokens] = []
     bar = Bar(len(corpus), "quantizing ") if progress else None
     for (a, b), tokens in stream.chunks(corpus, corpora.runs(corpus, memory, row, 0), corpus.device):
-        if not isinstance(tokens, QuantizedTokens):
-            parts.append(quantize(tokens, kind).to("cpu"))
-        else:
-            parts.append(quantize(tokens.dequantize(), kind).to("cpu"))
+        parts.append(quantize(floats(tokens), kind).to("cpu"))
         if bar is not None:
             bar.tick(b - a)
     return concatenated(parts), corpus.offsets

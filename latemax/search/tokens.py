@@ -20,7 +20,7 @@ def tensors_of(tokens: Tokens) -> list[Tensor]:
 
 
 def floats(tokens: Tokens) -> Tensor:
-    """The tokens as floats: codes as what they stand for, in float32."""
+    """The tokens as floats: codes are dequantized to float32."""
     return tokens.detach() if isinstance(tokens, Tensor) else tokens.dequantize()
 
 

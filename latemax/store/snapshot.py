@@ -87,8 +87,8 @@ class Snapshot:
         # of the shard at the same place of `shards`
         self.codes = None
         if self.store.codes:
-            beside = [rows[number + 1] for number in numbers.tolist()]
-            self.codes = [known.get(row.name) or Shard(self.folder, row) for row in beside]
+            code_rows = [rows[number + 1] for number in numbers.tolist()]
+            self.codes = [known.get(row.name) or Shard(self.folder, row) for row in code_rows]
         self.ends = np.zeros(len(documents) + 1, dtype=np.int64)
         np.cumsum(length, out=self.ends[1:])
         self.offsets = torch.from_numpy(self.ends)

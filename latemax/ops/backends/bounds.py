@@ -16,11 +16,10 @@ from torch import Tensor
 from latemax.ops.backends.blocks import ROWS, dense_parts
 from latemax.ops.backends.gather import EPS, groups
 from latemax.ops.problem import Batch
+from latemax.quantized import rounded_up
 
 # bytes of a block of similarities, margins and decoded tokens
 BLOCK_BYTES = 16 << 20
-# the smallest normal float32: a processor that flushes subnormal numbers would lose a bound
-TINY = 2.0**-126
 # numbers of q up to here: no sum of products leaves the range of float64
 LARGEST = 2.0**850
 
@@ -30,14 +29,6 @@ def forward(b: Batch, lower: Tensor, upper: Tensor) -> None:
     with torch.autocast(lower.device.type, enabled=False), torch.no_grad():
         for at, slots, part in dense_parts(b):
             lower[at, slots], upper[at, slots] = _dense(part, lower.dtype)
-
-
-def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.float64:
-        return x
-    y = x.to(dtype)
-    y = torch.where(y < x, y.nextafter(torch.full_like(y, math.inf)), y)
-    return torch.where((x > 0) & (y < TINY), TINY, torch.where((x < 0) & (y > -TINY), 0.0, y))
 
 
 def _slack(n: int) -> float:
@@ -73,7 +64,8 @@ def _dense(b: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     empty = torch.zeros_like(low, dtype=torch.bool) if d.shape[-2] else torch.ones_like(low, dtype=torch.bool)
     if d_mask is not None:
         empty |= ~d_mask.any(-1)
-    low, high = -_rounded_up(-low, dtype), _rounded_up(high, dtype)
+    if dtype == torch.float32:
+        low, high = -rounded_up(-low), rounded_up(high)
     for x, least in ((low, -math.inf), (high, math.inf)):
         x.masked_fill_(unknown, least).masked_fill_(wrong, math.nan).masked_fill_(empty, b.empty_score)
         x.masked_fill_(~keep.any(-1, keepdim=True), 0.0)
