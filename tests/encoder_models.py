@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,26 @@ except ImportError:
 SHIMMED = torchvision_shim.install()
 IMAGE = (2, 3, 64, 64)
 NAFLEX_GRIDS = ((3, 4), (2, 5))
+
+
+def save_tiny_dinov2(folder: pathlib.Path) -> str:
+    """Saves a DINOv2 of 16 patches of 56 pixels and 32 dims with its preprocessor; returns the folder's path."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=56, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True, "size": {"shortest_edge": 56}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": 56, "width": 56},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True,
+        "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return str(folder)
 
 
 @dataclass(frozen=True)

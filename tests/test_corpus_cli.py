@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from encoder_models import save_tiny_dinov2
 
 from latemax import PatchStore, StoreWriter, cli
 from latemax.cli import index
@@ -17,25 +18,8 @@ pytest.importorskip("safetensors", reason="stores are written with safetensors")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    transformers = pytest.importorskip("transformers", reason="the encoder is a transformers model")
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=56, patch_size=14
-    )
-    folder = tmp_path_factory.mktemp("model")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "image_processor_type": "BitImageProcessor",
-                "do_resize": True, "size": {"shortest_edge": 56}, "resample": 3,
-                "do_center_crop": True, "crop_size": {"height": 56, "width": 56},
-                "do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": True,
-                "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-            }
-        )
-    )  # fmt: skip
-    return str(folder)
+    pytest.importorskip("transformers", reason="the encoder is a transformers model")
+    return save_tiny_dinov2(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 `make test-ray` installs Ray and runs this; elsewhere it is skipped.
 """
 
-import json
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoder_models import save_tiny_dinov2
 
 import latemax
 from latemax import PatchStore, StoreWriter, topk
@@ -141,18 +141,8 @@ def test_a_generation_stays_until_refresh(tmp_path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    transformers = pytest.importorskip("transformers", reason="the encoder is a transformers model")
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=56, patch_size=14
-    )
-    folder = tmp_path_factory.mktemp("model")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    size = {"height": 56, "width": 56}
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(dict(image_processor_type="BitImageProcessor", size={"shortest_edge": 56}, crop_size=size))
-    )
-    return str(folder)
+    pytest.importorskip("transformers", reason="the encoder is a transformers model")
+    return save_tiny_dinov2(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
