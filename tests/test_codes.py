@@ -228,7 +228,7 @@ def test_the_best_backend_is_explained():
     assert latemax.explain(q, d).backend == "cpu"
     assert latemax.explain(q.double(), d).native is False
     assert maxsim(q.double(), d).dtype == torch.float64
-    with pytest.raises(RuntimeError, match="8-bit codes of d only with|cannot be loaded|no CUDA device"):
+    with pytest.raises(RuntimeError, match=r"8-bit codes of d only with|cannot be loaded|no CUDA device"):
         maxsim(q, d, backend="cuda")
 
 

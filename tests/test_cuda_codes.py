@@ -10,6 +10,7 @@ import torch
 from common import masks
 from hypothesis import given
 from hypothesis import strategies as st
+from test_codes import numbers
 from test_cuda_emulated import SEEDS, chosen, device, emulator, first_order  # noqa: F401
 from test_cuda_random import gpus, keeps, lengths, many
 
@@ -119,7 +120,7 @@ def test_masks_with_poison_under_them(device, shape, own, normalize):  # noqa: F
         assert_right(q, d, q_mask, d_mask, normalize=normalize, empty_score=-3.0)
 
 
-def test_ties_zeros_and_scales_that_are_no_test_codes.numbers(device):  # noqa: F811
+def test_ties_zeros_and_scales_that_are_no_numbers(device):  # noqa: F811
     q, d = problem((2, 4, 20, 200, 64))
     d.codes[0, 10:], d.scale[0, 10:] = d.codes[0, :10].repeat(19, 1), d.scale[0, :10].repeat(19)
     # the second half has double codes of half the scale: equal similarities
@@ -161,7 +162,7 @@ def test_saturated_codes_of_the_widest_dim(device, monkeypatch):  # noqa: F811
         for normalize in (False, True):
             scores, argmax = run(q, d, normalize=normalize)
             x, y = (
-                torch.nn.functional.normalize(x, dim=-1) if normalize else x for x in (test_codes.numbers(q)[0], test_codes.numbers(d)[0])
+                torch.nn.functional.normalize(x, dim=-1) if normalize else x for x in (numbers(q)[0], numbers(d)[0])
             )
             sims = x @ y.T
             torch.testing.assert_close(scores[0, 0].double(), sims.amax(-1).sum(), rtol=1e-6, atol=0)
@@ -278,14 +279,14 @@ def test_every_form(chosen, device, dim):  # noqa: F811
             (lambda q, d, **o: rerank(q, d, None, pick, **o), (q, some_d)),
         ):
             ours = call(*sides, normalize=normalize, backend="cuda")
-            wanted = call(*test_codes.numbers(list(sides)), normalize=normalize, backend="reference")
+            wanted = call(*numbers(list(sides)), normalize=normalize, backend="reference")
             assert ours.dtype == torch.float32 and ours.shape == wanted.shape
             torch.testing.assert_close(ours.double(), wanted, rtol=2e-6, atol=1e-3 * (not normalize) + 2e-6)
         ours = maxsim_varlen(
             flat_q, flat_d, q_ends, ends, normalize=normalize, return_argmax=True, backend="cuda"
         )  # fmt: skip
         wanted = maxsim_varlen(
-            test_codes.numbers(flat_q), test_codes.numbers(flat_d), q_ends, ends, normalize=normalize, return_argmax=True, backend="reference"
+            numbers(flat_q), numbers(flat_d), q_ends, ends, normalize=normalize, return_argmax=True, backend="reference"
         )
         assert torch.equal(ours[1], wanted[1])
     assert maxsim(q, d[:0], backend="cuda").shape == (3, 0)

@@ -17,7 +17,8 @@ constexpr int REGISTER_SLABS = 2;         // up to which the query tokens stay i
 constexpr int TAIL_BOX = 16;              // the last tokens of a document are copied in boxes of so many
 constexpr int MOST_STAGES = 12, MOST_QUERY_BUFFERS = 2, TABLES = 2, NORM_WARPS = 2;
 // 168 registers a thread are there at the start (65,536 / 384); what warpgroup 0 gives, the others take
-constexpr int HELPER_REGISTERS = 72, CONSUMER_REGISTERS = 216;
+constexpr int HELPER_REGISTERS = 88, CONSUMER_REGISTERS = 208;
+static_assert(HELPER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
 
 /* What a stage of the ring holds. TILE: document tokens. DOCUMENT: an empty document. QUERIES: from here on another query
  * block. STOP: nothing more. */
