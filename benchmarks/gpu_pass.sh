@@ -23,7 +23,7 @@ driver)
     timeout 240 "$driver" "$capability" 10 2>&1 | tee "$out/driver.log" || status=1
     if command -v compute-sanitizer > /dev/null; then
         for tool in memcheck synccheck; do
-            for case in ${CASES:-0 17 60 101 170 230 251 257 270}; do
+            for case in ${CASES:-0 17 60 170 230 251 270 295 342}; do
                 timeout 20 compute-sanitizer --tool "$tool" --error-exitcode 1 "$driver" "$capability" case "$case" 2>&1 |
                     tail -3 | tee -a "$out/driver-$tool.log" || status=1
             done

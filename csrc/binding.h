@@ -118,4 +118,16 @@ inline maxsim_args read_call(Arguments &in) {
     return a;
 }
 
+/* Only where documents are codes: dim, scale and error of the queries or 0 and 0, of the documents, the upper bounds or 0,
+ * coarse. */
+inline void read_codes(Arguments &in, maxsim_args &a) {
+    if (!in.more()) return;
+    a.dim = in.integer();
+    a.q.scale = in.address<const float>(), a.q.error = in.address<const float>();
+    a.d.scale = in.address<const float>(), a.d.error = in.address<const float>();
+    if (a.own && !a.d.offsets) a.d.scale_stride_q = a.d.n * a.d.l;
+    a.upper = in.address<float>();
+    a.coarse = static_cast<int32_t>(in.integer());
+}
+
 }  // namespace latemax

@@ -102,24 +102,12 @@ PyObject *unlocked(const maxsim_args &a, Work work) {
     Py_RETURN_NONE;
 }
 
-/* Only where documents are codes: dim, scale and error of the queries or 0 and 0, of the documents, the upper bounds or 0,
- * coarse. */
-void read_codes(Arguments &in, maxsim_args &a) {
-    if (!in.more()) return;
-    a.dim = in.integer();
-    a.q.scale = in.address<const float>(), a.q.error = in.address<const float>();
-    a.d.scale = in.address<const float>(), a.d.error = in.address<const float>();
-    if (a.own && !a.d.offsets) a.d.scale_stride_q = a.d.n * a.d.l;
-    a.upper = in.address<float>();
-    a.coarse = static_cast<int32_t>(in.integer());
-}
-
 /* level, threads, the call, codes */
 PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
     const Target t = target(in);
     maxsim_args a = latemax::read_call(in);
-    read_codes(in, a);
+    latemax::read_codes(in, a);
     if (!t.level || !in.ok()) return nullptr;
     return unlocked(a, [&] { latemax::forward(a, *t.level, t.threads); });
 }

@@ -31,14 +31,15 @@ bool unlocked(Work work) {
     return false;
 }
 
-/* device, stream, capability, scratch memory, the call */
+/* device, stream, capability, scratch memory, the call, codes */
 PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
     const int device = static_cast<int>(in.integer());
     void *stream = in.address<void>();
     const int capability = static_cast<int>(in.integer());
     void *scratch = in.address<void>();
-    const maxsim_args a = latemax::read_call(in);
+    maxsim_args a = latemax::read_call(in);
+    latemax::read_codes(in, a);
     if (!in.ok() || !unlocked([&] { latemax::forward(a, scratch, device, stream, capability); })) return nullptr;
     Py_RETURN_NONE;
 }
@@ -72,11 +73,12 @@ PyObject *splits(PyObject *, PyObject *const *args, Py_ssize_t n) {
     return PyLong_FromLong(count);
 }
 
-/* (device, capability, the call) -> bytes */
+/* (device, capability, the call, codes) -> bytes */
 PyObject *scratch_bytes(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Arguments in(args, n);
     const int device = static_cast<int>(in.integer()), capability = static_cast<int>(in.integer());
-    const maxsim_args a = latemax::read_call(in);
+    maxsim_args a = latemax::read_call(in);
+    latemax::read_codes(in, a);
     int64_t bytes = 0;
     if (!in.ok() || !unlocked([&] { bytes = latemax::scratch_bytes(a, device, capability); })) return nullptr;
     return PyLong_FromLongLong(bytes);

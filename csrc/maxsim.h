@@ -27,7 +27,8 @@ extern "C" {
 #endif
 
 /* The last two are codes: int8 [.., dim], and bits [.., ceil(dim / 8)], the most significant first, 1 for +1 and 0 for -1.
- * The CPU forward pass takes them as documents, and as queries of documents of the same codes. */
+ * The CPU forward pass takes them as documents, and as queries of documents of the same codes; the CUDA forward pass takes int8
+ * documents and queries. */
 typedef enum { MAXSIM_F16 = 0, MAXSIM_BF16 = 1, MAXSIM_F32 = 2, MAXSIM_I8 = 3, MAXSIM_BITS = 4 } maxsim_dtype;
 
 /* One item of a side whose items are separate in memory. Its dims are contiguous, and so is its mask. */

@@ -15,8 +15,8 @@ from latemax.ops.problem import Batch, Needs, Outputs, Plan, Side
 GPU = torch.cuda.is_available()
 # the Triton kernels run on the GPU if there is one, else in the interpreter (see conftest.py)
 TRITON_DEVICE = "cuda" if GPU else "cpu"
-# The CUDA kernels take only half precision: problems there are bfloat16 unless a test says otherwise. Problems that
-# they reject are skipped with their reason (see conftest.py).
+# The CUDA kernels take only half precision and int8 codes: problems there are bfloat16 unless a test says otherwise.
+# Problems that they reject are skipped with their reason (see conftest.py).
 CUDA_DEVICE = "cuda:0"
 BACKENDS = [
     # backend="cpu" is the native kernel if it was built, else the torch path

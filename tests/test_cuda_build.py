@@ -77,35 +77,41 @@ def test_the_library_needs_neither_torch_nor_cuda(library):
 @needs_tools
 def test_no_spills_and_the_right_instructions(kernels):
     forward = [row for row in kernels if row["kernel"].startswith("forward")]
-    dims = ("", ", 64 dims", ", 96 dims", ", 128 dims")
-    instances = {
-        "sm_80": [f"{tokens} tokens" for tokens in (32, 64)],
-        "sm_90a": [f"{tokens} tokens{kept}" for tokens in (64, 128) for kept in dims],
-    }
+    steps = {"f16": 16, "bf16": 16, "i8": 32}  # dims of one product
+
+    def instances(arch, dtype):
+        if arch == "sm_80":
+            return [f"{tokens} tokens" for tokens in (32, 64)]
+        dims = ["", *(f", {count * steps[dtype]} dims" for count in (4, 6, 8))]
+        return [f"{tokens} tokens{kept}" for tokens in (64, 128) for kept in dims]
+
     assert {(row["arch"], row["dtype"], row["instance"], row["argmax"]) for row in forward} == {
         (arch, dtype, instance, argmax)
-        for arch in instances
-        for dtype in ("f16", "bf16")
-        for instance in instances[arch]
+        for arch in ("sm_80", "sm_90a")
+        for dtype in steps
+        for instance in instances(arch, dtype)
         for argmax in (False, True)
     }
     for row in kernels:
         assert row["spills"] == 0 and row["stack"] == 0, row
     for row in forward:
         hopper = row["arch"] == "sm_90a"
-        assert (row["hgmma"] > 0, row["hmma"] == 0) == (hopper, hopper), row
+        codes = row["dtype"] == "i8"
+        products = row["igmma" if codes else "hgmma"]
+        others = [row[key] for key in ("hgmma", "hmma", "igmma", "imma")]
+        assert sum(others) == (products if hopper else row["imma" if codes else "hmma"]) > 0, row
         if hopper:
             # a chain for each block of 64 query tokens, and one more for a warpgroup that holds half
             chains = 3 if row["instance"].startswith("128") else 1
             if ", " in row["instance"]:
-                assert row["hgmma"] == chains * int(row["instance"].split(", ")[1][:-5]) // 16, row
+                assert products == chains * int(row["instance"].split(", ")[1][:-5]) // steps[row["dtype"]], row
             else:
                 # slabs of 4 steps and last ones of 1 to 4; ptxas peels some
-                assert row["hgmma"] >= chains * sum(4 + last for last in (1, 2, 3, 4)), row
+                assert products >= chains * sum(4 + last for last in (1, 2, 3, 4)), row
         assert (row["bulk_copies"] > 0, row["async_copies"] == 0) == (hopper, hopper), row
         # sm_80: 128 threads, two blocks per multiprocessor; sm_90a: 384 threads, one block
         assert row["registers"] <= (168 if hopper else 255), row
-    assert {row["arch"] for row in kernels if row["kernel"] == "inverse_norms"} == {"sm_80", "sm_90"}
+    assert {row["arch"] for row in kernels if row["kernel"] == "unit_factors"} == {"sm_80", "sm_90"}
     gradients = [row for row in kernels if row["kernel"] in ("grad_d", "grad_q", "sum_splits")]
     assert len(gradients) == 2 * 2 * 4 * 3  # architectures, dtypes, numbers of dims, kernels
     for row in gradients:

@@ -26,8 +26,8 @@ from benchmarks.tables import Table, markdown
 GRADIENT = re.compile(r"latemax\d+(grad_d|grad_q|sum_splits)INS_\d(B?F16)ELi(\d+)E")
 MULTIPROCESSORS, SHARED_MEMORY = 132, 232448  # of an H100 and an H200
 # sm_90 instructions of the pipe that maxima, comparisons and selections share, 16 lanes a clock in each quarter
-ALU = re.compile(r"(FMNMX|FSETP|FSEL|SEL|ISETP|IADD3|LOP3|SHF|LEA|VIADD|PLOP3|VIMNMX)$")
-FORWARD = re.compile(r"(sm\d+)7forwardINS_\d(B?F16)ELi(\d+)E(?:Li(\d+)E)?Lb([01])")
+ALU = re.compile(r"(FMNMX|FSETP|FSEL|SEL|ISETP|IADD3|LOP3|SHF|LEA|VIADD|PLOP3|VIMNMX|I2FP)$")
+FORWARD = re.compile(r"(sm\d+)7forwardINS_\d(B?F16|I8)ELi(\d+)E(?:Li(\d+)E)?Lb([01])")
 
 
 def kernels(library: pathlib.Path) -> list[dict]:
@@ -52,14 +52,15 @@ def describe(mangled: str) -> dict[str, Any]:
     if found:
         arch, dtype, rows, steps, argmax = found.groups()
         instance = f"{rows} tokens" if steps is None else f"{64 * int(rows)} tokens"
-        instance += f", {16 * int(steps)} dims" if int(steps or 0) else ""
+        # a step takes 32 bytes of a token
+        instance += f", {(32 if dtype == 'I8' else 16) * int(steps)} dims" if int(steps or 0) else ""
         return dict(kernel=f"forward_{arch}", dtype=dtype.lower(), instance=instance, argmax=argmax == "1")
     found = GRADIENT.search(mangled)
     if found:
         kernel, dtype, elements = found.groups()
         return dict(kernel=kernel, dtype=dtype.lower(), instance=f"{32 * int(elements)} dims", argmax=False)
-    name = re.search(r"\d+(inverse_norms|lengths|units|pieces|sum_parts)", mangled)[1]
-    dtype = re.search(r"INS_\d(B?F16)E", mangled)
+    name = re.search(r"\d+(unit_factors|lengths|units|pieces|sum_parts)", mangled)[1]
+    dtype = re.search(r"INS_\d(B?F16|I8)E", mangled)
     argmax = "piecesILb1E" in mangled
     return dict(kernel=name, dtype=dtype[1].lower() if dtype else "", instance="", argmax=argmax)
 
@@ -68,7 +69,8 @@ def count(code: str) -> dict[str, int]:
     """Instructions of one kernel."""
     return dict(
         spills=sass.spills(code), hgmma=sass.count("HGMMA", code), hmma=sass.count("HMMA", code),
-        bulk_copies=sass.count("UTMALDG", code), async_copies=sass.count("LDGSTS", code),
+        igmma=sass.count("IGMMA", code), imma=sass.count("IMMA", code), bulk_copies=sass.count("UTMALDG", code),
+        async_copies=sass.count("LDGSTS", code),
         instructions=len(re.findall(r"/\*[0-9a-f]{4,5}\*/", code)), loop=len(sass.hottest_loop(code)),
         alu=maxima(code),
     )  # fmt: skip
@@ -76,7 +78,7 @@ def count(code: str) -> dict[str, int]:
 
 def maxima(code: str) -> dict[str, int]:
     """ALU instructions of a warp that takes the maxima of its 16 rows of 64 query tokens x 64 document tokens, by the
-    blocks without a branch that hold the maxima. Of a full tile, of one with a scale for every token, of 16 tokens at
+    blocks without a branch that hold the maxima. Of a full tile, of one that is masked or normalised, of 16 tokens at
     the end of a document, and of the last of those, some of which are left out. Empty without wgmma."""
     blocks: list[list[str]] = [[]]
     for line in code.splitlines():
@@ -91,7 +93,7 @@ def maxima(code: str) -> dict[str, int]:
         names = sass.opcodes(block)
         # a tree over 16 or 4 values of two rows; without argmax the running maximum is one more each
         found.setdefault(names.count("FMNMX"), []).append(sum(bool(ALU.match(name)) for name in names))
-    if "HGMMA" not in code:
+    if "GMMA" not in code:
         return {}
     full, group = (found[30], found[6]) if 30 in found else (found[32], found[8])
     return dict(full=min(full), scaled=max(full), group=min(group), last=max(group))
@@ -156,13 +158,15 @@ def measure() -> dict[str, Any]:
 
 def table(result: dict) -> str:
     build = result["build"]
-    head = ["arch", "kernel", "instance", "argmax", "registers", "spills", "HGMMA", "HMMA", "instructions",
-            "loop"]  # fmt: skip
+    head = ["arch", "kernel", "tokens", "instance", "argmax", "registers", "spills", "HGMMA, IGMMA", "HMMA, IMMA",
+            "instructions", "loop"]  # fmt: skip
     rows = []
     for row in result["rows"]:
         # float16 and bfloat16 compile alike; one that differed would have a row of its own
-        line = [row["arch"], row["kernel"], row["instance"], "yes" if row["argmax"] else "",
-                *(row[key] for key in ("registers", "spills", "hgmma", "hmma", "instructions", "loop"))]  # fmt: skip
+        tokens = {"": "", "i8": "int8"}.get(row["dtype"], "half")
+        line = [row["arch"], row["kernel"], tokens, row["instance"], "yes" if row["argmax"] else "", row["registers"],
+                row["spills"], row["hgmma"] + row["igmma"], row["hmma"] + row["imma"], row["instructions"],
+                row["loop"]]  # fmt: skip
         if line not in rows:
             rows.append(line)
     return markdown(head, rows) + (

@@ -14,11 +14,11 @@ __device__ inline void merge(float &value, int &where, float other, int at) {
     if (equal ? at < where : other > value || (other_nan && !nan)) value = other, where = at;
 }
 
-/* What a query token's maximum counts with: its inverse norm or 1; negative: masked, or no token. A NaN norm counts. */
+/* What a query token's maximum counts with: its factor; negative: masked, or no token. A NaN counts. */
 __device__ inline float query_weight(const Forward &f, const Segment &segment, const Query &tokens, int token) {
     const maxsim_args &a = f.a;
     if (token >= tokens.length || !query_keeps(a, segment.query, tokens, token)) return -1.0f;
-    return a.normalize ? query_scale(f, segment.query, tokens, token) : 1.0f;
+    return query_factor(f, segment.query, tokens, token);
 }
 
 /* A segment and where the tokens of its query are. */
@@ -57,8 +57,10 @@ __device__ inline void finish(const Forward &f, int64_t c, int first, int worker
                 const bool counts = first != NONE && !(weight < 0);
                 int where = NONE;
                 const float value = maxima.value(i * p.slot + row, where);
+                // all similarities of codes whose scale is 0 are equal
+                if (a.q.scale && weight == 0 && value == value) where = first;
                 if constexpr (ARGMAX) argmax_of(a, query, tokens, c)[token] = !counts ? -1 : where == NONE ? first : where;
-                if (counts) sum += a.normalize ? value * weight : value;
+                if (counts) sum += f.q_factors ? value * weight : value;
             }
             for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
             total = piece ? total + sum : sum;

@@ -28,8 +28,10 @@ int64_t cut(Forward &f, char *memory) {
         used += (count * static_cast<int64_t>(sizeof *pointer) + 15) / 16 * 16;
     };
     const bool from_tiles = p.stages > 0;  // only the sm_90 kernel has a ring that is planned
-    take(f.work.q_inverse_norms, a.normalize, a.q.offsets ? a.q.total : a.n_q * a.q.l);
-    take(f.work.d_inverse_norms, a.normalize && !from_tiles, a.d.total);
+    take(f.work.q_norms, a.normalize, a.q.offsets ? a.q.total : a.n_q * a.q.l);
+    take(f.work.d_norms, a.normalize && !from_tiles, a.d.total);
+    f.q_factors = f.work.q_norms ? f.work.q_norms : a.q.scale;
+    f.d_factors = f.work.d_norms ? f.work.d_norms : a.d.scale;
     take(f.work.d_lengths, a.d.mask, a.d.offsets ? a.d.n : (a.own ? a.n_q : 1) * a.n_c);
     take(f.work.units, a.q.offsets, a.n_q + 1);
     take(f.work.partial, in_parts(a, p), p.units * a.n_c);
@@ -45,7 +47,7 @@ Forward planned(const maxsim_args &a, const Device &device, int capability) {
         throw std::runtime_error("more than 2^31 tokens, queries or documents on one axis");
     const Plan p = (hopper(device, capability) ? plan_sm90 : plan_sm80)(a, device);
     if (p.units > MOST) throw std::runtime_error("more than 2^31 query blocks");
-    return {a, {}, p};
+    return {a, {}, p, nullptr, nullptr};
 }
 
 }  // namespace

@@ -12,6 +12,9 @@ struct Forward {
     maxsim_args a;
     Workspace work;
     Plan plan;
+    /* A float a token, in the order of the masks' shapes: scales of codes, or what makes tokens unit vectors; NULL: all 1.
+     * The sm_90 kernel takes the norms of documents from its tiles: d_factors are then scales, or NULL. */
+    const float *q_factors, *d_factors;
 };
 
 constexpr int NONE = 0x7fffffff;
@@ -79,14 +82,21 @@ __device__ inline bool query_keeps(const maxsim_args &a, int64_t query, const Qu
                                    : query * a.q.mask_stride_n + token * a.q.mask_stride_l;
     return a.q.mask[at] != 0;
 }
-__device__ inline float query_scale(const Forward &f, int64_t query, const Query &q, int token) {
-    const maxsim_args &a = f.a;
-    return f.work.q_inverse_norms[(a.q.offsets ? q.start : query * a.q.l) + token];
+__device__ inline float query_factor(const Forward &f, int64_t query, const Query &q, int token) {
+    return f.q_factors ? f.q_factors[(f.a.q.offsets ? q.start : query * f.a.q.l) + token] : 1.0f;
 }
 
 /* A query's argmax against its candidate c, one a token. */
 __device__ inline int32_t *argmax_of(const maxsim_args &a, int64_t query, const Query &q, int64_t c) {
     return a.argmax + (a.q.offsets ? c * a.q.total + q.start : (query * a.n_c + c) * a.q.l);
+}
+
+/* What makes a token of this norm a unit vector: 1 / max(norm, 1e-12). The norm of codes is that of the integers, and theirs
+ * is scale / max(scale * norm, 1e-12). */
+__device__ inline float unit_factor(float norm, float scale = 1.0f) {
+    const float length = scale * norm;
+    // not fmaxf, which would hide a NaN
+    return scale / (length < 1e-12f ? 1e-12f : length);
 }
 
 /* Where a document's tokens are. */
@@ -124,8 +134,8 @@ __device__ inline bool document_keeps(const maxsim_args &a, const Document &d, i
 __device__ inline float row_scale(const Forward &f, const Document &d, int row) {
     const maxsim_args &a = f.a;
     if (!document_keeps(a, d, row)) return -1.0f;
-    if (!a.normalize) return 1.0f;
-    return f.work.d_inverse_norms[a.d.offsets ? d.start + row : (d.owner * a.n_c + d.number) * a.d.l + row];
+    if (!f.d_factors) return 1.0f;
+    return f.d_factors[a.d.offsets ? d.start + row : (d.owner * a.n_c + d.number) * a.d.l + row];
 }
 
 }  // namespace latemax

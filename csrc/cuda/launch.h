@@ -16,7 +16,7 @@ Plan plan_sm90(const maxsim_args &a, const Device &device);
 void launch_sm80(const Forward &f, const Device &device, Stream stream);
 void launch_sm90(const Forward &f, const Device &device, Stream stream);
 
-/* 1 / max(norm, 1e-12) of every token of q, and of d where the kernel does not take them from its tiles. */
+/* With normalize: what makes every token of q a unit vector, and of d where the kernel does not take it from its tiles. */
 void launch_norms(const Forward &f, Stream stream);
 /* d_lengths of masked documents. */
 void launch_lengths(const Forward &f, Stream stream);
@@ -34,6 +34,8 @@ void with_all_types(const Run &run) {
     run.template operator()<F16, true>();
     run.template operator()<BF16, false>();
     run.template operator()<BF16, true>();
+    run.template operator()<I8, false>();
+    run.template operator()<I8, true>();
 }
 template <class Run>
 void with_types(const maxsim_args &a, const Run &run) {
@@ -41,7 +43,8 @@ void with_types(const maxsim_args &a, const Run &run) {
         if (a.argmax) run.template operator()<decltype(type), true>();
         else run.template operator()<decltype(type), false>();
     };
-    if (a.q.dtype == MAXSIM_BF16) flag(BF16{});
+    if (a.q.dtype == MAXSIM_I8) flag(I8{});
+    else if (a.q.dtype == MAXSIM_BF16) flag(BF16{});
     else flag(F16{});
 }
 

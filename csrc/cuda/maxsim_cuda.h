@@ -9,7 +9,8 @@ namespace latemax {
 
 /* Scratch memory of a call, cut from one allocation; each is NULL where it is not needed. */
 struct Workspace {
-    float *q_inverse_norms, *d_inverse_norms; /* with normalize: a float a token, in the order of the masks' shapes */
+    /* With normalize: a float a token, in the order of the masks' shapes. They make tokens unit vectors. */
+    float *q_norms, *d_norms;
     int32_t *d_lengths; /* with d.mask: documents' lengths up to their last kept token; [n_c], with own [n_q, n_c], or [d.n] */
     int32_t *units;     /* of ragged queries: the number of each one's first segment; [n_q + 1] */
     float *partial;     /* sums of the segments of long or ragged queries: [segments, n_c] */

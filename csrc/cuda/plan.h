@@ -25,7 +25,8 @@ struct Plan {
     int chunks;         // segments of one query; unused where queries are ragged
     int64_t units;      // segments of all queries; of ragged ones the most there can be
     int64_t blocks;     // query blocks
-    int slabs;          // of 64 dims
+    int columns;        // dims in a slab, SLAB_ROW bytes: 64, of codes 128
+    int slabs;          // of a token
     int stages;         // of the ring of document tiles
     int query_buffers;  // 2: the next query block is fetched while this one is used
     int grid;           // thread blocks
@@ -37,6 +38,8 @@ __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + 
 
 /* Whether scores are sums of several segments' sums. */
 __host__ __device__ inline bool in_parts(const maxsim_args &a, const Plan &p) { return a.q.offsets || p.chunks > 1; }
+
+inline int element_bytes(const maxsim_args &a) { return a.q.dtype == MAXSIM_I8 ? BYTES<I8> : BYTES<F16>; }
 
 inline void plan_rows(Plan &p, const maxsim_args &a, int rows) {
     p.rows = rows;
@@ -57,7 +60,8 @@ inline Plan plan_queries(const maxsim_args &a, int least, int most, int longest)
     const int64_t length = a.q.offsets ? ceil_div(a.q.total, a.n_q) : a.q.l;
     p.chunks = !a.q.offsets && length > longest ? static_cast<int>(ceil_div(length, CHUNK)) : 1;
     p.slot = a.q.offsets ? RAGGED_SLOT : p.chunks > 1 ? CHUNK : length > 8 ? static_cast<int>(ceil_div(length, 8) * 8) : 8;
-    p.slabs = static_cast<int>(ceil_div(a.dim, 64));
+    p.columns = SLAB_ROW / element_bytes(a);
+    p.slabs = static_cast<int>(ceil_div(a.dim, p.columns));
     const int64_t wanted = ceil_div(length, p.slot) * p.slot * (a.own ? 1 : a.n_q);
     int rows = least;
     while (rows < most && rows < wanted) rows *= 2;

@@ -46,7 +46,8 @@ struct Tree<1, ARGMAX> {
     static __device__ __forceinline__ float run(const float (&x)[1], bool *) { return x[0]; }
 };
 
-using Accumulator = float[32];  // a thread's part of 64 query tokens x 64 document tokens, see wgmma.h
+template <class T>
+using Accumulator = typename T::Sum[32];  // a thread's part of 64 query tokens x 64 document tokens, see wgmma.h
 
 /* A thread's part of 64 query tokens: rows 16 warp + lane / 4 and + 8, of each the columns 8 j + 2 (lane % 4) + (0, 1). */
 template <bool ARGMAX>
@@ -88,32 +89,42 @@ struct Rows {
         }
     }
 
-    __device__ static __forceinline__ float element(const Accumulator &acc, int h, int k) {
+    template <class Sum>
+    __device__ static __forceinline__ Sum element(const Sum (&acc)[32], int h, int k) {
         return acc[4 * (k / 2) + 2 * h + k % 2];
+    }
+    /* A similarity: an element, of codes times the token's scale. An integer beyond 2^24 is rounded to float, and the product
+     * is: both by at most 2^-24, of the 2^-12 that codes are allowed. */
+    __device__ static __forceinline__ float similarity(float x, const float *, int) { return x; }
+    __device__ static __forceinline__ float similarity(int32_t x, const float *scales, int at) {
+        return static_cast<float>(x) * scales[at];
     }
 
     /* All 64 columns. */
-    __device__ __forceinline__ void take(const Accumulator &acc, int start, int lane) {
-        columns<0, 64>(start, lane, [&](int h, int k, int) { return element(acc, h, k); });
+    template <class Sum>
+    __device__ __forceinline__ void take(const Sum (&acc)[32], int start, const float *scales, int lane) {
+        columns<0, 64>(start, lane, [&](int h, int k, int at) { return similarity(element(acc, h, k), scales, at); });
     }
     /* A similarity is multiplied with its token's scale; where that is negative the token is out. */
-    __device__ __forceinline__ void take_scaled(const Accumulator &acc, int start, const float *scales, int lane) {
+    template <class Sum>
+    __device__ __forceinline__ void take_scaled(const Sum (&acc)[32], int start, const float *scales, int lane) {
         columns<0, 64>(start, lane, [&](int h, int k, int at) {
             const float scale = scales[at];
-            return scale < 0 ? -INFINITE : element(acc, h, k) * scale;
+            return scale < 0 ? -INFINITE : static_cast<float>(element(acc, h, k)) * scale;
         });
     }
     /* The last `tokens` of a document, in groups of 16 columns, which leaves out most of those without a token. */
-    template <int FIRST = 0>
-    __device__ __forceinline__ void take_tail(const Accumulator &acc, int start, int tokens, int lane) {
+    template <int FIRST = 0, class Sum>
+    __device__ __forceinline__ void take_tail(const Sum (&acc)[32], int start, int tokens, const float *scales, int lane) {
         if (tokens < FIRST + 16) {
-            columns<FIRST, 16>(start, lane,
-                               [&](int h, int k, int at) { return at < tokens ? element(acc, h, k) : -INFINITE; });
+            columns<FIRST, 16>(start, lane, [&](int h, int k, int at) {
+                return at < tokens ? similarity(element(acc, h, k), scales, at) : -INFINITE;
+            });
             return;
         }
-        columns<FIRST, 16>(start, lane, [&](int h, int k, int) { return element(acc, h, k); });
+        columns<FIRST, 16>(start, lane, [&](int h, int k, int at) { return similarity(element(acc, h, k), scales, at); });
         if constexpr (FIRST < 48)
-            if (tokens > FIRST + 16) take_tail<FIRST + 16>(acc, start, tokens, lane);
+            if (tokens > FIRST + 16) take_tail<FIRST + 16>(acc, start, tokens, scales, lane);
     }
 
     /* Over the four lanes of a row, to the tables of the query block; ready for the next document. */

@@ -33,15 +33,17 @@ struct Running {
         }
     }
 
-    /* The accumulator of rows `row` and `row + 8`; scales as of row_scale, looked at unless all rows are plain. */
-    __device__ __forceinline__ void take(const float *acc, int row, float scale, float scale8, bool plain) {
+    /* The accumulator of rows `row` and `row + 8`; scales as of row_scale, looked at unless all rows are plain. An integer
+     * beyond 2^24 is rounded to float, and the product is: both by at most 2^-24, of the 2^-12 that codes are allowed. */
+    template <class Sum>
+    __device__ __forceinline__ void take(const Sum *acc, int row, float scale, float scale8, bool plain) {
         if (plain) {
             first = row < first ? row : first;
 #pragma unroll
             for (int k = 0; k < COUNT; ++k) {
                 const int at = 4 * (k / 2) + k % 2;
-                element(k, acc[at], row);
-                element(k, acc[at + 2], row + 8);
+                element(k, static_cast<float>(acc[at]), row);
+                element(k, static_cast<float>(acc[at + 2]), row + 8);
             }
             return;
         }
@@ -52,8 +54,8 @@ struct Running {
 #pragma unroll
         for (int k = 0; k < COUNT; ++k) {
             const int at = 4 * (k / 2) + k % 2;
-            element(k, out ? -INFINITE : acc[at] * scale, row);
-            element(k, out8 ? -INFINITE : acc[at + 2] * scale8, row + 8);
+            element(k, out ? -INFINITE : static_cast<float>(acc[at]) * scale, row);
+            element(k, out8 ? -INFINITE : static_cast<float>(acc[at + 2]) * scale8, row + 8);
         }
     }
 

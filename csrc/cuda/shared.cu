@@ -1,4 +1,4 @@
-/* Small kernels before and after the forward: inverse norms, lengths of masked documents, segments of ragged queries; the
+/* Small kernels before and after the forward: norms, lengths of masked documents, segments of ragged queries; the
  * maxima of shared documents and the sums over segments. */
 #include "finish.h"
 #include "launch.h"
@@ -10,26 +10,23 @@ namespace {
 
 constexpr int THREADS = 256;
 
-/* One warp per token; tokens are at (row / l / n, row / l % n, row % l) times the strides. */
+/* What makes tokens unit vectors, one warp per token; tokens are at (row / l / n, row / l % n, row % l) times the strides,
+ * scales one after the other. */
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    inverse_norms(const uint16_t *x, float *out, int64_t rows, int64_t n, int64_t l, int64_t stride_m, int64_t stride_n,
-                  int64_t stride_l, int dim) {
+    unit_factors(const typename T::Stored *x, const float *scales, float *out, int64_t rows, int64_t n, int64_t l,
+                 int64_t stride_m, int64_t stride_n, int64_t stride_l, int dim) {
     const int thread = ptx::thread_index(), lane = thread % 32;
     const int64_t step = static_cast<int64_t>(ptx::grid_size()) * (THREADS / 32);
     for (int64_t row = static_cast<int64_t>(ptx::block_index()) * (THREADS / 32) + thread / 32; row < rows; row += step) {
-        const uint16_t *token = x + row / l / n * stride_m + row / l % n * stride_n + row % l * stride_l;
+        const typename T::Stored *token = x + row / l / n * stride_m + row / l % n * stride_n + row % l * stride_l;
         float sum = 0;
         for (int k = lane; k < dim; k += 32) {
             const float value = ptx::to_float(T{}, token[k]);
             sum += value * value;
         }
         for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
-        if (lane == 0) {
-            const float norm = sqrtf(sum);
-            // not fmaxf, which would hide a NaN
-            out[row] = 1.0f / (norm < 1e-12f ? 1e-12f : norm);
-        }
+        if (lane == 0) out[row] = scales ? unit_factor(sqrtf(sum), scales[row]) : unit_factor(sqrtf(sum));
     }
 }
 
@@ -152,19 +149,27 @@ int blocks(int64_t work, int64_t each) {
     return static_cast<int>(wanted < 4096 ? wanted : 4096);
 }
 
-void norms(const maxsim_args &a, const void *x, float *out, int64_t m, int64_t n, int64_t l, int64_t stride_m,
-           int64_t stride_n, int64_t stride_l, Stream stream) {
+/* Of m x n items of l tokens. */
+void norms(const maxsim_args &a, const maxsim_side &x, float *out, int64_t m, int64_t n, int64_t l, Stream stream) {
     const int64_t rows = m * n * l;
     if (!rows) return;
-    launch(a.q.dtype == MAXSIM_BF16 ? inverse_norms<BF16> : inverse_norms<F16>, blocks(rows, THREADS / 32), THREADS, 0,
-           stream, static_cast<const uint16_t *>(x), out, rows, n, l, stride_m, stride_n, stride_l, static_cast<int>(a.dim));
+    const auto run = [&](auto type) {
+        using T = decltype(type);
+        launch(unit_factors<T>, blocks(rows, THREADS / 32), THREADS, 0, stream,
+               static_cast<const typename T::Stored *>(x.tokens), x.scale, out, rows, n, l, x.stride_q, x.stride_n, x.stride_l,
+               static_cast<int>(a.dim));
+    };
+    if (x.dtype == MAXSIM_I8) run(I8{});
+    else if (x.dtype == MAXSIM_BF16) run(BF16{});
+    else run(F16{});
 }
 
 }  // namespace
 
 void prepare_shared(const Device &device) {
-    prepare(inverse_norms<BF16>, device.shared_block);
-    prepare(inverse_norms<F16>, device.shared_block);
+    prepare(unit_factors<BF16>, device.shared_block);
+    prepare(unit_factors<F16>, device.shared_block);
+    prepare(unit_factors<I8>, device.shared_block);
     prepare(lengths, device.shared_block);
     prepare(units, device.shared_block);
     prepare(pieces<false>, device.shared_block);
@@ -174,11 +179,11 @@ void prepare_shared(const Device &device) {
 
 void launch_norms(const Forward &f, Stream stream) {
     const maxsim_args &a = f.a;
-    if (a.q.offsets) norms(a, a.q.tokens, f.work.q_inverse_norms, 1, 1, a.q.total, 0, 0, a.q.stride_l, stream);
-    else norms(a, a.q.tokens, f.work.q_inverse_norms, 1, a.n_q, a.q.l, 0, a.q.stride_n, a.q.stride_l, stream);
-    if (!f.work.d_inverse_norms) return;
-    if (a.d.offsets) norms(a, a.d.tokens, f.work.d_inverse_norms, 1, 1, a.d.total, 0, 0, a.d.stride_l, stream);
-    else norms(a, a.d.tokens, f.work.d_inverse_norms, a.own ? a.n_q : 1, a.n_c, a.d.l, a.d.stride_q, a.d.stride_n, a.d.stride_l, stream);
+    if (a.q.offsets) norms(a, a.q, f.work.q_norms, 1, 1, a.q.total, stream);
+    else norms(a, a.q, f.work.q_norms, 1, a.n_q, a.q.l, stream);
+    if (!f.work.d_norms) return;
+    if (a.d.offsets) norms(a, a.d, f.work.d_norms, 1, 1, a.d.total, stream);
+    else norms(a, a.d, f.work.d_norms, a.own ? a.n_q : 1, a.n_c, a.d.l, stream);
 }
 
 void launch_lengths(const Forward &f, Stream stream) {

@@ -1,7 +1,7 @@
 /* Forward for sm_80 and chips without a kernel of their own: cp.async and mma.sync.
  *
  * Four warps share a tile of 128 document tokens, 32 each (two m16), against N query tokens. The ring holds slabs, 128
- * tokens x 64 dims, 16 KB; three of them, so that two are in flight while one is multiplied. Slabs are swizzled: the
+ * tokens x 128 bytes, 16 KB; three of them, so that two are in flight while one is multiplied. Slabs are swizzled: the
  * 16 bytes of column c are at c ^ (row % 8), which keeps ldmatrix and cp.async free of bank conflicts.
  */
 #pragma once
@@ -14,7 +14,7 @@
 namespace latemax {
 namespace sm80 {
 
-constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 128, STAGES = 3, STAGE_BYTES = ROWS * 128, LEAST_COLUMNS = 32, MOST_COLUMNS = 64;
+constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 128, STAGES = 3, STAGE_BYTES = ROWS * SLAB_ROW, LEAST_COLUMNS = 32, MOST_COLUMNS = 64;
 
 inline int shared_bytes(const Plan &p, bool argmax) {
     const auto tables = [&](auto columns) {
@@ -29,6 +29,7 @@ inline int shared_bytes(const Plan &p, bool argmax) {
 __device__ inline uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 /* The loads, STAGES - 1 slabs ahead of the products, across the ends of tiles and documents. */
+template <class T>
 struct Loader {
     const Forward &f;
     Walk walk;
@@ -55,8 +56,8 @@ struct Loader {
     __device__ void load(uint32_t stage) {
         if (more) {
             const maxsim_args &a = f.a;
-            const uint16_t *from = static_cast<const uint16_t *>(a.d.tokens) + base;
-            const int chunk = thread % 8, column = slab * 64 + chunk * 8;
+            const auto *from = static_cast<const typename T::Stored *>(a.d.tokens) + base;
+            const int chunk = thread % 8, column = (slab * SLAB_ROW + chunk * 16) / BYTES<T>;
 #pragma unroll
             for (int i = 0; i < ROWS * 8 / THREADS; ++i) {
                 const int r = i * (THREADS / 8) + thread / 8;
@@ -74,22 +75,23 @@ struct Loader {
     }
 };
 
-/* A block's query tokens, slab by slab [N, 64]; columns without a token are zeros. */
-template <int N>
+/* A block's query tokens, slab by slab; those that are not there are zeros. */
+template <class T, int N>
 __device__ inline void load_queries(const Forward &f, int64_t block, uint32_t to, int thread) {
     const maxsim_args &a = f.a;
     for (int i = thread; i < f.plan.slabs * N * 8; i += THREADS) {
         const int chunk = i % 8, column = i / 8 % N, slab = i / 8 / N, p = column / f.plan.slot;
         const Segment segment = segment_of(f, block, p);
         const int token = segment.chunk * f.plan.slot + column % f.plan.slot;
-        const uint16_t *from = static_cast<const uint16_t *>(a.q.tokens);
-        bool there = p < f.plan.segments && segment.exists && slab * 64 + chunk * 8 < a.dim;
+        const auto *from = static_cast<const typename T::Stored *>(a.q.tokens);
+        const int first = (slab * SLAB_ROW + chunk * 16) / BYTES<T>;
+        bool there = p < f.plan.segments && segment.exists && first < a.dim;
         if (there) {
             const Query q = query_of(a, segment.query);
             there = token < q.length;
             if (there)
                 from += (a.q.offsets ? q.start * a.q.stride_l : segment.query * a.q.stride_n) + token * a.q.stride_l +
-                        slab * 64 + chunk * 8;
+                        first;
         }
         ptx::cp_async_16(to + slab * (N * 128) + swizzled(column, chunk), from, there ? 16 : 0);
     }
@@ -97,7 +99,7 @@ __device__ inline void load_queries(const Forward &f, int64_t block, uint32_t to
 
 /* acc[32, N] += one slab of documents times one of queries. */
 template <class T, int N>
-__device__ __forceinline__ void multiply(float (&acc)[2][N / 2], uint32_t documents, uint32_t queries, int steps, int lane) {
+__device__ __forceinline__ void multiply(typename T::Sum (&acc)[2][N / 2], uint32_t documents, uint32_t queries, int steps, int lane) {
     const int a_row = lane % 16, a_chunk = lane / 16, b_row = lane % 8 + lane / 16 * 8, b_chunk = lane / 8 % 2;
 #pragma unroll 1
     for (int k = 0; k < steps; ++k) {
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(THREADS, 2) forward(const __grid_constant__ Fo
     auto &tables = *reinterpret_cast<Tables<N, ARGMAX, WARPS> *>(shared + STAGES * STAGE_BYTES + f.plan.slabs * N * 128);
 
     Walk walk(f, ptx::block_index(), ptx::grid_size());
-    Loader loader(f, walk, thread);
+    Loader<T> loader(f, walk, thread);
     int stage = 0, buffer = 0;
     for (int s = 0; s < STAGES - 1; ++s) loader.load(ring + s * STAGE_BYTES);
 
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(THREADS, 2) forward(const __grid_constant__ Fo
     while (walk.next()) {
         if (walk.moved) {
             // the last queries are read no more: the barrier after the tiles came later
-            load_queries<N>(f, walk.block, queries, thread);
+            load_queries<T, N>(f, walk.block, queries, thread);
             ptx::cp_async_commit();
             ptx::cp_async_wait<0>();
             ptx::block_barrier();
@@ -165,18 +167,19 @@ __global__ void __launch_bounds__(THREADS, 2) forward(const __grid_constant__ Fo
         const Document document = document_of(f, owner_of(f, walk.block), walk.document);
         running.clear();
         for (int start = 0; start < document.length; start += ROWS) {
-            const bool plain = start + ROWS <= document.length && !a.d.mask && !a.normalize;
+            const bool plain = start + ROWS <= document.length && !a.d.mask && !f.d_factors;
             const int row = start + 32 * warp + lane / 4;
             float scales[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) scales[i] = plain ? 1.0f : row_scale(f, document, row + 8 * i);
-            float acc[2][N / 2] = {};
+            typename T::Sum acc[2][N / 2] = {};
             for (int slab = 0; slab < f.plan.slabs; ++slab) {
                 // this slab has arrived for every thread, and the one that is loaded next is read no more
                 ptx::cp_async_wait<STAGES - 2>();
                 ptx::block_barrier();
                 loader.load(ring + (stage + STAGES - 1) % STAGES * STAGE_BYTES);
-                const int left = static_cast<int>(a.dim) - 64 * slab, steps = left < 64 ? (left + 15) / 16 : 4;
+                const int left = static_cast<int>(a.dim) * BYTES<T> - SLAB_ROW * slab;
+                const int steps = left < SLAB_ROW ? (left + STEP - 1) / STEP : SLAB_ROW / STEP;
                 multiply<T, N>(acc, ring + stage * STAGE_BYTES + warp * 32 * 128, queries + slab * (N * 128), steps, lane);
                 stage = (stage + 1) % STAGES;
             }

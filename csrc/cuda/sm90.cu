@@ -10,11 +10,11 @@ namespace {
 TensorMap map_of(const maxsim_args &a, const void *base, uint64_t tokens, int64_t stride_l, uint64_t n, int64_t stride_n,
                  uint64_t m, int64_t stride_m, int rows) {
     const bool one_n = n <= 1 || stride_n == 0, one_m = m <= 1 || stride_m == 0;
-    const uint64_t row = tokens <= 1 ? 2 * a.dim : 2 * stride_l;
+    const uint64_t bytes = element_bytes(a), row = bytes * (tokens <= 1 ? a.dim : stride_l);
     // torch gives a tensor without elements the null address, which the encoder refuses; nothing is loaded from the other
-    return tensor_map(a.q.dtype == MAXSIM_BF16, base ? base : a.scores,
+    return tensor_map(a.q.dtype, base ? base : a.scores,
                       {static_cast<uint64_t>(a.dim), tokens ? tokens : 1, one_n ? 1 : n, one_m ? 1 : m},
-                      {row, one_n ? row : 2 * stride_n, one_m ? row : 2 * stride_m}, rows);
+                      {row, one_n ? row : bytes * stride_n, one_m ? row : bytes * stride_m}, rows);
 }
 TensorMap map_of_queries(const maxsim_args &a, int rows) {
     if (a.q.offsets) return map_of(a, a.q.tokens, a.q.total, a.q.stride_l, 1, 0, 1, 0, rows);
@@ -57,12 +57,13 @@ struct Launch90 {
     void run() const {
         with_types(f.a, Run90<BLOCKS, STEPS>{f, maps, stream});
     }
-    /* Steps of 16 dims in registers: whole slabs, and 96 dims. */
+    /* Steps in registers: whole slabs, and one and a half. */
     template <int BLOCKS>
     void of_blocks() const {
-        if (f.a.dim <= 64) run<BLOCKS, 4>();
-        else if (f.a.dim <= 96) run<BLOCKS, 6>();
-        else if (f.a.dim <= 128) run<BLOCKS, 8>();
+        const int64_t bytes = f.a.dim * element_bytes(f.a);
+        if (bytes <= 4 * STEP) run<BLOCKS, 4>();
+        else if (bytes <= 6 * STEP) run<BLOCKS, 6>();
+        else if (bytes <= 8 * STEP) run<BLOCKS, 8>();
         else run<BLOCKS, 0>();
     }
 };

@@ -6,7 +6,7 @@
  *     warpgroup 1   wgmma of a tile or of half the rows, while the maximum of the one before is taken
  *     warpgroup 2   the same for other query tokens
  *
- * Query tokens are the M operand: for dim <= 128 in registers, for more from shared memory. 128 document tokens are N, so
+ * Query tokens are the M operand: up to 256 bytes each in registers, longer ones from shared memory. 128 document tokens are N, so
  * that a maximum runs along a thread's own registers. Every warp sees every phase of the ring, in order.
  */
 #pragma once

@@ -13,7 +13,7 @@ __device__ inline uint64_t descriptor(uint32_t address) {
     return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-/* One warp of a warpgroup that holds BLOCKS x 64 query tokens: STEPS x 16 dims of them in registers, or with STEPS = 0 all
+/* One warp of a warpgroup that holds BLOCKS x 64 query tokens: STEPS x 32 bytes of each in registers, or with STEPS = 0 all
  * in shared memory. */
 template <class T, int BLOCKS, int STEPS, bool ARGMAX>
 struct Consumer {
@@ -67,13 +67,12 @@ struct Consumer {
         }
     }
 
-    /* Issues one part of 64 query tokens against a tile, as a group of its own; without REGISTERS its first COUNT_K x 16
-     * dims. */
+    /* Issues one part of 64 query tokens against a tile, as a group of its own; without REGISTERS its first COUNT_K steps. */
     template <int COUNT_K>
-    __device__ __forceinline__ void issue(Accumulator &acc, int b, int part) {
+    __device__ __forceinline__ void issue(Accumulator<T> &acc, int b, int part) {
         const uint64_t documents = descriptor(s.ring + ring.index * stage_slabs(f.plan) * SLAB_BYTES);
         ptx::wgmma_fence();
-        // 16 dims are 32 bytes of a row; descriptors count in 16 bytes
+        // a step is 32 bytes of a row; descriptors count in 16 bytes
         if constexpr (REGISTERS) {
 #pragma unroll
             for (int k = 0; k < STEPS; ++k)
@@ -87,11 +86,11 @@ struct Consumer {
         ptx::wgmma_commit();
     }
 
-    /* A tile against the first COUNT blocks; LAST: the steps of 16 dims in its last slab. While the maximum of block 0 is taken the tensor cores work on block 1, and
-     * while that of block 1 is, for the other warpgroup. */
+    /* A tile against the first COUNT blocks; LAST: the steps in its last slab. While the maximum of block 0 is taken the tensor
+     * cores work on block 1, and while that of block 1 is, for the other warpgroup. */
     template <int COUNT, int LAST>
     __device__ __forceinline__ void tile() {
-        Accumulator acc[COUNT ? COUNT : 1];
+        Accumulator<T> acc[COUNT ? COUNT : 1];
         Ring at = ring;
         const int parts = REGISTERS ? 1 : f.plan.slabs;
         // the steps of a slab are known here: a branch between wgmma would serialise them
@@ -113,14 +112,15 @@ struct Consumer {
         const Tile &tile = s.meta->tiles[at.index];
         const bool scaled = ptx::uniform(tile.scaled), last = ptx::uniform(tile.last);
         const int tokens = ptx::uniform(tile.tokens);
-        if (scaled) wait_scaled(at);
+        const float *scales = s.meta->scales[at.index];
+        if (scaled || CODES<T>) wait_scaled(at);
 #pragma unroll
         for (int b = 0; b < COUNT; ++b) {
             if (b < COUNT - 1) ptx::wgmma_wait<1>(acc[b]);
             else ptx::wgmma_wait<0>(acc[b]);
-            if (scaled) maxima[b].take_scaled(acc[b], tile.start, s.meta->scales[at.index], lane);
-            else if (tokens == TOKENS) maxima[b].take(acc[b], tile.start, lane);
-            else maxima[b].take_tail(acc[b], tile.start, tokens, lane);
+            if (scaled) maxima[b].take_scaled(acc[b], tile.start, scales, lane);
+            else if (tokens == TOKENS) maxima[b].take(acc[b], tile.start, scales, lane);
+            else maxima[b].take_tail(acc[b], tile.start, tokens, scales, lane);
         }
         if (last) store<COUNT>(tile);
         release(at);
@@ -141,7 +141,8 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void run() {
-        const int last = ptx::uniform((static_cast<int>(f.a.dim) - 64 * (f.plan.slabs - 1) + 15) / 16);
+        const int left = static_cast<int>(f.a.dim) * BYTES<T> - SLAB_ROW * (f.plan.slabs - 1);
+        const int last = ptx::uniform((left + STEP - 1) / STEP);
         if (REGISTERS || last == 4) loop<4>();
         else if (last == 3) loop<3>();
         else if (last == 2) loop<2>();

@@ -22,7 +22,7 @@ __device__ inline void load_queries(const Forward &f, const Shared &s, const Map
         const int row = static_cast<int>(query_of(a, segment.query).start) + segment.chunk * p.slot;
         const int query = a.q.offsets || a.q.stride_n == 0 ? 0 : static_cast<int>(segment.query);
         for (int slab = 0; slab < p.slabs; ++slab)
-            ptx::tensor_load(to + (slab * p.rows + i * p.slot) * 128, &maps.queries, full, 64 * slab, row, query, 0);
+            ptx::tensor_load(to + (slab * p.rows + i * p.slot) * 128, &maps.queries, full, p.columns * slab, row, query, 0);
     }
 }
 
@@ -30,6 +30,8 @@ __device__ inline void produce(const Forward &f, const Shared &s, const Maps &ma
     const maxsim_args &a = f.a;
     const Plan &p = f.plan;
     const int parts = parts_of(p), slabs = stage_slabs(p);
+    // codes have scales everywhere, and their consumers look for those that are left out only where there is a mask
+    const bool scaled = a.d.mask || (a.normalize && !f.d_factors), with_scales = scaled || f.d_factors;
     Ring ring(p.stages), buffers(p.query_buffers);
     /* A stage without a document's tokens. */
     const auto post = [&](const Tile &tile) {
@@ -77,16 +79,22 @@ __device__ inline void produce(const Forward &f, const Shared &s, const Maps &ma
         const int end = walk.until < ceil_div(length, TOKENS) ? walk.until * TOKENS : length;
         if (length == 0) post({DOCUMENT, 0, 0, 1, 0, NONE, 0, walk.block, walk.document, -1});
         int first = a.d.mask ? NONE : 0;
+        // a tile ahead: the copy of a tile would wait for its scales to come from memory
+        float next[TOKENS / 32];
+        if (with_scales)
+#pragma unroll
+            for (int i = 0; i < TOKENS / 32; ++i)
+                next[i] = row_scale(f, document, walk.from * TOKENS + 32 * i + lane);
         for (int start = walk.from * TOKENS; start < end; start += TOKENS) {
             const int tokens = end - start < TOKENS ? end - start : TOKENS;
-            const int scaled = a.normalize || a.d.mask;
-            float kept[TOKENS / 32];
-            if (scaled) {
+            float scales[TOKENS / 32];
+            if (with_scales) {
 #pragma unroll
                 for (int i = 0; i < TOKENS / 32; ++i) {
                     const int token = start + 32 * i + lane;
-                    kept[i] = document_keeps(a, document, token) ? 1.0f : -1.0f;
-                    if (kept[i] > 0 && token < first) first = token;
+                    scales[i] = next[i];
+                    next[i] = row_scale(f, document, token + TOKENS);
+                    if (!(scales[i] < 0) && token < first) first = token;
                 }
                 if (a.d.mask)
                     for (int mask = 16; mask > 0; mask /= 2) {
@@ -98,9 +106,9 @@ __device__ inline void produce(const Forward &f, const Shared &s, const Maps &ma
                 const uint32_t full = Shared::at(s.meta->full[ring.index]);
                 ptx::mbarrier_wait(Shared::at(s.meta->empty[ring.index]), ring.lap - 1);
                 // with the last part, which consumers keep until they have taken the maximum
-                if (scaled && part == parts - 1)
+                if (with_scales && part == parts - 1)
 #pragma unroll
-                    for (int i = 0; i < TOKENS / 32; ++i) s.meta->scales[ring.index][32 * i + lane] = kept[i];
+                    for (int i = 0; i < TOKENS / 32; ++i) s.meta->scales[ring.index][32 * i + lane] = scales[i];
                 if ((part == 0 || part == parts - 1) && lane == 0)
                     s.meta->tiles[ring.index] = {TILE,  tokens, start,      start + TOKENS >= end, scaled,
                                                  first, 0,      walk.block, walk.document,         piece};
@@ -110,7 +118,7 @@ __device__ inline void produce(const Forward &f, const Shared &s, const Maps &ma
                     ptx::mbarrier_arrive_expect(full, slabs * rows * 128);
                     for (int slab = 0; slab < slabs; ++slab) {
                         const uint32_t to = s.ring + (ring.index * slabs + slab) * SLAB_BYTES;
-                        const int column = 64 * (part + slab), from = static_cast<int>(document.start) + start;
+                        const int column = p.columns * (part + slab), from = static_cast<int>(document.start) + start;
                         if (rows == TOKENS) ptx::tensor_load(to, &maps.documents, full, column, from, number, along);
                         else
                             for (int row = 0; row < rows; row += TAIL_BOX)
@@ -124,7 +132,25 @@ __device__ inline void produce(const Forward &f, const Shared &s, const Maps &ma
     post({STOP, 0, 0, 0, 0, NONE, 0, 0, 0, -1});
 }
 
-/* Inverse norms from the tile in shared memory; a lane has one of its 64 tokens. */
+/* sum and the squares of 16 bytes of elements. */
+template <class T>
+__device__ __forceinline__ float add_squares(T, const char *from, float sum) {
+    const auto x = ptx::load_packet<typename T::Stored>(from);
+#pragma unroll
+    for (const auto stored : x.values) {
+        const float value = ptx::to_float(T{}, stored);
+        sum += value * value;
+    }
+    return sum;
+}
+__device__ __forceinline__ int32_t add_squares(I8, const char *from, int32_t sum) {
+    const auto x = ptx::load_packet<int32_t>(from);
+#pragma unroll
+    for (const int32_t four : x.values) sum = ptx::add_squares(four, sum);
+    return sum;
+}
+
+/* What makes the tokens of a tile in shared memory unit vectors; a lane has one of its 64 tokens. */
 template <class T>
 __device__ inline void scale(const Forward &f, const Shared &s, int warp, int lane) {
     const Plan &p = f.plan;
@@ -133,7 +159,7 @@ __device__ inline void scale(const Forward &f, const Shared &s, int warp, int la
     for (;;) {
         ptx::mbarrier_wait(Shared::at(s.meta->full[ring.index]), ring.lap);
         const int kind = s.meta->tiles[ring.index].kind, tokens = s.meta->tiles[ring.index].tokens;
-        float sum = 0;
+        typename T::Sum sum = 0;
         for (int part = 0; part < (kind == TILE ? parts : 1); ++part) {
             if (part) ptx::mbarrier_wait(Shared::at(s.meta->full[ring.index]), ring.lap);
             const int row = 32 * warp + lane;
@@ -141,20 +167,12 @@ __device__ inline void scale(const Forward &f, const Shared &s, int warp, int la
                 const char *line = s.memory + ring.index * slabs * SLAB_BYTES + row * 128;
                 for (int slab = 0; slab < slabs; ++slab)
 #pragma unroll
-                    for (int chunk = 0; chunk < 8; ++chunk) {
-                        const ptx::Eight x = ptx::load_eight(line + slab * SLAB_BYTES + ((chunk ^ (row & 7)) << 4));
-#pragma unroll
-                        for (int i = 0; i < 8; ++i) {
-                            const float value = ptx::to_float(T{}, x.values[i]);
-                            sum += value * value;
-                        }
-                    }
+                    for (int chunk = 0; chunk < 8; ++chunk)
+                        sum = add_squares(T{}, line + slab * SLAB_BYTES + ((chunk ^ (row & 7)) << 4), sum);
                 float &out = s.meta->scales[ring.index][row];
-                if (part == parts - 1 && out > 0) {
-                    const float norm = sqrtf(sum);
-                    // not fmaxf, which would hide a NaN
-                    out = 1.0f / (norm < 1e-12f ? 1e-12f : norm);
-                }
+                // 1 or the scale of a code; negative: left out
+                if (part == parts - 1 && !(out < 0))
+                    out = CODES<T> ? unit_factor(sqrtf(static_cast<float>(sum)), out) : unit_factor(sqrtf(sum));
             }
             Shared::arrive(s.meta->scaled[ring.index], lane);
             Shared::arrive(s.meta->empty[ring.index], lane);

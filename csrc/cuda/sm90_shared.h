@@ -12,12 +12,13 @@ namespace latemax {
 namespace sm90 {
 
 constexpr int THREADS = 384, TOKENS = 64, LEAST_ROWS = 64, MOST_ROWS = 256;
-constexpr int SLAB_BYTES = TOKENS * 128;  // 64 tokens x 64 dims, 8 KB
+constexpr int SLAB_BYTES = TOKENS * SLAB_ROW;  // of 64 tokens, 8 KB
 constexpr int REGISTER_SLABS = 2;         // up to which the query tokens stay in registers
 constexpr int TAIL_BOX = 16;              // the last tokens of a document are copied in boxes of so many
 constexpr int MOST_STAGES = 12, MOST_QUERY_BUFFERS = 2, TABLES = 2, NORM_WARPS = 2;
 // 168 registers a thread are there at the start (65,536 / 384); what warpgroup 0 gives, the others take
-constexpr int HELPER_REGISTERS = 72, CONSUMER_REGISTERS = 216;
+constexpr int HELPER_REGISTERS = 88, CONSUMER_REGISTERS = 208;
+static_assert(HELPER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
 
 /* What a stage of the ring holds. TILE: document tokens. DOCUMENT: an empty document. QUERIES: from here on another query
  * block. STOP: nothing more. */
@@ -62,7 +63,8 @@ inline int shared_bytes(const Plan &p) {
 /* The clocks of a tile on one multiprocessor: of the tensor cores, or of reading it while all others read too, at 13 bytes a
  * clock (3 TB/s). */
 inline int64_t tile_clocks(const Plan &p) {
-    const int64_t dims = 64 * p.slabs, multiply = p.rows * p.tile * dims / 2048, read = p.tile * dims * 2 / 13;
+    // codes take half the bytes of half precision, and are multiplied twice as fast
+    const int64_t bytes = SLAB_ROW * p.slabs, multiply = p.rows * p.tile * bytes / 4096, read = p.tile * bytes / 13;
     return multiply > read ? multiply : read;
 }
 

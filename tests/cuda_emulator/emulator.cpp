@@ -54,11 +54,11 @@ struct Barrier {
 };
 
 struct Product {
-    float *d[128];
+    void *d[128];
     const uint32_t *registers[128];  // of A, read when the product is made: they must not change before
     uint64_t a, b;
     int accumulate, n;
-    bool bf16;
+    emulator::Type type;
 };
 struct Products {
     std::vector<Product> open;
@@ -126,19 +126,18 @@ char *at(uint32_t address, size_t bytes) {
 }
 
 void land(const Load &load) {
+    const int bytes = load.map.bytes;
     for (int row = 0; row < load.map.rows; ++row)
-        for (int column = 0; column < 64; ++column) {
-            uint16_t value = 0;
+        for (int column = 0; column < 128 / bytes; ++column) {
             const int64_t x[4] = {load.at[0] + column, load.at[1] + row, load.at[2], load.at[3]};
             bool inside = true;
             for (int i = 0; i < 4; ++i) inside &= x[i] >= 0 && x[i] < static_cast<int64_t>(load.map.sizes[i]);
-            if (inside) {
-                int64_t offset = 2 * x[0];
-                for (int i = 0; i < 3; ++i) offset += x[i + 1] * static_cast<int64_t>(load.map.strides[i]);
-                memcpy(&value, load.map.base + offset, 2);
-            }
-            const uint32_t plain = load.to + row * 128 + column * 2;
-            memcpy(at(plain ^ (plain >> 7 & 7) << 4, 2), &value, 2);
+            int64_t offset = bytes * x[0];
+            for (int i = 0; i < 3; ++i) offset += x[i + 1] * static_cast<int64_t>(load.map.strides[i]);
+            const uint32_t plain = load.to + row * 128 + column * bytes;
+            char *to = at(plain ^ (plain >> 7 & 7) << 4, bytes);
+            if (inside) memcpy(to, load.map.base + offset, bytes);
+            else memset(to, 0, bytes);
         }
     Barrier &barrier = mbarriers.at(load.barrier);
     barrier.bytes -= load.map.rows * 128;
@@ -150,23 +149,30 @@ void land(const Load &load) {
 }
 
 void multiply(const Product &p) {
-    static float a[64][16], b[16][256];
-    for (int k = 0; k < 16; ++k) {
+    // 32 bytes of each row; sums of the products of 32 codes are exact in float
+    static float a[64][32], b[32][256];
+    const int each = p.type == emulator::TYPE_I8 ? 2 : 1;  // elements in two bytes
+    for (int i = 0; i < 16; ++i) {
         for (int m = 0; m < 64; ++m) {
-            const int thread = m / 16 * 32 + m % 8 * 4 + k % 8 / 2, index = m % 16 / 8 + k / 8 * 2;
-            a[m][k] = p.registers[0] ? emulator::widen(p.registers[thread][index] >> k % 2 * 16 & 0xffff, p.bf16)
-                                     : emulator::element(p.a, m, k, p.bf16);
+            const int thread = m / 16 * 32 + m % 8 * 4 + i % 8 / 2, index = m % 16 / 8 + i / 8 * 2;
+            emulator::unpack(p.registers[0] ? p.registers[thread][index] >> i % 2 * 16 & 0xffff : emulator::pair(p.a, m, 2 * i),
+                             p.type, &a[m][each * i]);
         }
-        for (int n = 0; n < p.n; ++n) b[k][n] = emulator::element(p.b, n, k, p.bf16);
+        for (int n = 0; n < p.n; ++n) {
+            float values[2];
+            emulator::unpack(emulator::pair(p.b, n, 2 * i), p.type, values);
+            for (int k = 0; k < each; ++k) b[each * i + k][n] = values[k];
+        }
     }
     for (int m = 0; m < 64; ++m) {
         float line[256] = {};
-        for (int k = 0; k < 16; ++k)
+        for (int k = 0; k < 16 * each; ++k)
             for (int n = 0; n < p.n; ++n) line[n] += a[m][k] * b[k][n];
         for (int n = 0; n < p.n; ++n) {
-            const int thread = m / 16 * 32 + m % 8 * 4 + n % 8 / 2;
-            float &d = p.d[thread][n / 8 * 4 + m % 16 / 8 * 2 + n % 2];
-            d = p.accumulate ? d + line[n] : line[n];
+            const int thread = m / 16 * 32 + m % 8 * 4 + n % 8 / 2, at = n / 8 * 4 + m % 16 / 8 * 2 + n % 2;
+            const auto add = [&](auto &d, auto sum) { d = p.accumulate ? d + sum : sum; };
+            if (p.type == emulator::TYPE_I8) add(static_cast<int32_t *>(p.d[thread])[at], static_cast<int32_t>(line[n]));
+            else add(static_cast<float *>(p.d[thread])[at], line[n]);
         }
     }
 }
@@ -321,23 +327,25 @@ void tensor_load(uint32_t to, const TensorMap &map, uint32_t barrier, const int 
 }
 
 struct Issued {
-    float *d;
+    void *d;
     const uint32_t *registers;
     uint64_t a, b;
     int accumulate, n;
-    bool bf16;
+    Type type;
 };
-void wgmma(float *d, const uint32_t *registers, uint64_t a, uint64_t b, int accumulate, int n, bool bf16) {
-    Issued mine{d, registers, a, b, accumulate, n, bf16};
+void wgmma(void *d, const uint32_t *registers, uint64_t a, uint64_t b, int accumulate, int n, Type type) {
+    Issued mine{d, registers, a, b, accumulate, n, type};
     meet("wgmma", current / 128 * 128, 128, &mine, [](void **all) {
         const Issued &first = *static_cast<Issued *>(all[0]);
-        Product p{{}, {}, first.a, first.b, first.accumulate, first.n, first.bf16};
+        Product p{{}, {}, first.a, first.b, first.accumulate, first.n, first.type};
         for (int i = 0; i < 128; ++i) {
             const Issued &x = *static_cast<Issued *>(all[i]);
             if (x.a != first.a || x.b != first.b || x.accumulate != first.accumulate) fail("wgmma: the warpgroup disagrees");
             p.d[i] = x.d, p.registers[i] = x.registers;
-            // an accumulator that is read too early is NaN
-            if (!x.accumulate) std::fill(x.d, x.d + x.n / 2, NAN);
+            // an accumulator that is read too early is NaN, or greater than any sum
+            if (x.accumulate) continue;
+            if (x.type == TYPE_I8) std::fill_n(static_cast<int32_t *>(x.d), x.n / 2, 0x7f000000);
+            else std::fill_n(static_cast<float *>(x.d), x.n / 2, NAN);
         }
         products[current / 128 * 128].open.push_back(p);
         ++products_;

@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "cuda/elements.h"
+
 #define __device__
 #define __host__
 #define __global__
@@ -17,14 +19,11 @@
 
 namespace latemax {
 
-struct F16 {};
-struct BF16 {};
-
-/* The arguments of cuTensorMapEncodeTiled. */
+/* The arguments of cuTensorMapEncodeTiled; bytes of an element. */
 struct TensorMap {
     const char *base;
     uint64_t sizes[4], strides[3];
-    int rows;
+    int rows, bytes;
 };
 
 namespace emulator {
@@ -46,15 +45,21 @@ void mbarrier_init(uint32_t barrier, int arrivals);
 void mbarrier_arrive(uint32_t barrier, uint32_t bytes);
 void mbarrier_wait(uint32_t barrier, uint32_t lap);
 void tensor_load(uint32_t to, const TensorMap &map, uint32_t barrier, const int (&at)[4]);
-/* One of `registers` and `a` holds the left operand. */
-void wgmma(float *d, const uint32_t *registers, uint64_t a, uint64_t b, int accumulate, int n, bool bf16);
+enum Type { TYPE_F16, TYPE_BF16, TYPE_I8 };
+inline Type type_of(F16) { return TYPE_F16; }
+inline Type type_of(BF16) { return TYPE_BF16; }
+inline Type type_of(I8) { return TYPE_I8; }
+/* One of `registers` and `a` holds the left operand. d: 32-bit floats, or integers for codes. */
+void wgmma(void *d, const uint32_t *registers, uint64_t a, uint64_t b, int accumulate, int n, Type type);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
 float widen(uint16_t x, bool bf16);
 uint16_t narrow(float x, bool bf16);
-float element(uint64_t descriptor, int row, int k, bool bf16);
-void mma(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16);
+/* Two bytes of an operand as elements from k on: one of half precision or two codes. */
+void unpack(uint16_t pair, Type type, float *to);
+uint16_t pair(uint64_t descriptor, int row, int at);
+void mma(void *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Type type);
 void ldmatrix(uint32_t (&r)[4], uint32_t from);
 void may_yield();
 
@@ -148,6 +153,7 @@ inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 inline float max_nan(float x, float y) { return x != x || y != y ? NAN : x > y ? x : y; }
 inline float to_float(F16, uint16_t x) { return emulator::widen(x, false); }
 inline float to_float(BF16, uint16_t x) { return emulator::widen(x, true); }
+inline float to_float(I8, int8_t x) { return x; }
 
 inline uint16_t from_float(F16, float x) { return emulator::narrow(x, false); }
 inline uint16_t from_float(BF16, float x) { return emulator::narrow(x, true); }
@@ -163,14 +169,20 @@ inline void store_words(void *to, const uint32_t (&x)[COUNT]) {
     memcpy(to, x, sizeof x);
 }
 
-struct Eight {
-    uint16_t values[8];
+template <class T>
+struct Packet {
+    T values[16 / sizeof(T)];
 };
-inline Eight load_eight(const char *from) {
+template <class T>
+inline Packet<T> load_packet(const char *from) {
     if (reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("a 16-byte access that is not aligned");
-    Eight x;
+    Packet<T> x;
     memcpy(&x, from, 16);
     return x;
+}
+inline int add_squares(int x, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += static_cast<int8_t>(x >> i) * static_cast<int8_t>(x >> i);
+    return sum;
 }
 
 inline void cp_async_16(uint32_t to, const void *from, int bytes) { emulator::cp_async(to, from, bytes); }
@@ -180,8 +192,10 @@ inline void cp_async_wait() {
     emulator::cp_async_wait(PENDING);
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t from) { emulator::ldmatrix(r, from); }
-inline void mma(BF16, float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { emulator::mma(c, a, b0, b1, true); }
-inline void mma(F16, float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { emulator::mma(c, a, b0, b1, false); }
+template <class T>
+inline void mma(T type, typename T::Sum *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulator::mma(c, a, b0, b1, emulator::type_of(type));
+}
 
 inline void mbarrier_init(uint32_t barrier, int arrivals) { emulator::mbarrier_init(barrier, arrivals); }
 inline void mbarrier_init_fence() {}
@@ -202,8 +216,8 @@ template <int PENDING>
 inline void wgmma_wait() {
     emulator::wgmma_wait(PENDING);
 }
-template <int PENDING, int COUNT>
-inline void wgmma_wait(float (&)[COUNT]) {
+template <int PENDING, class Sum, int COUNT>
+inline void wgmma_wait(Sum (&)[COUNT]) {
     emulator::wgmma_wait(PENDING);
 }
 

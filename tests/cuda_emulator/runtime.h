@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "maxsim.h"
 #include "ptx.h"
 
 namespace latemax {
@@ -47,16 +48,17 @@ void launch(void (*kernel)(Parameters...), int blocks, int threads, int shared, 
     emulator::run([&] { kernel(arguments...); }, blocks, threads, shared);
 }
 
-inline TensorMap tensor_map(bool, const void *base, const uint64_t (&sizes)[4], const uint64_t (&strides)[3], int rows) {
+inline TensorMap tensor_map(maxsim_dtype dtype, const void *base, const uint64_t (&sizes)[4], const uint64_t (&strides)[3],
+                            int rows) {
     // the rules of cuTensorMapEncodeTiled that a caller can break
     if (!base) throw std::runtime_error("tensor map: null base");
     if (reinterpret_cast<uintptr_t>(base) % 16) throw std::runtime_error("tensor map: base not aligned to 16 bytes");
-    TensorMap map{static_cast<const char *>(base), {}, {}, rows};
+    TensorMap map{static_cast<const char *>(base), {}, {}, rows, dtype == MAXSIM_I8 ? BYTES<I8> : BYTES<F16>};
     for (int i = 0; i < 4; ++i) {
         if (sizes[i] == 0 || sizes[i] > uint64_t{1} << 32) throw std::runtime_error("tensor map: size out of range");
         map.sizes[i] = sizes[i];
     }
-    if (strides[0] < 2 * sizes[0]) throw std::runtime_error("tensor map: tokens overlap");
+    if (strides[0] < map.bytes * sizes[0]) throw std::runtime_error("tensor map: tokens overlap");
     for (int i = 0; i < 3; ++i) {
         if (strides[i] == 0 || strides[i] % 16 || strides[i] >= uint64_t{1} << 40)
             throw std::runtime_error("tensor map: stride out of range");

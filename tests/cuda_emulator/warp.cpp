@@ -36,38 +36,47 @@ uint16_t narrow(float x, bool bf16) {
     return sign | static_cast<uint16_t>((bits + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
-/* The element of a K-major operand, rows of 128 bytes swizzled by 128 bytes. */
-float element(uint64_t descriptor, int row, int k, bool bf16) {
+void unpack(uint16_t pair, Type type, float *to) {
+    if (type == TYPE_I8) to[0] = static_cast<int8_t>(pair), to[1] = static_cast<int8_t>(pair >> 8);
+    else to[0] = widen(pair, type == TYPE_BF16);
+}
+
+/* The two bytes from `at` on of a row of a K-major operand, rows of 128 bytes swizzled by 128 bytes. */
+uint16_t pair(uint64_t descriptor, int row, int at) {
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) fail("wgmma: not the 128-byte swizzle");
     const uint32_t start = (descriptor & 0x3fff) << 4, step = (descriptor >> 32 & 0x3fff) << 4;
-    const uint32_t plain = start + row / 8 * step + row % 8 * 128 + k * 2;
-    return widen(shared_u16(plain ^ (plain >> 7 & 7) << 4), bf16);
+    const uint32_t plain = start + row / 8 * step + row % 8 * 128 + at;
+    return shared_u16(plain ^ (plain >> 7 & 7) << 4);
 }
 
 struct Fragments {
-    float *c;
+    void *c;
     const uint32_t *a;
     uint32_t b[2];
-    bool bf16;
+    Type type;
 };
-void mma(float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16) {
-    Fragments mine{c, a, {b0, b1}, bf16};
+void mma(void *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Type type) {
+    Fragments mine{c, a, {b0, b1}, type};
     meet("mma", thread() / 32 * 32, 32, &mine, [](void **all) {
-        float a[16][16], b[16][8];
+        const bool codes = static_cast<Fragments *>(all[0])->type == TYPE_I8;
+        const int each = codes ? 2 : 1, steps = 16 * each;  // elements in two bytes, and of a row
+        float a[16][32], b[8][32];
         for (int lane = 0; lane < 32; ++lane) {
             const Fragments &f = *static_cast<Fragments *>(all[lane]);
             const int g = lane / 4, t = lane % 4;
             for (int half = 0; half < 2; ++half) {
                 for (int i = 0; i < 4; ++i)
-                    a[g + i % 2 * 8][2 * t + half + i / 2 * 8] = widen(f.a[i] >> 16 * half & 0xffff, f.bf16);
-                for (int i = 0; i < 2; ++i) b[2 * t + half + i * 8][g] = widen(f.b[i] >> 16 * half & 0xffff, f.bf16);
+                    unpack(f.a[i] >> 16 * half & 0xffff, f.type, &a[g + i % 2 * 8][each * (2 * t + half + i / 2 * 8)]);
+                for (int i = 0; i < 2; ++i) unpack(f.b[i] >> 16 * half & 0xffff, f.type, &b[g][each * (2 * t + half + i * 8)]);
             }
         }
         for (int lane = 0; lane < 32; ++lane) {
-            float *c = static_cast<Fragments *>(all[lane])->c;
+            void *c = static_cast<Fragments *>(all[lane])->c;
             for (int i = 0; i < 4; ++i) {
                 const int m = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
-                for (int k = 0; k < 16; ++k) c[i] += a[m][k] * b[k][n];
+                for (int k = 0; k < steps; ++k)
+                    if (codes) static_cast<int32_t *>(c)[i] += static_cast<int32_t>(a[m][k] * b[n][k]);
+                    else static_cast<float *>(c)[i] += a[m][k] * b[n][k];
             }
         }
     });

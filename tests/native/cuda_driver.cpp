@@ -29,7 +29,7 @@ namespace {
 
 struct Case {
     int n_q, n_c, l_q, l_d, dim;
-    bool own, ragged, argmax, masked, normalize, backward = false;
+    bool own, ragged, argmax, masked, normalize, backward = false, codes = false;
 };
 
 std::vector<Case> cases() {
@@ -48,6 +48,12 @@ std::vector<Case> cases() {
                 if (n_q < 400 || (dim == 128 && form != 1))
                     all.push_back({n_q, 3, l_q, form % 2 ? 700 : 130, dim, form == 1 || form == 3, form > 1, true, dim == 256,
                                    form > 1, true});
+    // 8-bit codes: one, one and a half and two slabs in registers, more with half a step in the last, and a long ring
+    for (int dim : {128, 192, 256, 272, 1536})
+        for (const auto &[n_q, l_q] : {std::pair{3, 40}, {9, 32}, {2, 200}})
+            for (int form = 2; form < 6; ++form)
+                all.push_back({n_q, 3, l_q, form % 2 ? 300 : 130, dim, form == 4, form == 2 || form == 5, form != 2,
+                               form == 3 || form == 5, form > 3, false, true});
     return all;
 }
 
@@ -95,11 +101,40 @@ std::vector<uint16_t> tokens(size_t count, std::mt19937 &random) {
     return out;
 }
 
-double inverse_norm(const uint16_t *token, int dim) {
+double inverse_norm(const double *token, int dim) {
     double sum = 0;
-    for (int k = 0; k < dim; ++k) sum += static_cast<double>(widen(token[k])) * widen(token[k]);
+    for (int k = 0; k < dim; ++k) sum += token[k] * token[k];
     return 1 / std::fmax(std::sqrt(sum), 1e-12);
 }
+double inverse_norm(const uint16_t *token, int dim) {
+    std::vector<double> values(token, token + dim);
+    for (int k = 0; k < dim; ++k) values[k] = widen(token[k]);
+    return inverse_norm(values.data(), dim);
+}
+
+/* One side of a forward pass on the device, and the numbers that it means. */
+struct Numbers {
+    const void *tokens;
+    const float *scales = nullptr;
+    std::vector<double> values;
+
+    Numbers(int64_t rows, int dim, bool codes, std::mt19937 &random) : values(rows * dim) {
+        if (!codes) {
+            const auto halves = ::tokens(values.size(), random);
+            for (size_t i = 0; i < values.size(); ++i) values[i] = widen(halves[i]);
+            tokens = to_device(halves);
+            return;
+        }
+        std::vector<int8_t> integers(values.size());
+        std::vector<float> factors(rows);
+        for (float &x : factors) x = static_cast<float>(random() % 1000 + 1) / 5000;
+        for (size_t i = 0; i < values.size(); ++i) {
+            integers[i] = static_cast<int8_t>(static_cast<int>(random() % 255) - 127);
+            values[i] = static_cast<double>(factors[i / dim]) * integers[i];
+        }
+        tokens = to_device(integers), scales = to_device(factors);
+    }
+};
 
 /* The largest relative error of a score; a wrong argmax or a score that was not written is an error of 1. */
 double run(const Case &c, int capability) {
@@ -108,16 +143,16 @@ double run(const Case &c, int capability) {
     std::vector<int64_t> offsets{0};
     for (int i = 0; i < documents; ++i) offsets.push_back(offsets.back() + (c.ragged ? (i % 3 ? c.l_d - 37 * (i % 3) : c.l_d) : c.l_d));
     const int64_t rows = offsets.back();
-    const auto q = tokens(static_cast<size_t>(c.n_q) * c.l_q * c.dim, random), d = tokens(rows * c.dim, random);
+    const Numbers q(static_cast<int64_t>(c.n_q) * c.l_q, c.dim, c.codes, random), d(rows, c.dim, c.codes, random);
     std::vector<uint8_t> keep(rows, 1);
     for (int64_t i = 0; c.masked && i < rows; ++i) keep[i] = random() % 10 != 0;
 
     maxsim_args a{};
     a.n_q = c.n_q, a.n_c = c.n_c, a.dim = c.dim, a.own = c.own, a.normalize = c.normalize, a.empty_score = -1;
-    a.q.tokens = to_device(q), a.q.dtype = a.d.dtype = MAXSIM_BF16;
+    a.q.tokens = q.tokens, a.q.scale = q.scales, a.q.dtype = a.d.dtype = c.codes ? MAXSIM_I8 : MAXSIM_BF16;
     a.q.n = c.n_q, a.q.l = c.l_q, a.q.total = c.n_q * c.l_q;
     a.q.stride_n = c.l_q * c.dim, a.q.stride_l = c.dim, a.q.stride_k = 1;
-    a.d.tokens = to_device(d), a.d.n = c.n_c, a.d.l = c.l_d, a.d.total = rows;
+    a.d.tokens = d.tokens, a.d.scale = d.scales, a.d.n = c.n_c, a.d.l = c.l_d, a.d.total = rows;
     a.d.stride_q = c.own ? static_cast<int64_t>(c.n_c) * c.l_d * c.dim : 0;
     a.d.stride_n = c.l_d * c.dim, a.d.stride_l = c.dim, a.d.stride_k = 1;
     if (c.ragged) a.d.offsets = to_device(offsets);
@@ -140,13 +175,14 @@ double run(const Case &c, int capability) {
             const int document = c.own ? i * c.n_c + n : n;
             double sum = 0;
             for (int t = 0; t < c.l_q; ++t) {
-                const uint16_t *x = &q[(static_cast<size_t>(i) * c.l_q + t) * c.dim];
+                const double *x = &q.values[(static_cast<size_t>(i) * c.l_q + t) * c.dim];
                 double best = -INFINITY;
                 std::vector<double> similarities;
                 for (int64_t row = offsets[document]; row < offsets[document + 1]; ++row) {
                     double dot = 0;
-                    for (int k = 0; k < c.dim; ++k) dot += static_cast<double>(widen(x[k])) * widen(d[row * c.dim + k]);
-                    if (c.normalize) dot *= inverse_norm(x, c.dim) * inverse_norm(&d[row * c.dim], c.dim);
+                    const double *y = &d.values[row * c.dim];
+                    for (int k = 0; k < c.dim; ++k) dot += x[k] * y[k];
+                    if (c.normalize) dot *= inverse_norm(x, c.dim) * inverse_norm(y, c.dim);
                     similarities.push_back(keep[row] ? dot : -INFINITY);
                     best = std::fmax(best, similarities.back());
                 }
@@ -255,7 +291,7 @@ double run_backward(const Case &c) {
 
 std::string name(const Case &c) {
     char text[200];
-    snprintf(text, sizeof text, "%sdim %d, %d x %d query tokens, %d documents of %d%s%s%s%s%s", c.backward ? "gradient, " : "", c.dim, c.n_q, c.l_q, c.n_c, c.l_d,
+    snprintf(text, sizeof text, "%sdim %d, %d x %d query tokens, %d documents of %d%s%s%s%s%s", c.backward ? "gradient, " : c.codes ? "codes, " : "", c.dim, c.n_q, c.l_q, c.n_c, c.l_d,
              c.own ? ", own" : "", c.ragged ? ", ragged" : "", c.argmax ? ", argmax" : "", c.masked ? ", masked" : "",
              c.normalize ? ", normalize" : "");
     return text;

@@ -9,15 +9,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
+
+#include "../elements.h"
 #ifdef LATEMAX_WATCHDOG
 #include <stdio.h>
 #endif
 
 namespace latemax {
-
-/* Element types, by name: tokens are moved as 16-bit patterns and multiplied by the tensor cores. */
-struct F16 {};
-struct BF16 {};
 
 using TensorMap = CUtensorMap;
 
@@ -66,6 +64,7 @@ __device__ inline float max_nan(float x, float y) {
 
 __device__ inline float to_float(F16, uint16_t x) { return __half2float(__ushort_as_half(x)); }
 __device__ inline float to_float(BF16, uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
+__device__ inline float to_float(I8, int8_t x) { return x; }
 
 __device__ inline uint16_t from_float(F16, float x) { return __half_as_ushort(__float2half_rn(x)); }
 __device__ inline uint16_t from_float(BF16, float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
@@ -86,11 +85,17 @@ __device__ inline void store_words(void *to, const uint32_t (&x)[4]) {
     *static_cast<uint4 *>(to) = make_uint4(x[0], x[1], x[2], x[3]);
 }
 
-/* Eight elements of a row in shared memory, by one access. */
-struct __align__(16) Eight {
-    uint16_t values[8];
+/* 16 bytes of a row in shared memory, by one access. */
+template <class T>
+struct __align__(16) Packet {
+    T values[16 / sizeof(T)];
 };
-__device__ inline Eight load_eight(const char *from) { return *reinterpret_cast<const Eight *>(from); }
+template <class T>
+__device__ inline Packet<T> load_packet(const char *from) {
+    return *reinterpret_cast<const Packet<T> *>(from);
+}
+/* sum and the squares of the four signed bytes of x. */
+__device__ inline int add_squares(int x, int sum) { return __dp4a(x, x, sum); }
 
 /* 16 bytes from global to shared memory; with bytes = 0 nothing is read and zeros are written. */
 __device__ inline void cp_async_16(uint32_t to, const void *from, int bytes) {
@@ -109,7 +114,7 @@ __device__ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t from) {
                  : "memory");
 }
 
-/* c[16, 8] += a[16, 16] b[16, 8], fragments of one warp. */
+/* c[16, 8] += a[16, 32 bytes] b[32 bytes, 8], fragments of one warp. */
 __device__ inline void mma(BF16, float *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -122,6 +127,14 @@ __device__ inline void mma(F16, float *c, const uint32_t (&a)[4], uint32_t b0, u
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline void mma(I8, int32_t *c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
@@ -204,12 +217,14 @@ template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
+__device__ __forceinline__ void read_next(float &x) { asm volatile("" : "+f"(x)::"memory"); }
+__device__ __forceinline__ void read_next(int32_t &x) { asm volatile("" : "+r"(x)::"memory"); }
 /* Names the accumulators that are read next, so that the compiler moves no reading of them before the wait. */
-template <int PENDING, int COUNT>
-__device__ __forceinline__ void wgmma_wait(float (&d)[COUNT]) {
+template <int PENDING, class Sum, int COUNT>
+__device__ __forceinline__ void wgmma_wait(Sum (&d)[COUNT]) {
     wgmma_wait<PENDING>();
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+    for (int i = 0; i < COUNT; ++i) read_next(d[i]);
 }
 
 }  // namespace ptx

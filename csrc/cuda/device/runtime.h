@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "../../maxsim.h"
 #include "ptx.h"
 
 namespace latemax {
@@ -88,9 +89,10 @@ void launch(void (*kernel)(Parameters...), int blocks, int threads, int shared, 
     check(cudaGetLastError(), "launch");
 }
 
-/* A tensor of 16-bit elements, innermost axis first and dense; strides are in bytes. Boxes are `rows` of 64 elements,
- * swizzled by 128 bytes. */
-inline TensorMap tensor_map(bool bf16, const void *base, const uint64_t (&sizes)[4], const uint64_t (&strides)[3], int rows) {
+/* A tensor of half precision or 8-bit codes, innermost axis first and dense; strides are in bytes. Boxes are `rows` of 128
+ * bytes, swizzled by 128 bytes. */
+inline TensorMap tensor_map(maxsim_dtype dtype, const void *base, const uint64_t (&sizes)[4], const uint64_t (&strides)[3],
+                            int rows) {
     using Encode = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                                 const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -106,11 +108,15 @@ inline TensorMap tensor_map(bool bf16, const void *base, const uint64_t (&sizes)
     TensorMap map;
     const cuuint64_t dims[4] = {sizes[0], sizes[1], sizes[2], sizes[3]};
     const cuuint64_t steps[3] = {strides[0], strides[1], strides[2]};
-    const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(rows), 1, 1}, element[4] = {1, 1, 1, 1};
-    const CUresult status = encode(
-        &map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, const_cast<void *>(base),
-        dims, steps, box, element, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const bool codes = dtype == MAXSIM_I8;
+    const CUtensorMapDataType type = codes                  ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                     : dtype == MAXSIM_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    const cuuint32_t columns = SLAB_ROW / (codes ? BYTES<I8> : BYTES<F16>);
+    const cuuint32_t box[4] = {columns, static_cast<cuuint32_t>(rows), 1, 1}, element[4] = {1, 1, 1, 1};
+    const CUresult status =
+        encode(&map, type, 4, const_cast<void *>(base), dims, steps, box, element, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled refused: CUresult " + std::to_string(status));
     return map;
 }

@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels (csrc/cuda): float16 and bfloat16, where the extension was built.
+"""The CUDA C++ kernels (csrc/cuda), where the extension was built: float16, bfloat16, and 8-bit codes with each other.
 
-The backward is theirs too, or Triton's where ``no_gradient`` says why.
+The backward is theirs too, or Triton's where ``no_gradient`` says why; codes have none.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def most_dims(capability: int) -> int:
+def most_dims(capability: int, itemsize: int = 2) -> int:
     """The largest dim at which a tile of queries fits in shared memory next to the ring of document tiles."""
     shared = SHARED_MEMORY.get(capability, SMALLEST_SHARED_MEMORY)
-    # sm_90: 128 query tokens, two stages of 8 KB, 12 KB of tables and barriers; else 64, three of 16 KB, 4.2 KB
-    left = (shared - 16384 - 12288) // 256 if capability == 90 else (shared - 49152 - 4200) // 128
-    return left // 64 * 64
+    # bytes of a query token. sm_90: 128 of them, two stages of 8 KB, 12 KB of tables and barriers; else 64, three of
+    # 16 KB, 4.2 KB
+    left = (shared - 16384 - 12288) // 128 if capability == 90 else (shared - 49152 - 4200) // 64
+    return left // 128 * 128 // itemsize
 
 
 def why_not(p: Problem, by_name: bool) -> str:
@@ -72,28 +73,34 @@ def why_not(p: Problem, by_name: bool) -> str:
     arch = capability(p.device)
     if arch < 80:
         return f"compute capability {arch / 10} is below 8.0"
-    if p.d_codes:
-        return "codes are Triton's: the CUDA kernels take none"
-    if p.q_dtype != p.d_dtype or p.q_dtype not in DTYPES:
+    if "binary" in (p.q_codes, p.d_codes):
+        return "the CUDA kernels take 8-bit codes, not 1-bit ones"
+    if p.d_codes and not p.q_codes:
+        return f"the CUDA kernels take 8-bit codes of d only with those of q, not with q of {p.q_dtype}"
+    if not p.d_codes and (p.q_dtype != p.d_dtype or p.q_dtype not in DTYPES):
         return f"the CUDA kernels take q and d both float16 or both bfloat16, not {p.q_dtype} and {p.d_dtype}"
     if p.weighted or p.mean:
         return "the CUDA kernels take neither weights nor the mean of query tokens"
-    if p.dim % 8:
-        return f"the CUDA kernels copy 16 bytes at a time: dim must be a multiple of 8, not {p.dim}"
-    if p.dim > most_dims(arch):
-        return f"the CUDA kernels keep whole query tokens in shared memory: dim up to {most_dims(arch)} here"
+    itemsize = p.q_dtype.itemsize
+    if p.dim * itemsize % 16:
+        return f"the CUDA kernels copy 16 bytes at a time: dim must be a multiple of {16 // itemsize}, not {p.dim}"
+    if p.dim > most_dims(arch, itemsize):
+        return f"the CUDA kernels keep whole query tokens in shared memory: dim up to {most_dims(arch, itemsize)} here"
     if not by_name and not _faster(p):
         return "backend='cuda' can run this too, but was not timed against Triton"
     return ""
 
 
 def _faster(p: Problem) -> str:
-    return tiles.cuda_faster(p.dim, triton.query_rows(p), capability(p.device))
+    # the table is of half precision
+    return "" if p.d_codes else tiles.cuda_faster(p.dim, triton.query_rows(p), capability(p.device))
 
 
 def plan(p: Problem, by_name: bool) -> Plan:
     why = _faster(p) or "asked for by name; auto takes Triton, against which this was not timed"
-    if p.q_ragged or p.dim > MOST_GRADIENT_DIMS:
+    if p.d_codes:
+        gradient = "codes have no gradient"
+    elif p.q_ragged or p.dim > MOST_GRADIENT_DIMS:
         gradient = "Triton's kernels compute the gradient, from the recorded argmax"
     elif by_name:
         gradient = "these kernels compute the gradient too; their backward has never run on a GPU"
@@ -110,8 +117,8 @@ def _rows(x: Tensor) -> Tensor:
     """``x`` as the copy engines take it: contiguous dims, every token at a multiple of 16 bytes, no two tokens that
     overlap. Copies where that does not hold."""
     x = x.resolve_neg() if x.is_neg() else x
-    strides = x.stride()
-    taken = strides[-1] == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides[:-1])
+    strides, packet = x.stride(), 16 // x.element_size()
+    taken = strides[-1] == 1 and x.data_ptr() % 16 == 0 and all(stride % packet == 0 for stride in strides[:-1])
     # an axis of size 1 may have any stride; expanded and sliding views overlap, which a tensor map cannot express
     taken = taken and (strides[-2] >= x.shape[-1] or x.shape[-2] <= 1)
     # not contiguous(), which returns a contiguous x itself, however it is aligned
@@ -130,7 +137,7 @@ def forward(b: Batch, plan: Plan, out: Outputs) -> None:
         # no program owns the rows after the last offset
         out.argmax.fill_(-1)
     with pointers.on(device):
-        call = pointers.forward_call(b, out)
+        call = (*pointers.forward_call(b, out), *pointers.codes(b))
         needed = _cuda.scratch_bytes(index, capability, *call)
         scratch = b.q.tokens.new_empty(needed, dtype=torch.uint8) if needed else None
         _cuda.forward(index, _stream(device), capability, pointers.address(scratch), *call)
