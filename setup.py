@@ -27,6 +27,7 @@ COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # GCC 12 warns about its own headers (-Wmaybe-uninitialized) and about vector arguments of inlined functions (-Wpsabi)
 COMMON += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+AMX = [*AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 # each level is compiled for its own instructions and chosen at run time; all other files run on any processor
 LEVELS = {
     "level_avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -35,7 +36,8 @@ LEVELS = {
     "codes_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "codes_avx512": AVX512,
     "codes_avx512_vnni": [*AVX512, "-mavx512vnni", "-mavx512vpopcntdq"],
-    "level_amx_bf16": [*AVX512, "-mamx-tile", "-mamx-bf16"],
+    "codes_amx_int8": AMX,
+    "level_amx_bf16": AMX,
 }
 
 
@@ -157,8 +159,8 @@ class BuildExt(build_ext):
             try:
                 return one(obj, src, suffix, cc_args, [*postargs, *extra], pp_opts)
             except CompileError:
-                # GCC before 11 lacks the flags: compiled without them, this level is empty
-                if Path(src).stem != "level_amx_bf16":
+                # GCC before 11 lacks the flags: compiled without them, these files are empty
+                if extra != AMX:
                     raise
                 return one(obj, src, suffix, cc_args, postargs, pp_opts)
 

@@ -14,21 +14,26 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+VNNI = ["-mavx512vnni", "-mavx512vpopcntdq"]
+TILES = ["-include", ROOT / "tests/native/tiles.h"]
+CPUINFO = Path("/proc/cpuinfo")
+FEATURES = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
+HAS_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= FEATURES
+HAS_VNNI = HAS_AVX512 and {"avx512_vnni", "avx512_vpopcntdq"} <= FEATURES
+# The AMX level runs on every processor: the tests emulate its tile registers, and without AVX-512 the compiler makes
+# its vectors of shorter ones. Optimised, these would compile for minutes instead of seconds.
+PIECES = ["-O0"]
 LEVELS = {
     "level_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "level_avx512": AVX512,
     "level_avx512_bf16": [*AVX512, "-mavx512bf16"],
     "codes_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "codes_avx512": AVX512,
-    "codes_avx512_vnni": [*AVX512, "-mavx512vnni", "-mavx512vpopcntdq"],
-    # with tile registers emulated by the tests, so that every processor runs this level
-    "level_amx_bf16": ["-include", ROOT / "tests/native/tiles.h"],
-    "levels": ["-include", ROOT / "tests/native/tiles.h"],
+    "codes_avx512_vnni": [*AVX512, *VNNI] if HAS_VNNI else PIECES,
+    "codes_amx_int8": [*TILES, *(AVX512 if HAS_AVX512 else PIECES)],
+    "level_amx_bf16": [*TILES, *(AVX512 if HAS_AVX512 else PIECES)],
+    "levels": TILES,
 }
-# Without AVX-512 the vectors of the AMX level are compiled in pieces, which takes 12 s instead of 2 s.
-CPUINFO = Path("/proc/cpuinfo")
-if CPUINFO.exists() and {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= set(CPUINFO.read_text().split()):
-    LEVELS["level_amx_bf16"] += AVX512
 COMPILER = shutil.which("g++")
 
 

@@ -29,7 +29,7 @@ LATEMAX_INLINE vi pairs(vi x, vi y) {
     return (vi)_mm512_madd_epi16((__m512i)x, (__m512i)y);
 #elif defined(__AVX2__)
     return (vi)_mm256_madd_epi16((__m256i)x, (__m256i)y);
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && LATEMAX_LANES == 4
     return (vi)_mm_madd_epi16((__m128i)x, (__m128i)y);
 #else
     return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
@@ -50,7 +50,6 @@ struct SixteenBits {
     static LATEMAX_INLINE vf total(vi sum) { return to_float(sum); }
 };
 
-#if defined(__AVX2__)
 /* Rows hold code + 128, without a sign. */
 struct EightBits {
     static constexpr Form FORM = I8;
@@ -62,13 +61,15 @@ struct EightBits {
         return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)broadcast(row), (__m512i)q);
 #elif defined(__AVX512BW__)
         return sum + pairs((vi)_mm512_maddubs_epi16((__m512i)broadcast(row), (__m512i)q), vi{} + 0x10001);
-#else
+#elif defined(__AVX2__)
         return sum + pairs((vi)_mm256_maddubs_epi16((__m256i)broadcast(row), (__m256i)q), vi{} + 0x10001);
+#else
+        for (int i = 0; i < 4; ++i) sum += (int32_t)(uint8_t)row[i] * (q << (24 - 8 * i) >> 24);
+        return sum;
 #endif
     }
     static LATEMAX_INLINE vf total(vi sum) { return to_float(sum); }
 };
-#endif
 
 /* Sums are the bits that differ; without an instruction that counts in 32 bits, counted in bytes, at most 31 times 8. */
 struct Bits {
@@ -141,110 +142,47 @@ LATEMAX_INLINE void block(const vi *panel, const vi *extra, const char *const (&
         for (int v = 0; v < V; ++v) out[u][v] = Op::total(sum[u][v]);
 }
 
-/* The products of rows j .. j + U without the rows' factors. */
-template <class Op, int U, int V>
-LATEMAX_INLINE void products(const vi *panel, const Rows &rows, int64_t j, int64_t dim, vf (&out)[U][V]) {
-    const char *row[U];
-#pragma GCC unroll 32
-    for (int u = 0; u < U; ++u) row[u] = row_at(rows, within(rows, j + u));
-    const int64_t steps = steps_of(Op::FORM, dim);
-    const vi *extra = panel + steps * V;
-    const char *next = rows.prefetch + j * rows.prefetch_stride;
-    const int64_t lines = rows.prefetch ? (U * rows.prefetch_stride + 4 * steps - 1) / (4 * steps) : 0;
-    block<Op>(panel, extra, row, 0, steps < Op::BLOCK ? steps : Op::BLOCK, lines, next, out);
-    constexpr bool FACTORS = Op::FORM == I16;
-#pragma GCC unroll 32
-    for (int u = 0; u < U; ++u)
-#pragma GCC unroll 4
-        for (int v = 0; FACTORS && v < V; ++v) out[u][v] *= (vf)extra[v];
-    if constexpr (Op::BLOCK < MOST_CODE_DIMS)
-        for (int64_t k = Op::BLOCK, b = V; k < steps; k += Op::BLOCK, b += V) {
-            vf more[U][V];
-            block<Op>(panel, extra, row, k, steps < k + Op::BLOCK ? steps : k + Op::BLOCK, lines, next, more);
-#pragma GCC unroll 32
-            for (int u = 0; u < U; ++u)
-#pragma GCC unroll 4
-                for (int v = 0; v < V; ++v) out[u][v] += FACTORS ? more[u][v] * (vf)extra[b + v] : more[u][v];
-        }
-#pragma GCC unroll 32
-    for (int u = 0; u < U; ++u)
-#pragma GCC unroll 4
-        for (int v = 0; Op::FORM == BITS && v < V; ++v) out[u][v] = (float)dim - 2.0f * out[u][v];
-}
+/* The products of rows j .. j + U, without the rows' factors. */
+template <class Op>
+struct Integers {
+    using Vector = vi;
 
-template <class Op, int U, int V, bool ARGMAX>
-LATEMAX_INLINE void code_tile(const vi *panel, const Rows &rows, int64_t j, int64_t dim, vf (&best)[V], vi (&at)[V]) {
-    vf s[U][V];
-    products<Op>(panel, rows, j, dim, s);
-    fold<U, V, ARGMAX>(s, rows, j, best, at);
-}
-
-template <class Op, int U, int TAIL, int V, bool ARGMAX>
-void code_run(const vi *panel, const Rows &rows, int64_t dim, float *best_out, int32_t *at_out) {
-    vf best[V];
-    vi at[V] = {};
-    std::memcpy(&best, best_out, sizeof best);
-    if (ARGMAX) std::memcpy(&at, at_out, sizeof at);
-    int64_t j = 0;
-    for (; j + U <= rows.count; j += U) code_tile<Op, U, V, ARGMAX>(panel, rows, j, dim, best, at);
-    for (; j < rows.count; j += TAIL) code_tile<Op, TAIL, V, ARGMAX>(panel, rows, j, dim, best, at);
-    std::memcpy(best_out, &best, sizeof best);
-    if (ARGMAX) std::memcpy(at_out, &at, sizeof at);
-}
-
-/* The similarity lies within `radius` times a factor of the query token. An infinite radius times that is no NaN: the
- * factor is not 0. */
-template <class Op, int U, int V>
-LATEMAX_INLINE void bound_tile(const vi *panel, const Rows &rows, int64_t j, int64_t dim, const vf (&factor)[V],
-                               vf (&lower)[V], vf (&upper)[V]) {
-    vf s[U][V];
-    products<Op>(panel, rows, j, dim, s);
+    template <int U, int V>
+    static LATEMAX_INLINE void products(const vi *panel, const Rows &rows, int64_t j, int64_t dim, vf (&out)[U][V]) {
+        const char *row[U];
 #pragma GCC unroll 32
-    for (int u = 0; u < U; ++u) {
-        const int64_t i = within(rows, j + u);
+        for (int u = 0; u < U; ++u) row[u] = row_at(rows, within(rows, j + u));
+        const int64_t steps = steps_of(Op::FORM, dim);
+        const vi *extra = panel + steps * V;
+        const char *next = rows.prefetch + j * rows.prefetch_stride;
+        const int64_t lines = rows.prefetch ? (U * rows.prefetch_stride + 4 * steps - 1) / (4 * steps) : 0;
+        block<Op>(panel, extra, row, 0, steps < Op::BLOCK ? steps : Op::BLOCK, lines, next, out);
+        constexpr bool FACTORS = Op::FORM == I16;
+#pragma GCC unroll 32
+        for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-            const vf x = s[u][v] * rows.scale[i];
-            lower[v] = greater(x - factor[v] * rows.radius[i], lower[v]);
-            upper[v] = greater(x + factor[v] * rows.radius[i], upper[v]);
-        }
+            for (int v = 0; FACTORS && v < V; ++v) out[u][v] *= (vf)extra[v];
+        if constexpr (Op::BLOCK < MOST_CODE_DIMS)
+            for (int64_t k = Op::BLOCK, b = V; k < steps; k += Op::BLOCK, b += V) {
+                vf more[U][V];
+                block<Op>(panel, extra, row, k, steps < k + Op::BLOCK ? steps : k + Op::BLOCK, lines, next, more);
+#pragma GCC unroll 32
+                for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; ++v) out[u][v] += FACTORS ? more[u][v] * (vf)extra[b + v] : more[u][v];
+            }
+#pragma GCC unroll 32
+        for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+            for (int v = 0; Op::FORM == BITS && v < V; ++v) out[u][v] = (float)dim - 2.0f * out[u][v];
     }
-}
+};
 
-template <class Op, int U, int TAIL, int V>
-void bound_run(const vi *panel, const Rows &rows, int64_t dim, float *lower_out, float *upper_out) {
-    vf lower[V], upper[V], factor[V];
-    std::memcpy(&lower, lower_out, sizeof lower);
-    std::memcpy(&upper, upper_out, sizeof upper);
-    const int64_t steps = steps_of(Op::FORM, dim);
-    std::memcpy(&factor, panel + (steps + extra_of(Op::FORM, steps) - 1) * V, sizeof factor);
-    int64_t j = 0;
-    for (; j + U <= rows.count; j += U) bound_tile<Op, U, V>(panel, rows, j, dim, factor, lower, upper);
-    for (; j < rows.count; j += TAIL) bound_tile<Op, TAIL, V>(panel, rows, j, dim, factor, lower, upper);
-    std::memcpy(lower_out, &lower, sizeof lower);
-    std::memcpy(upper_out, &upper, sizeof upper);
-}
-
-template <class Op, int U, int TAIL, int V>
-void code_run_with(const void *panel, const Rows &rows, int64_t dim, float *best, int32_t *at) {
-    const vi *p = static_cast<const vi *>(panel);
-    at ? code_run<Op, U, TAIL, V, true>(p, rows, dim, best, at) : code_run<Op, U, TAIL, V, false>(p, rows, dim, best, at);
-}
-
-/* As run_any. */
+/* A Bounds. */
 template <class Op, int SUMS, int TAIL, int BLOCK>
-void codes_any(const void *panel, int vectors, const Rows &rows, int64_t dim, float *best, int32_t *at) {
-    if (vectors == 1) return code_run_with<Op, 8, 8, 1>(panel, rows, dim, best, at);
-    if (vectors == 2) return code_run_with<Op, SUMS / 2, TAIL, 2>(panel, rows, dim, best, at);
-    code_run_with<Op, SUMS / BLOCK, (2 * TAIL + BLOCK - 1) / BLOCK, BLOCK>(panel, rows, dim, best, at);
-}
-
-template <class Op, int SUMS, int TAIL, int BLOCK>
-void bounds_any(const void *panel, int vectors, const Rows &rows, int64_t dim, float *lower, float *upper) {
-    const vi *p = static_cast<const vi *>(panel);
-    if (vectors == 1) return bound_run<Op, 8, 8, 1>(p, rows, dim, lower, upper);
-    if (vectors == 2) return bound_run<Op, SUMS / 2, TAIL, 2>(p, rows, dim, lower, upper);
-    bound_run<Op, SUMS / BLOCK, (2 * TAIL + BLOCK - 1) / BLOCK, BLOCK>(p, rows, dim, lower, upper);
+void bounds(const void *panel, int vectors, const Rows &rows, int64_t dim, float *lower, float *upper,
+            const float *factor) {
+    run_any<Op, SUMS, TAIL, BLOCK, Limits>(panel, vectors, rows, dim, lower, upper, factor);
 }
 
 }  // namespace

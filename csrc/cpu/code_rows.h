@@ -7,14 +7,17 @@ LATEMAX_INLINE int32_t total(vi x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_epi32((__m512i)x);
 #else
+    int32_t sum = 0;
 #if defined(__AVX2__)
     const __m128i half = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    int32_t lane[4];
 #else
     const vi half = x;
+    int32_t lane[LATEMAX_LANES];
 #endif
-    int32_t lane[4];
     std::memcpy(lane, &half, sizeof lane);
-    return (lane[0] + lane[1]) + (lane[2] + lane[3]);
+    for (int32_t one : lane) sum += one;
+    return sum;
 #endif
 }
 
@@ -72,9 +75,8 @@ LATEMAX_INLINE int32_t int8_to_i16(const char *from, int64_t dim, char *to) {
     return squares;
 }
 
-#if defined(__AVX2__)
-/* Adds 128. */
-template <bool NORM>
+/* Adds 128. WRITE: else only the sum of squares. */
+template <bool WRITE, bool NORM>
 LATEMAX_INLINE int32_t int8_to_i8(const char *from, int64_t dim, char *to) {
     vi sum = {};
     int64_t k = 0;
@@ -85,18 +87,22 @@ LATEMAX_INLINE int32_t int8_to_i8(const char *from, int64_t dim, char *to) {
         if (NORM) sum = (vi)_mm512_dpbusd_epi32((__m512i)sum, size, size);
         return _mm512_xor_si512(x, sign);
     };
-    for (; k + 64 <= dim; k += 64) _mm512_storeu_si512(to + k, take(_mm512_loadu_si512(from + k)));
+    for (; k + 64 <= dim; k += 64) {
+        const __m512i above = take(_mm512_loadu_si512(from + k));
+        if (WRITE) _mm512_storeu_si512(to + k, above);
+    }
     if (k < dim) {
         /* zeros add nothing; a masked store takes many cycles */
         alignas(64) char last[64];
         _mm512_store_si512(last, take(_mm512_maskz_loadu_epi8(((__mmask64)1 << (dim - k)) - 1, from + k)));
-        std::memcpy(to + k, last, (dim - k + 3) / 4 * 4);
+        if (WRITE) std::memcpy(to + k, last, (dim - k + 3) / 4 * 4);
     }
     return NORM ? total(sum) : 0;
 #else
+#if defined(__AVX2__)
     for (; k + 32 <= dim; k += 32) {
         const __m256i x = load<__m256i>(from + k), above = _mm256_xor_si256(x, _mm256_set1_epi8((char)0x80));
-        std::memcpy(to + k, &above, 32);
+        if (WRITE) std::memcpy(to + k, &above, 32);
 #if defined(__AVX512BW__)
         const vi wide = (vi)_mm512_cvtepi8_epi16(x);
         if (NORM) sum += pairs(wide, wide);
@@ -106,40 +112,41 @@ LATEMAX_INLINE int32_t int8_to_i8(const char *from, int64_t dim, char *to) {
         if (NORM) sum += pairs(low, low) + pairs(high, high);
 #endif
     }
+#endif
     int32_t squares = NORM ? total(sum) : 0;
     for (; k < dim; ++k) {
-        to[k] = from[k] ^ (char)0x80;
+        if (WRITE) to[k] = from[k] ^ (char)0x80;
         if (NORM) squares += (signed char)from[k] * (signed char)from[k];
     }
-    for (; k % 4; ++k) to[k] = 0;
+    for (; WRITE && k % 4; ++k) to[k] = 0;
     return squares;
 #endif
 }
-#endif
 
 template <class Row>
 LATEMAX_INLINE void each_row(const Codes &c, int64_t first, int64_t n, int32_t *squares, Row row) {
-    const int64_t bytes = 4 * steps_of(c.form, c.dim), dim = c.dim, stride = c.stride;
+    const int64_t bytes = c.to ? 4 * steps_of(c.form, c.dim) : 0, dim = c.dim, stride = c.stride;
     const char *from = c.base + (c.gather ? 0 : first * stride);
     char *to = c.to + first * bytes;
     for (int64_t i = 0; i < n; ++i, to += bytes)
         squares[i] = row(from + (c.gather ? c.gather[first + i] : i) * stride, dim, to);
 }
 
-/* Writes n rows; squares [n]. */
+/* Writes n rows, unless they are in place; squares [n]. */
 inline void write_rows(const Codes &c, int64_t first, int64_t n, int32_t *squares) {
     const bool norm = c.normalize || c.radius;
     auto copied = [](const char *x, int64_t dim, char *to) { return copy_bits(x, dim, to); };
     auto signs = [](const char *x, int64_t dim, char *to) { return bits_to_i16(x, dim, to); };
     auto wide = [](const char *x, int64_t dim, char *to) { return int8_to_i16<false>(x, dim, to); };
     auto wide_norm = [](const char *x, int64_t dim, char *to) { return int8_to_i16<true>(x, dim, to); };
+    auto up = [](const char *x, int64_t dim, char *to) { return int8_to_i8<true, false>(x, dim, to); };
+    auto up_norm = [](const char *x, int64_t dim, char *to) { return int8_to_i8<true, true>(x, dim, to); };
+    auto only_norm = [](const char *x, int64_t dim, char *to) { return int8_to_i8<false, true>(x, dim, to); };
+    if (!c.to && c.form == BITS) return;
+    if (!c.to) return norm ? each_row(c, first, n, squares, only_norm) : void();
     if (c.form == BITS) return each_row(c, first, n, squares, copied);
     if (c.from == MAXSIM_BITS) return each_row(c, first, n, squares, signs);
-#if defined(__AVX2__)
-    auto up = [](const char *x, int64_t dim, char *to) { return int8_to_i8<false>(x, dim, to); };
-    auto up_norm = [](const char *x, int64_t dim, char *to) { return int8_to_i8<true>(x, dim, to); };
     if (c.form == I8) return norm ? each_row(c, first, n, squares, up_norm) : each_row(c, first, n, squares, up);
-#endif
     norm ? each_row(c, first, n, squares, wide_norm) : each_row(c, first, n, squares, wide);
 }
 
@@ -152,7 +159,7 @@ inline void rewrite(const Codes &c) {
     const float inf = __builtin_inff();
     for (int64_t first = 0; first < c.count; first += 64) {
         const int64_t n = c.count - first < 64 ? c.count - first : 64;
-        if (c.to) write_rows(c, first, n, squares);
+        write_rows(c, first, n, squares);
         for (int64_t i = 0; norms && i < n; i += LATEMAX_LANES) {
             vf_any *const scale = reinterpret_cast<vf_any *>(c.scale + first + i);
             const vf given = *scale;

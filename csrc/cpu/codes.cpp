@@ -91,7 +91,7 @@ CodeToken pack_float(const maxsim_args &args, const Level &level, Form form, con
         lane.put_extra(radius, 1.0f);
         return {0, 0, false};
     }
-    const double step = top / level.codes->i8_most;
+    const double step = top / level.codes->i8.most;
     double apart = 0;
     long sum = 0;
     for (int64_t k = 0; k < args.dim; ++k) {
@@ -99,12 +99,13 @@ CodeToken pack_float(const maxsim_args &args, const Level &level, Form form, con
         lane.put8(k, code), sum += code;
         apart += (x[k] - code * step) * (x[k] - code * step);
     }
-    lane.put_extra(0, static_cast<int32_t>(-128 * sum));
+    lane.put_extra(0, static_cast<int32_t>(-level.codes->i8.offset * sum));
     lane.put_extra(radius, rounded_up(norm / step * (1 + 1e-9)));
     return {step / divisor, std::sqrt(apart) / norm, false};
 }
 
-CodeToken pack_int8(const maxsim_args &args, Form form, const Lane &lane, const int8_t *x, double scale, double error) {
+CodeToken pack_int8(const maxsim_args &args, const Level &level, Form form, const Lane &lane, const int8_t *x,
+                    double scale, double error) {
     long sum = 0, squares = 0;
     for (int64_t k = 0; k < args.dim; ++k) {
         const int code = scale == 0 ? 0 : x[k];
@@ -112,7 +113,7 @@ CodeToken pack_int8(const maxsim_args &args, Form form, const Lane &lane, const 
         sum += code, squares += code * code;
     }
     const int64_t radius = extra_of(form, lane.steps) - 1;
-    if (form == I8) lane.put_extra(0, static_cast<int32_t>(-128 * sum));
+    if (form == I8) lane.put_extra(0, static_cast<int32_t>(-level.codes->i8.offset * sum));
     for (int64_t b = 0; form == I16 && b < radius; ++b) lane.put_extra(b, 1.0f);
     const double norm = std::sqrt(static_cast<double>(squares)), length = scale * norm;
     if (!args.upper) return {!args.normalize ? scale : length < EPS ? scale / EPS : 1 / norm, 0, false};
@@ -135,7 +136,7 @@ double element(const maxsim_args &args, const char *row, int64_t k) {
 Form form_of(const maxsim_args &args, const Level &level) {
     if (is_code(args.d.dtype)) {
         if (args.q.dtype == MAXSIM_BITS) return BITS;
-        const int most = level.codes->i8_most;
+        const int most = level.codes->i8.most;
         return args.d.dtype == MAXSIM_I8 && (args.q.dtype == MAXSIM_I8 ? most == 127 : args.coarse && most) ? I8 : I16;
     }
     const bool bf16 = args.q.dtype == MAXSIM_BF16 && args.d.dtype == MAXSIM_BF16 && args.d.stride_k == 1;
@@ -156,7 +157,7 @@ CodeToken pack_codes(const maxsim_args &args, const Level &level, Form form, int
         return {args.normalize ? scale / std::max(length, static_cast<double>(EPS)) : scale, 0, zero};
     }
     if (args.q.dtype == MAXSIM_I8)
-        return pack_int8(args, form, lane, reinterpret_cast<const int8_t *>(x), from.scale[token],
+        return pack_int8(args, level, form, lane, reinterpret_cast<const int8_t *>(x), from.scale[token],
                          from.error ? from.error[token] : 0);
     widen_row(level, args.q.dtype, x, args.q.stride_k, args.dim, wide);
     return pack_float(args, level, form, lane, wide);
@@ -207,7 +208,9 @@ void read_codes(const maxsim_args &args, const Level &level, Form form, const It
     const float norm_of_bits = std::sqrt(static_cast<float>(args.dim));
     level.codes->rewrite({args.d.dtype, form, rows.base, rows.stride, rows.gather, rows.count, dim, to, args.normalize != 0,
                           norm_of_bits, rows.scale, rows.radius, query_error, rounding});
-    rows.prefetch = rows.base + (rows.gather ? rows.gather[rows.count - 1] + 1 : rows.count) * rows.stride;
+    /* of rows that nothing has read yet a tile prefetches the next itself */
+    if (form != I8 || read_first(args, form, to))
+        rows.prefetch = rows.base + (rows.gather ? rows.gather[rows.count - 1] + 1 : rows.count) * rows.stride;
     if (to) rows.base = to, rows.stride = 4 * steps_of(form, dim), rows.gather = nullptr;
 }
 

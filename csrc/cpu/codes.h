@@ -13,6 +13,11 @@ inline int64_t row_dims(const maxsim_args &args, Form form) {
     return form == I16 && args.d.dtype == MAXSIM_BITS ? (args.dim + 7) / 8 * 8 : args.dim;
 }
 
+/* Whether rows are read before they are multiplied: rewritten, or for their norms. */
+inline bool read_first(const maxsim_args &args, Form form, bool rewritten) {
+    return rewritten || (form == I8 && (args.normalize || args.upper));
+}
+
 /* 4-byte steps of a lane of the panel, and what follows them. */
 inline int64_t panel_height(const maxsim_args &args, Form form) {
     const int64_t steps = steps_of(form, row_dims(args, form));

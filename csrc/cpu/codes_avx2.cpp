@@ -6,7 +6,7 @@
 
 namespace latemax {
 const CodeLevel codes_avx2 = {
-    codes_any<SixteenBits, 8, 2, 4>, codes_any<EightBits, 8, 2, 4>, 63, codes_any<Bits, 8, 2, 4>,
-    bounds_any<SixteenBits, 8, 2, 4>, bounds_any<EightBits, 8, 2, 4>, rewrite};
+    scores<Integers<SixteenBits>, 8, 2, 4>, scores<Integers<Bits>, 8, 2, 4>, bounds<Integers<SixteenBits>, 8, 2, 4>,
+    {scores<Integers<EightBits>, 8, 2, 4>, bounds<Integers<EightBits>, 8, 2, 4>, 63, 128}, rewrite};
 }
 #endif

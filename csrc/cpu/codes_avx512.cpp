@@ -6,7 +6,7 @@
 
 namespace latemax {
 const CodeLevel codes_avx512 = {
-    codes_any<SixteenBits, 24, 4, 2>, codes_any<EightBits, 24, 4, 2>, 63, codes_any<Bits, 24, 4, 2>,
-    bounds_any<SixteenBits, 24, 4, 2>, bounds_any<EightBits, 24, 4, 2>, rewrite};
+    scores<Integers<SixteenBits>, 24, 4, 2>, scores<Integers<Bits>, 24, 4, 2>, bounds<Integers<SixteenBits>, 24, 4, 2>,
+    {scores<Integers<EightBits>, 24, 4, 2>, bounds<Integers<EightBits>, 24, 4, 2>, 63, 128}, rewrite};
 }
 #endif

@@ -5,6 +5,6 @@
 
 namespace latemax {
 const CodeLevel codes_portable = {
-    codes_any<SixteenBits, 12, 3, 2>, nullptr, 0, codes_any<Bits, 12, 3, 2>,
-    bounds_any<SixteenBits, 12, 3, 2>, nullptr, rewrite};
+    scores<Integers<SixteenBits>, 12, 3, 2>, scores<Integers<Bits>, 12, 3, 2>, bounds<Integers<SixteenBits>, 12, 3, 2>,
+    {nullptr, nullptr, 0, 0}, rewrite};
 }

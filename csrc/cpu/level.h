@@ -13,7 +13,7 @@ constexpr float EPS = 1e-12f;
 /* What a row and a lane of the panel hold: 4 bytes are one step. Codes are rewritten to one of the last three.
  *
  *     I16   2 dims: int8 codes, or bits as +1 and -1, by query tokens of 16 bits
- *     I8    4 dims: int8 codes + 128, by query tokens of 8 bits
+ *     I8    4 dims: int8 codes + Bytes::offset, by query tokens of 8 bits
  *     BITS  32 dims */
 enum Form { F32, BF16, I16, I8, BITS };
 /* The steps of I16 whose sums fit in 32 bits: 256 x 32767 x 127 < 2^31. Query tokens have a factor for each. */
@@ -39,7 +39,7 @@ struct Rows {
     const int32_t *number;   /* the token number of each row, or NULL: first, first + 1, ... */
     const char *prefetch;    /* memory to prefetch while these rows are multiplied; NULL: the following rows */
     int64_t prefetch_stride; /* bytes of it to prefetch per row */
-    char *scratch;           /* scratch for 32 bfloat16 rows of dim + 32 elements, or NULL */
+    char *scratch;           /* for rows in place: room for 32 rows, each with 64 bytes more */
     float *scale;            /* 1 / max(norm, EPS) of each row, which multiplies its similarities; or NULL */
     int64_t first, count;
     bool dense;              /* rows are contiguous, so the hardware prefetcher helps: fetch line after line */
@@ -51,8 +51,10 @@ struct Rows {
  * the token number of the best. panel is [dim][vectors * lanes], for bfloat16 [ceil(dim / 2)][vectors * lanes][2]. */
 using Run = void (*)(const void *panel, int vectors, const Rows &rows, int64_t dim, float *best, int32_t *at);
 
-/* The same for lower and upper bounds of the similarities. */
-using Bounds = void (*)(const void *panel, int vectors, const Rows &rows, int64_t dim, float *lower, float *upper);
+/* The same for lower and upper bounds of the similarities, which are within `factor` of the query tokens times
+ * Rows::radius. */
+using Bounds = void (*)(const void *panel, int vectors, const Rows &rows, int64_t dim, float *lower, float *upper,
+                        const float *factor);
 
 /* Rows of codes, and the form they are rewritten to. */
 struct Codes {
@@ -62,7 +64,7 @@ struct Codes {
     int64_t stride;
     const int32_t *gather;
     int64_t count, dim; /* dim of I16 made of bits: rounded up to 8 */
-    char *to;           /* [count][4 * steps] */
+    char *to;           /* [count][4 * steps], or NULL: the rows have this form already */
     bool normalize;
     float norm_of_bits;
     float *scale;  /* [count], padded to lanes; becomes the factor of a row's similarities */
@@ -71,12 +73,18 @@ struct Codes {
     float query_error, rounding;
 };
 
+/* Products of bytes, form I8. */
+struct Bytes {
+    Run run; /* NULL: form I16 is used */
+    Bounds bounds;
+    int most;   /* the largest number of a query token: 127, or 63 where pairs are summed in 16 bits */
+    int offset; /* what is added to the codes of rows: 128 for instructions that take them without a sign, else 0 */
+};
+
 struct CodeLevel {
-    Run i16;
-    Run i8; /* NULL: i16 is used */
-    int i8_most; /* the largest number of a query token that i8 takes: 127, or 63 where pairs are summed in 16 bits */
-    Run bits;
-    Bounds bounds_i16, bounds_i8;
+    Run i16, bits;
+    Bounds bounds_i16;
+    Bytes i8;
     void (*rewrite)(const Codes &codes);
 };
 
@@ -104,7 +112,9 @@ extern const Level level_portable;
 extern const Level level_avx2, level_avx512, level_avx512_vnni, level_avx512_bf16;
 #endif
 #if defined(__x86_64__) && defined(__linux__)
-extern const Level *const level_amx_bf16; /* NULL if the compiler lacks the AMX intrinsics */
+/* NULL if the compiler lacks the AMX intrinsics */
+extern const Level *const level_amx_bf16;
+extern const Bytes *const bytes_amx_int8;
 #endif
 
 }  // namespace latemax

@@ -5,7 +5,7 @@
 #include "kernel.h"
 
 namespace latemax {
-const Level level_avx2 = {"avx2", LATEMAX_LANES, 4,          run_any<Float32, 12, 3, 4>,
+const Level level_avx2 = {"avx2", LATEMAX_LANES, 4,          scores<Floats<Float32>, 12, 3, 4>,
                           nullptr, widen,         sum_of_squares, add_scaled, &codes_avx2};
 }
 #endif

@@ -4,9 +4,9 @@
 #include "kernel.h"
 
 namespace latemax {
-const Level level_avx512 = {"avx512", LATEMAX_LANES, 2, run_any<Float32, 24, 4, 2>, nullptr,
+const Level level_avx512 = {"avx512", LATEMAX_LANES, 2, scores<Floats<Float32>, 24, 4, 2>, nullptr,
                             widen,    sum_of_squares, add_scaled, &codes_avx512};
-const Level level_avx512_vnni = {"avx512_vnni", LATEMAX_LANES, 2, run_any<Float32, 24, 4, 2>, nullptr,
+const Level level_avx512_vnni = {"avx512_vnni", LATEMAX_LANES, 2, scores<Floats<Float32>, 24, 4, 2>, nullptr,
                                  widen,         sum_of_squares, add_scaled, &codes_avx512_vnni};
 }
 #endif

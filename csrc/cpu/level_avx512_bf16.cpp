@@ -5,7 +5,7 @@
 
 namespace latemax {
 const Level level_avx512_bf16 = {
-    "avx512_bf16", LATEMAX_LANES,  2,         run_any<Float32, 24, 4, 2>, run_any<BFloat16, 24, 4, 2>,
+    "avx512_bf16", LATEMAX_LANES,  2,         scores<Floats<Float32>, 24, 4, 2>, scores<Floats<BFloat16>, 24, 4, 2>,
     widen,         sum_of_squares, add_scaled, &codes_avx512_vnni};
 }
 #endif

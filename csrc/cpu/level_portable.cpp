@@ -3,6 +3,6 @@
 #include "kernel.h"
 
 namespace latemax {
-const Level level_portable = {"portable", LATEMAX_LANES, 2, run_any<Float32, 12, 3, 2>, nullptr,
+const Level level_portable = {"portable", LATEMAX_LANES, 2, scores<Floats<Float32>, 12, 3, 2>, nullptr,
                               widen,      sum_of_squares, add_scaled, &codes_portable};
 }

@@ -28,7 +28,19 @@ int levels(const Level **out) {
     }
 #endif
 #if defined(__x86_64__) && defined(__linux__)
-    if (level_amx_bf16 && tiles::permitted(vnni)) out[n++] = level_amx_bf16;
+    if (level_amx_bf16 && tiles::has_bf16(vnni) && tiles::permitted()) {
+        static const CodeLevel codes = [] {
+            CodeLevel all = codes_avx512_vnni;
+            if (bytes_amx_int8 && tiles::has_int8()) all.i8 = *bytes_amx_int8;
+            return all;
+        }();
+        static const Level amx = [] {
+            Level all = *level_amx_bf16;
+            all.codes = &codes;
+            return all;
+        }();
+        out[n++] = &amx;
+    }
 #endif
     return n;
 }

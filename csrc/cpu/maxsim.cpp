@@ -81,7 +81,8 @@ class Forward {
 };
 
 /* Rows are multiplied in place if they have the form already, with contiguous dims. */
-bool in_place(const maxsim_args &args, Form form) {
+bool in_place(const maxsim_args &args, const Level &level, Form form) {
+    if (form == I8) return !level.codes->i8.offset;
     if (form > BF16) return form == BITS && (args.dim + 7) / 8 % 4 == 0;
     return args.d.stride_k == 1 && (form == BF16 || args.d.dtype == MAXSIM_F32);
 }
@@ -92,12 +93,13 @@ Forward::Forward(const maxsim_args &args, const Level &level, int threads)
       threads_(threads),
       form_(form_of(args, level)),
       row_bytes_(form_ == BF16 ? 2 * args.dim : 4 * steps_of(form_, row_dims(args, form_))),
-      widen_(!in_place(args, form_)),
+      widen_(!in_place(args, level, form_)),
       /* candidates expanded over the queries are shared after all */
       own_(args.query_ids || (args.n_q > 1 && (args.d.stride_q != 0 || args.d.mask_stride_q != 0 ||
                                                args.d.scale_stride_q != 0 || args.candidates))),
-      batch_(std::clamp<int64_t>((!widen_ ? BATCH_BYTES : form_ > BF16 ? CODE_BATCH_BYTES : WIDE_BATCH_BYTES) / row_bytes_ /
-                                     24 * 24, 24, 4096)),
+      batch_(std::clamp<int64_t>((!read_first(args, form_, widen_) ? BATCH_BYTES
+                                  : form_ > BF16                  ? CODE_BATCH_BYTES
+                                                                  : WIDE_BATCH_BYTES) / row_bytes_ / 24 * 24, 24, 4096)),
       queries_(args, level, form_) {}
 
 Document Forward::document(int64_t row, int64_t c) const {
@@ -198,7 +200,7 @@ void Forward::unit(const Unit &u, Scratch &s) {
     float *upper = args_.upper ? s.upper.get(slots * width) : nullptr;
     /* codes: factors are computed for whole vectors of rows */
     s.number.get(batch_), s.scale.get(batch_ + level_.lanes), s.radius.get(batch_ + level_.lanes);
-    s.wide.get(widen_ ? batch_ * row_bytes_ / 4 : form_ == BF16 ? 16 * (args_.dim + 32) : 0);
+    s.wide.get(widen_ ? batch_ * row_bytes_ / 4 : 8 * (row_bytes_ + 64));
     s.rows.clear(), s.slot_of_rows.clear(), s.document_of_slot.clear();
     int64_t used = 0;
     for (int64_t c = first; c < end; ++c) {
@@ -258,16 +260,17 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
         j += rows.count;
     }
     if (!rows.gather) rows.base += rows.first * stride;
+    rows.scratch = reinterpret_cast<char *>(s.wide.get(0));
     if (form_ > BF16) {
         if (!rows.count) return rows;
         rows.scale = s.scale.get(0) + used;
         rows.radius = args_.upper ? s.radius.get(0) + used : nullptr;
-        char *to = widen_ ? reinterpret_cast<char *>(s.wide.get(0)) + used * row_bytes_ : nullptr;
+        rows.dense = stride == args_.dim;
+        char *to = widen_ ? rows.scratch + used * row_bytes_ : nullptr;
         read_codes(args_, level_, form_, doc.item, query_error_, to, rows);
         return rows;
     }
     rows.dense = args_.d.stride_k == 1 && stride == args_.dim * item_size(args_.d.dtype);
-    if (form_ == BF16) rows.scratch = reinterpret_cast<char *>(s.wide.get(0));
     if (args_.normalize) rows.scale = s.scale.get(batch_) + used;
     if (widen_) {
         float *wide = s.wide.get(batch_ * args_.dim) + used * args_.dim;
@@ -287,20 +290,23 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
 void Forward::multiply(const Part &part, Scratch &s) const {
     const int64_t width = part.vectors * level_.lanes, dim = row_dims(args_, form_);
     const CodeLevel &codes = *level_.codes;
-    const ::latemax::Run runs[] = {level_.run_f32, level_.run_bf16, codes.i16, codes.i8, codes.bits}, run = runs[form_];
-    const Bounds bounds = form_ == I8 ? codes.bounds_i8 : codes.bounds_i16;
+    const ::latemax::Run runs[] = {level_.run_f32, level_.run_bf16, codes.i16, codes.i8.run, codes.bits}, run = runs[form_];
+    const Bounds bounds = form_ == I8 ? codes.i8.bounds : codes.bounds_i16;
     float *upper = args_.upper ? s.upper.get(0) : nullptr;
     float *best = s.best.get(0);
     int32_t *at = args_.argmax ? s.at.get(0) : nullptr;
-    for (int64_t v = 0; v < part.vectors; v += queries_.block(part, v))
+    for (int64_t v = 0; v < part.vectors; v += queries_.block(part, v)) {
+        const char *panel = queries_.panel(part, v);
+        const int vectors = queries_.block(part, v);
         for (size_t r = 0; r < s.rows.size(); ++r) {
             const int64_t lane = s.slot_of_rows[r] * width + v * level_.lanes;
             s.rows[r].compute_scale = args_.normalize && v == 0 && form_ <= BF16;
             if (upper)
-                bounds(queries_.panel(part, v), queries_.block(part, v), s.rows[r], dim, best + lane, upper + lane);
+                bounds(panel, vectors, s.rows[r], dim, best + lane, upper + lane, queries_.last(part, v));
             else
-                run(queries_.panel(part, v), queries_.block(part, v), s.rows[r], dim, best + lane, at ? at + lane : nullptr);
+                run(panel, vectors, s.rows[r], dim, best + lane, at ? at + lane : nullptr);
         }
+    }
     s.rows.clear(), s.slot_of_rows.clear();
 }
 

@@ -33,6 +33,11 @@ class Queries {
     const char *panel(const Part &part, int64_t vector) const {
         return panel_ + (part.vector_first + vector) * height_ * level_.lanes * 4;
     }
+    /* The last step of the panel: with bounds, the factors of radii. */
+    const float *last(const Part &part, int64_t vector) const {
+        const int64_t before = (height_ - 1) * block(part, vector) * level_.lanes * 4;
+        return reinterpret_cast<const float *>(panel(part, vector) + before);
+    }
 
     std::vector<int64_t> row_begin; /* [n_q + 1] */
     std::vector<int32_t> token;     /* [rows] the number of the token in its query */

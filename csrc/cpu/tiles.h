@@ -12,16 +12,22 @@
 namespace latemax {
 namespace tiles {
 
-/* Whether the processor multiplies bfloat16 tiles and Linux grants them to this process, which must ask once. */
-inline bool permitted(bool avx512) {
-    constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;
-    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+inline bool has(unsigned feature) {
+    constexpr unsigned TILE = 1u << 24;
     unsigned a, b, c, d;
-    return avx512 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BF16) && (d & TILE) &&
-           syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & TILE) && (d & feature);
+}
+/* Whether the processor multiplies tiles of bfloat16, or of bytes. */
+inline bool has_bf16(bool avx512) { return avx512 && has(1u << 22); }
+inline bool has_int8() { return has(1u << 25); }
+
+/* Whether Linux grants tiles to this process, which must ask once. */
+inline bool permitted() {
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_TILE__)
 #define LATEMAX_TILES
 namespace {
 
@@ -54,8 +60,14 @@ class Use {
         _tile_loadd(t, from, stride);        \
     } while (0)
 #define LATEMAX_TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
-/* sums [16][16] += rows [16][32] x panel [16][16][2] */
-#define LATEMAX_TILE_MULTIPLY(sums, rows, panel) _tile_dpbf16ps(sums, rows, panel)
+/* sums [16][16] += rows [16][64 / bytes] x panel [16][16][4 / bytes] */
+#define LATEMAX_TILE_MULTIPLY(bytes, sums, rows, panel) \
+    do {                                                \
+        if constexpr (bytes == 2)                       \
+            _tile_dpbf16ps(sums, rows, panel);          \
+        else                                            \
+            _tile_dpbssd(sums, rows, panel);            \
+    } while (0)
 #endif
 
 }  // namespace tiles

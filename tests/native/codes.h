@@ -175,4 +175,74 @@ int check_all(const latemax::Level &level, bool all, int &cases) {
     return wrong;
 }
 
+/* int8 codes against bytes of a query: scores and argmax are those of plain integers, bit for bit, where the sums of a
+ * level are exact; everything is the same, bit for bit, on a level with other instructions for bytes. */
+int check_bytes(const latemax::Level &level, const latemax::Level &other, int64_t dim, int64_t l_d, bool masked,
+                bool extreme, bool normalize, int64_t gap) {
+    const int64_t n_c = 3, l_q = 21;
+    Tokens q(MAXSIM_I8, l_q, dim, masked, ORDINARY), d(MAXSIM_I8, n_c * l_d, dim, masked, ORDINARY);
+    const Tokens coarse(MAXSIM_F32, l_q, dim, masked, ORDINARY);
+    for (int8_t &x : q.codes) x = extreme ? (x < 0 ? -127 : 127) : x;
+    for (int8_t &x : d.codes) x = extreme ? (x < 0 ? -127 : 127) : x;
+    for (int64_t k = 0; k < dim; ++k) d.codes[k] = q.codes[k];
+    std::vector<int8_t> rows(n_c * l_d * (dim + gap), -128);
+    for (int64_t r = 0; r < n_c * l_d; ++r) std::memcpy(rows.data() + r * (dim + gap), d.codes.data() + r * dim, dim);
+    auto call = [&](const latemax::Level &on, const Tokens &tokens, bool bounds, bool normalized) {
+        maxsim_args a{};
+        tokens.give(a.q, masked), d.give(a.d, masked);
+        a.d.tokens = rows.data(), a.d.stride_l = dim + gap, a.d.stride_n = l_d * (dim + gap), a.d.mask_stride_n = l_d;
+        a.dim = dim, a.n_q = a.q.n = 1, a.n_c = a.d.n = n_c, a.q.l = l_q, a.d.l = l_d;
+        a.empty_score = -3, a.normalize = normalized;
+        std::vector<float> out(2 * n_c, 7);
+        std::vector<int32_t> at(n_c * l_q, -99);
+        a.scores = out.data(), a.coarse = bounds;
+        a.upper = bounds ? out.data() + n_c : nullptr;
+        a.argmax = bounds ? nullptr : at.data();
+        latemax::forward(a, on, 1);
+        return std::make_pair(out, at);
+    };
+    int wrong = 0;
+    for (bool bounds : {false, true}) {
+        wrong += call(level, q, bounds, normalize) != call(other, q, bounds, normalize);
+        wrong += call(level, coarse, bounds, normalize) != call(other, coarse, bounds, normalize);
+    }
+    const auto ours = call(level, q, false, false);
+    if (dim > 2 * latemax::I16_STEPS && level.codes->i8.most < 127) return wrong;
+    for (int64_t c = 0; c < n_c; ++c) {
+        double score = 0;
+        bool empty = true;
+        for (int64_t i = 0; i < l_q; ++i) {
+            float best = -INF;
+            int32_t at = -1;
+            for (int64_t j = 0; q.mask[i] && j < l_d; ++j) {
+                const int8_t *x = q.codes.data() + i * dim, *y = d.codes.data() + (c * l_d + j) * dim;
+                int32_t sum = 0;
+                for (int64_t k = 0; k < dim; ++k) sum += x[k] * y[k];
+                const float s = static_cast<float>(sum) * d.scale[c * l_d + j];
+                if (d.mask[c * l_d + j] && (at < 0 || s > best)) best = s, at = static_cast<int32_t>(j);
+            }
+            wrong += ours.second[c * l_q + i] != (q.scale[i] == 0 && at >= 0 ? ours.second[c * l_q + i] : at);
+            if (at >= 0) score += q.scale[i] == 0 ? 0 : best * static_cast<double>(q.scale[i]), empty = false;
+        }
+        wrong += ours.first[c] != (empty ? -3 : static_cast<float>(score));
+    }
+    if (wrong)
+        std::printf("%s bytes dim %d tokens %d masked %d extreme %d normalize %d gap %d: %d wrong\n", level.name, (int)dim,
+                    (int)l_d, masked, extreme, normalize, (int)gap, wrong);
+    return wrong;
+}
+
+int check_all_bytes(const latemax::Level &level, const latemax::Level &other, int &cases) {
+    int wrong = 0;
+    /* around the 16 rows and the 64 bytes of a tile */
+    const int64_t lengths[] = {15, 16, 17, 31, 32, 33, 1, 65};
+    std::vector<int64_t> dims{517, 1030, 4096};
+    for (int64_t dim = 1; dim <= 130; ++dim) dims.push_back(dim);
+    for (int64_t dim : dims)
+        for (int way = 0; way < 4; ++way, ++cases)
+            wrong += check_bytes(level, other, dim, lengths[(dim + 3 * way) % 8], way & 1, (dim + way) % 3 == 0, way & 2,
+                                 (dim + way) % 2 ? 0 : 3 + dim % 62);
+    return wrong;
+}
+
 }  // namespace codes

@@ -1,4 +1,4 @@
-/* csrc/cpu/tiles.h for any processor: what Intel's manual says LDTILECFG, TILELOADD, TDPBF16PS and TILESTORED do. */
+/* csrc/cpu/tiles.h for any processor: what Intel's manual says LDTILECFG, TILELOADD, TDPBF16PS, TDPBSSD and TILESTORED do. */
 #ifndef LATEMAX_CPU_TILES_H
 #define LATEMAX_CPU_TILES_H
 #define LATEMAX_TILES
@@ -12,7 +12,9 @@
 namespace latemax {
 namespace tiles {
 
-inline bool permitted(bool) { return true; }
+inline bool has_bf16(bool) { return true; }
+inline bool has_int8() { return true; }
+inline bool permitted() { return true; }
 
 inline void expect(bool good, const char *rule) {
     if (good) return;
@@ -55,7 +57,18 @@ inline void store(int t, void *to, int64_t stride) {
     for (int r = 0; r < 16; ++r) std::memcpy(static_cast<char *>(to) + r * stride, registers.tile[t][r], 64);
 }
 
-UNWATCHED inline void multiply(int sums, int rows, int panel) {
+UNWATCHED inline void multiply_bytes(int sums, int rows, int panel) {
+    expect(registers.configured, "used before they were configured");
+    int8_t row[16][64], column[16][16][4];
+    std::memcpy(row, registers.tile[rows], sizeof row);
+    std::memcpy(column, registers.tile[panel], sizeof column);
+    for (int m = 0; m < 16; ++m)
+        for (int n = 0; n < 16; ++n)
+            for (int k = 0; k < 64; ++k)
+                registers.tile[sums][m][n] += static_cast<uint32_t>(row[m][k] * column[k / 4][n][k % 4]);
+}
+
+UNWATCHED inline void multiply_bf16(int sums, int rows, int panel) {
     expect(registers.configured, "used before they were configured");
     float row[16][16][2], column[16][16][2];
     for (int m = 0; m < 16; ++m)
@@ -92,6 +105,8 @@ class Use {
 #define LATEMAX_TILE_ZERO(t) ::latemax::tiles::zero(t)
 #define LATEMAX_TILE_LOAD(t, from, stride) ::latemax::tiles::load(t, from, stride)
 #define LATEMAX_TILE_STORE(t, to, stride) ::latemax::tiles::store(t, to, stride)
-#define LATEMAX_TILE_MULTIPLY(sums, rows, panel) ::latemax::tiles::multiply(sums, rows, panel)
+#define LATEMAX_TILE_MULTIPLY(bytes, sums, rows, panel)                  \
+    (bytes == 2 ? ::latemax::tiles::multiply_bf16(sums, rows, panel)     \
+                : ::latemax::tiles::multiply_bytes(sums, rows, panel))
 
 #endif
