@@ -69,9 +69,9 @@ def warm_smooth(dim: int, l_q: int, dtype: torch.dtype, train: bool) -> None:
         scores.sum().backward()
 
 
-def tile_of(batch: Batch, argmax: bool) -> tiles.TileConfig:
+def tile_of(batch: Batch, argmax: bool, bounds: str = "") -> tiles.TileConfig:
     """The tile of the Triton forward."""
-    return dispatch.plan_for(problem_of(batch, argmax=argmax), "triton").launch.tile
+    return dispatch.plan_for(problem_of(batch, argmax=argmax, bounds=bounds), "triton").launch.tile
 
 
 def forward_with_tile(q: torch.Tensor, d: torch.Tensor, tile: tiles.TileConfig, scores: torch.Tensor) -> None:

@@ -200,6 +200,7 @@ class Build(NamedTuple):
     train: bool = False
     q_kind: str | None = None
     d_kind: str | None = None
+    bounds: str = ""  # "exact" or "coarse": of maxsim_bounds
 
 
 # kind of product -> dtype and float32 matmul precision that take it
@@ -224,6 +225,13 @@ def builds() -> list[Build]:
         plain = Build("half", 128, d_kind=codes)
         found += [plain._replace(normalize=True), plain._replace(return_argmax=True), plain._replace(layout="rerank")]
         found += [plain._replace(dim=768), plain._replace(dim=768, q_kind=codes)]
+    for kind, bounds in (("half", "exact"), ("ieee", "exact"), ("half", "coarse")):
+        # query tokens are rounded to 8 bits only where codes need their norms anyway
+        plain = Build(kind, 128, d_kind="int8", normalize=bounds == "coarse", bounds=bounds)
+        found += [plain, plain._replace(l_d=SHORT), plain._replace(l_q=128), plain._replace(dim=768)]
+        found += [plain._replace(layout="varlen"), plain._replace(d_masked=True)]
+        if bounds == "exact":
+            found.append(plain._replace(normalize=True))
     for kind in KINDS:
         for dim in (64, 96, 128, 256, 768) if kind == "half" else (128, 768):
             for l_q, n_q in ((16, 1), (32, 1), (64, 1), (128, 1), (1024, 1), (32, 16)):

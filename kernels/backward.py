@@ -271,7 +271,7 @@ def grad_d(pid, q, d, scores, out_ptr, blocks, B):
         total = gather(owned, j, columns, q, scores, True, B)
     ok = j < owned.length
     if B.CANDIDATES:
-        # the gradient of a document that nobody named is 0 already
+        # the gradient of a document that no candidate names is 0 already
         ok = j < tl.where(owned.first < owned.end, owned.length, 0)
     if B.PROJECT:
         x = load_rows(owned.base, j.to(tl.int64), ok, columns, d.stride_l, B.DIM, B.DIM == B.BLOCK_K, False).to(B.ACC)
@@ -318,12 +318,12 @@ def grad_d_kernel(
     grad_d(
         tl.program_id(0),
         Side(
-            tokens=q_ptr, mask=0, inv=q_inv_ptr, offsets=q_offsets_ptr,
+            tokens=q_ptr, mask=0, inv=q_inv_ptr, error=0, offsets=q_offsets_ptr,
             stride_n=aligned(q_stride_n, ALIGN), stride_k=0, stride_l=aligned(q_stride_l, ALIGN),
             mask_stride_n=0, mask_stride_k=0, mask_stride_l=0, inv_stride_n=0, length=l_q,
         ),
         Side(
-            tokens=d_ptr, mask=0, inv=d_inv_ptr, offsets=d_offsets_ptr, stride_n=aligned(d_stride_n, ALIGN),
+            tokens=d_ptr, mask=0, inv=d_inv_ptr, error=0, offsets=d_offsets_ptr, stride_n=aligned(d_stride_n, ALIGN),
             stride_k=aligned(d_stride_k, ALIGN), stride_l=aligned(d_stride_l, ALIGN),
             mask_stride_n=0, mask_stride_k=0, mask_stride_l=0, inv_stride_n=0, length=l_d,
         ),

@@ -7,6 +7,7 @@ are reduced once, after it. kernels/README.md has the picture.
 import triton
 import triton.language as tl
 
+from latemax.kernels.bounds import bound_sums, code_bounds, with_norms
 from latemax.kernels.common import (
     NO_NORM,
     NORM_BEFORE,
@@ -42,6 +43,15 @@ def along_documents(x, B):
 
 
 @triton.jit
+def along_queries(x, B):
+    """A [BLOCK_Q] vector, likewise."""
+    if B.SWAP:
+        return x[None, :]
+    else:
+        return x[:, None]
+
+
+@triton.jit
 def full_tile(value, dtype, B):
     """A tile of similarities filled with a value."""
     if B.SWAP:
@@ -52,7 +62,8 @@ def full_tile(value, dtype, B):
 
 @triton.jit
 def similarities(start, ok, q_tile, q, q_stride, d, FULL: tl.constexpr, B):
-    """The query tile with BLOCK_D document tokens from ``start``: similarities, scaled by document norms."""
+    """The query tile with BLOCK_D document tokens from ``start``: (similarities, scaled by document norms; if BOUNDS
+    a + ε · b and b of latemax.kernels.bounds)."""
     j = tl.arange(0, B.BLOCK_D).to(tl.int64)
     base = d.base + wide(start) * d.stride
     squares = tl.zeros([B.BLOCK_D], B.ACC)
@@ -60,31 +71,37 @@ def similarities(start, ok, q_tile, q, q_stride, d, FULL: tl.constexpr, B):
     if B.DIM <= B.BLOCK_K:
         rows = load_document_rows(base, j, ok, 0, d.stride, FULL, B)
         s = multiply(rows, q_tile[0], q_tile[1], s, B)
-        if B.NORM == NORM_IN_TILE:
+        if B.NORM == NORM_IN_TILE or with_norms(B):
             squares = sum_of_squares(rows, B.ACC)
     else:
         for k in range(0, B.DIM, B.BLOCK_K):
             rows = load_document_rows(base, j, ok, k, d.stride, FULL, B)
-            if B.NORM == NORM_IN_TILE:
+            if B.NORM == NORM_IN_TILE or with_norms(B):
                 squares += sum_of_squares(rows, B.ACC)
             q_rows = operands(load_queries(q, k, q_stride, B), B.SWAP, B)
             s = multiply(rows, q_rows[0], q_rows[1], s, B)
+    apart, length = squares, squares
     if B.D_CODES != NUMBERS:
-        scale = tl.load(d.inv + start + j, mask=ok, other=0.0)
-        s = s.to(B.ACC) * along_documents(code_factors(scale, squares, B), B)
+        factor = tl.load(d.inv + start + j, mask=ok, other=0.0)
+        if B.BOUNDS:
+            error = tl.load(d.error + start + j, mask=ok, other=0.0)
+            factor, apart, length = code_bounds(factor, error, squares, B)
+        else:
+            factor = code_factors(factor, squares, B)
+        s = s.to(B.ACC) * along_documents(factor, B)
     elif B.NORM == NORM_IN_TILE:
         s *= along_documents(inverse(squares), B)
     elif B.NORM == NORM_BEFORE:
         s *= along_documents(tl.load(d.inv + start + j, mask=ok, other=0.0), B)
-    return s
+    return s, apart, length
 
 
 @triton.jit
-def step(best, tile, start, q_tile, q, q_stride, d, kept, FULL: tl.constexpr, B):
+def step(best, second, start, q_tile, q, q_stride, d, kept, FULL: tl.constexpr, B):
     """One document tile: its similarities, and the running maximum with them.
 
-    ``tile`` keeps the start of the document tile that holds each element's maximum. FULL: all BLOCK_D tokens from
-    ``start`` are before kept.hi.
+    ``second`` keeps the start of the document tile that holds each element's maximum; if BOUNDS ``best`` is that of
+    lower bounds and ``second`` that of upper ones. FULL: all BLOCK_D tokens from ``start`` are before kept.hi.
     """
     j = start + tl.arange(0, B.BLOCK_D).to(tl.int64)
     # 32 bits wide: the bound of a row and of an element is one comparison
@@ -93,37 +110,50 @@ def step(best, tile, start, q_tile, q, q_stride, d, kept, FULL: tl.constexpr, B)
         # Loaded before the product, which hides it. A mask without holes, as of padding, costs no selection (218
         # instructions a tile instead of 285; a second loop without the mask took 190, but its own shared memory too).
         keep = tl.load(d.mask + j * d.mask_stride, mask=j < kept.masked_hi, other=0) != 0
-    s = similarities(start, ok, q_tile, q, q_stride, d, FULL, B)
+    s, apart, length = similarities(start, ok, q_tile, q, q_stride, d, FULL, B)
     if B.D_MASKED:
         if kept.masked_hi > 0:
             s = tl.where(along_documents(keep, B), s, float("-inf"))
+            if B.BOUNDS:
+                # a masked token's may be infinite, and -inf + inf is NaN
+                apart, length = tl.where(keep, apart, 0.0), tl.where(keep, length, 0.0)
     if not FULL:
         s = tl.where(along_documents(ok, B), s, float("-inf"))
-    new = nan_max(best, s)
+    if B.BOUNDS:
+        radius = along_queries(q_tile[2], B) * along_documents(apart, B)
+        if B.Q_CODES:
+            radius += along_queries(q_tile[3], B) * along_documents(length, B)
+        best, second = nan_max(best, s - radius), nan_max(second, s + radius)
+    else:
+        best = nan_max(best, s)
     if B.ARGMAX:
-        tile = tl.where(same_bits(new, s), start, tile)
-    return new, tile
+        second = tl.where(same_bits(best, s), start, second)
+    return best, second
 
 
 @triton.jit
 def running_max(q_tile, q, q_stride, d, kept, B):
-    """(elementwise maximum over all document tiles, start of the tile that holds it).
+    """(elementwise maximum over all document tiles, start of the tile that holds it), or if BOUNDS the maxima of lower
+    and of upper bounds.
 
     Tiles are walked backwards, so that the last one to equal the maximum is the first in the document: same_bits then
     needs the new maximum only, which replaces the old one in place (307 instructions a tile instead of 371).
     """
     best = full_tile(float("-inf"), B.ACC, B)
-    tile = full_tile(0, tl.int32, B)
+    if B.BOUNDS:
+        second = full_tile(float("-inf"), B.ACC, B)
+    else:
+        second = full_tile(0, tl.int32, B)
     end = kept.full_end
     if B.PEEL:
         if end < kept.hi:
-            best, tile = step(best, tile, end, q_tile, q, q_stride, d, kept, False, B)
+            best, second = step(best, second, end, q_tile, q, q_stride, d, kept, False, B)
     else:
         end += tl.where(end < kept.hi, B.BLOCK_D, 0)
     for done in range(kept.lo, end, B.BLOCK_D):
         start = end - B.BLOCK_D - (done - kept.lo)
-        best, tile = step(best, tile, start, q_tile, q, q_stride, d, kept, B.PEEL, B)
-    return best, tile
+        best, second = step(best, second, start, q_tile, q, q_stride, d, kept, B.PEEL, B)
+    return best, second
 
 
 @triton.jit
@@ -158,13 +188,15 @@ def count_valid(item, q, n_q, q_mask_stride, B):
 
 
 @triton.jit
-def divide_by_valid(total, item, q, n_q, q_mask_stride, B):
-    """A part of a mean from a part of a sum. In float64: a division of float32 is off by up to 2 ulp."""
-    if B.Q_MASKED:
-        count = count_valid(item, q, n_q, q_mask_stride, B)
-    else:
-        count = tl.zeros([B.PACK], tl.int32) + item.length
-    return (total.to(tl.float64) / tl.maximum(count, 1).to(tl.float64)).to(B.ACC)
+def divisor_of_sums(item, q, n_q, q_mask_stride, B):
+    """[PACK] float64: the number of a query's valid tokens if MEAN, else 1."""
+    count = tl.zeros([B.PACK], tl.int32) + 1
+    if B.MEAN:
+        if B.Q_MASKED:
+            count = count_valid(item, q, n_q, q_mask_stride, B)
+        else:
+            count = count * item.length
+    return tl.maximum(count, 1).to(tl.float64)
 
 
 @triton.jit
@@ -178,6 +210,21 @@ def empty_scores(item, q, n_q, q_mask_stride, empty_score, B):
 
 
 @triton.jit
+def store_sums(total, out_ptr, item, kept, document, q, n_q, n_d, q_mask_stride, empty_score, B):
+    """[PACK] parts of the scores of an item, unless its document is empty or none."""
+    if kept.hi == 0:
+        total = empty_scores(item, q, n_q, q_mask_stride, empty_score, B)
+    if B.CANDIDATES:
+        # An invalid candidate scores NaN, since raising would need a device sync.
+        total = tl.where(document.invalid, float("nan"), total)
+    query = item.query + tl.arange(0, B.PACK)
+    if B.Q_RAGGED:
+        tl.store(out_ptr + item.slot.to(tl.int64) * n_d + item.doc + query * 0, total)
+    else:
+        tl.store(out_ptr + (item.chunk.to(tl.int64) * n_q + query) * n_d + item.doc, total, mask=query < n_q)
+
+
+@triton.jit
 def score_item(
     pid, q, d, scores_ptr, argmax_ptr, candidates_ptr, items_ptr, weights_ptr,
     n_q, n_d, chunks, documents, empty_score, B,
@@ -188,7 +235,10 @@ def score_item(
     kept = find_kept(document, B)
     rows = find_queries(item, q, n_q, B)
     q_high, q_low, q_inv = load_query_tile(rows, q.stride_l, B)
-    best, tile = running_max((q_high, q_low), rows, q.stride_l, document, kept, B)
+    q_reach = q_inv
+    if B.BOUNDS and B.Q_CODES:
+        q_reach = tl.load(rows.inv + rows.token + (q.length if B.Q_RAGGED else wide(n_q) * q.length), mask=rows.ok)
+    best, second = running_max((q_high, q_low, q_inv, q_reach), rows, q.stride_l, document, kept, B)
 
     AXIS: tl.constexpr = 0 if B.SWAP else 1
     value = row_max(best, AXIS)
@@ -196,29 +246,29 @@ def score_item(
     if B.Q_MASKED:
         keep = tl.load(rows.mask + rows.token.to(tl.int64) * q.mask_stride_l, mask=rows.ok, other=0) != 0
     if B.ARGMAX:
-        argmax = tl.where(keep & (kept.hi > 0), find_argmax(best, tile, value, kept, B), -1)
+        argmax = tl.where(keep & (kept.hi > 0), find_argmax(best, second, value, kept, B), -1)
         if B.Q_RAGGED:
             tl.store(argmax_ptr + item.doc * q.length + item.begin + rows.token, argmax, mask=rows.ok)
         else:
             tl.store(argmax_ptr + (rows.query * n_d + item.doc) * q.length + rows.token, argmax, mask=rows.ok)
-    if B.NORM != NO_NORM or B.Q_CODES:
-        value *= q_inv
+    weight = q_inv
     if B.WEIGHTED:
         first = item.begin if B.Q_RAGGED else rows.query * item.length
-        value *= tl.load(weights_ptr + first + rows.token, mask=keep, other=0.0)
-    total = sum_of_queries(tl.where(keep, value, 0.0), B)
-    if B.MEAN:
-        total = divide_by_valid(total, item, rows, n_q, q.mask_stride_l, B)
-    if kept.hi == 0:
-        total = empty_scores(item, rows, n_q, q.mask_stride_l, empty_score, B)
-    if B.CANDIDATES:
-        # An invalid candidate scores NaN, since raising would need a device sync.
-        total = tl.where(document.invalid, float("nan"), total)
-    query = item.query + tl.arange(0, B.PACK)
-    if B.Q_RAGGED:
-        tl.store(scores_ptr + item.slot.to(tl.int64) * n_d + item.doc + query * 0, total)
+        weight = tl.load(weights_ptr + first + rows.token, mask=keep, other=0.0)
+    if B.BOUNDS:
+        divisor = divisor_of_sums(item, rows, n_q, q.mask_stride_l, B)
+        total, upper = bound_sums(value, row_max(second, AXIS), weight, keep, divisor, B)
+        store_sums(upper, argmax_ptr, item, kept, document, rows, n_q, n_d, q.mask_stride_l, empty_score, B)
     else:
-        tl.store(scores_ptr + (item.chunk.to(tl.int64) * n_q + query) * n_d + item.doc, total, mask=query < n_q)
+        if B.NORM != NO_NORM or B.Q_CODES:
+            value *= q_inv
+        if B.WEIGHTED:
+            value *= weight
+        total = sum_of_queries(tl.where(keep, value, 0.0), B)
+        if B.MEAN:
+            # in float64: a division of float32 is off by up to 2 ulp
+            total = (total.to(tl.float64) / divisor_of_sums(item, rows, n_q, q.mask_stride_l, B)).to(B.ACC)
+    store_sums(total, scores_ptr, item, kept, document, rows, n_q, n_d, q.mask_stride_l, empty_score, B)
 
 
 # Integers are compiled for no particular value: one build serves every count and length, so that a call after warmup
@@ -231,6 +281,7 @@ def score_item(
     ],
     do_not_specialize_on_alignment=[
         "q_mask_ptr", "d_mask_ptr", "q_offsets_ptr", "d_offsets_ptr", "candidates_ptr", "items_ptr", "weights_ptr",
+        "d_error_ptr",
     ],
 )  # fmt: skip
 def forward_kernel(
@@ -238,15 +289,16 @@ def forward_kernel(
     d_ptr,  # [n_q, n_d, l_d, dim], or if D_RAGGED [l_d, dim]; stride of n_q 0 where all queries share the documents
     q_mask_ptr,  # [n_q, l_q] bool, or [l_q]
     d_mask_ptr,  # [n_q, n_d, l_d] bool, or [l_d]
-    q_inv_ptr,  # [n_q * l_q] inverse norms, or factors of codes; or [l_q]
+    q_inv_ptr,  # [n_q * l_q] inverse norms, or factors of codes; or [l_q]; if BOUNDS Q (latemax.kernels.bounds), then R
     d_inv_ptr,  # [n_q * n_d * l_d] inverse norms ([n_d * l_d] where shared), or scales of codes; or [l_d]
-    scores_ptr,  # [chunks, n_q, n_d], or if Q_RAGGED [chunks, n_d]: parts of a query's score
-    argmax_ptr,  # [n_q, n_d, l_q] int32, or if Q_RAGGED [n_d, l_q]
+    scores_ptr,  # [chunks, n_q, n_d], or if Q_RAGGED [chunks, n_d]: parts of a query's score, or of its lower bound
+    argmax_ptr,  # [n_q, n_d, l_q] int32, or if Q_RAGGED [n_d, l_q]; if BOUNDS as scores_ptr, of upper bounds
     q_offsets_ptr,  # [n_q + 1] int64, if Q_RAGGED
     d_offsets_ptr,  # [documents + 1] int64, if D_RAGGED
     candidates_ptr,  # [n_q, n_d] int64, if CANDIDATES: which documents, -1 for none
     items_ptr,  # [documents, 3] int64, if D_SEPARATE: addresses of tokens and mask, stride from token to token
-    weights_ptr,  # [n_q, l_q] in ACC, or if Q_RAGGED [l_q], if WEIGHTED
+    weights_ptr,  # [n_q, l_q] in ACC, if BOUNDS in float64, or if Q_RAGGED [l_q], if WEIGHTED
+    d_error_ptr,  # as d_inv_ptr, if BOUNDS
     q_stride_n, q_stride_l, d_stride_n, d_stride_k, d_stride_l,
     q_mask_stride_n, q_mask_stride_l, d_mask_stride_n, d_mask_stride_k, d_mask_stride_l, d_inv_stride_n,
     n_q, n_d, l_q, l_d, chunks, documents, empty_score: tl.float64,
@@ -256,7 +308,7 @@ def forward_kernel(
     Q_MASKED: tl.constexpr, D_MASKED: tl.constexpr, PEEL: tl.constexpr, NORM: tl.constexpr, ARGMAX: tl.constexpr,
     WEIGHTED: tl.constexpr, MEAN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, D_ALIGN: tl.constexpr, D_CODES: tl.constexpr,
-    Q_CODES: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
+    Q_CODES: tl.constexpr, SPLIT: tl.constexpr, BOUNDS: tl.constexpr, COMPUTE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The launch signature; Build, Side and score_item say what it means.
 
@@ -273,19 +325,20 @@ def forward_kernel(
     score_item(
         tl.program_id(0),
         Side(
-            tokens=q_ptr, mask=q_mask_ptr, inv=q_inv_ptr, offsets=q_offsets_ptr,
+            tokens=q_ptr, mask=q_mask_ptr, inv=q_inv_ptr, error=0, offsets=q_offsets_ptr,
             stride_n=aligned(q_stride_n, ALIGN), stride_k=0, stride_l=aligned(q_stride_l, ALIGN),
             mask_stride_n=q_mask_stride_n, mask_stride_k=0, mask_stride_l=q_mask_stride_l, inv_stride_n=0, length=l_q,
         ),
         Side(
-            tokens=d_ptr, mask=d_mask_ptr, inv=d_inv_ptr, offsets=d_offsets_ptr, stride_n=aligned(d_stride_n, D_ALIGN),
-            stride_k=aligned(d_stride_k, D_ALIGN), stride_l=aligned(d_stride_l, D_ALIGN), mask_stride_n=d_mask_stride_n,
-            mask_stride_k=d_mask_stride_k, mask_stride_l=d_mask_stride_l, inv_stride_n=d_inv_stride_n, length=l_d,
+            tokens=d_ptr, mask=d_mask_ptr, inv=d_inv_ptr, error=d_error_ptr, offsets=d_offsets_ptr,
+            stride_n=aligned(d_stride_n, D_ALIGN), stride_k=aligned(d_stride_k, D_ALIGN),
+            stride_l=aligned(d_stride_l, D_ALIGN), mask_stride_n=d_mask_stride_n, mask_stride_k=d_mask_stride_k,
+            mask_stride_l=d_mask_stride_l, inv_stride_n=d_inv_stride_n, length=l_d,
         ),
         scores_ptr, argmax_ptr, candidates_ptr, items_ptr, weights_ptr, n_q, n_d, chunks, documents, empty_score,
         Build(
             DIM, BLOCK_Q, BLOCK_D, BLOCK_K, PACK, SWAP, Q_RAGGED, D_RAGGED, D_SEPARATE, CANDIDATES, Q_MASKED, D_MASKED,
-            PEEL, NORM, ARGMAX, WEIGHTED, D_CODES, Q_CODES, SPLIT, MEAN, PRECISION, D_ALIGN, COMPUTE, ACC,
+            PEEL, NORM, ARGMAX, WEIGHTED, D_CODES, Q_CODES, SPLIT, MEAN, PRECISION, D_ALIGN, COMPUTE, BOUNDS, ACC,
         ),
     )  # fmt: skip
 

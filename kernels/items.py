@@ -39,6 +39,7 @@ class Build(NamedTuple):
     PRECISION: Any  # of products of float32
     D_ALIGN: Any  # every row of documents starts at a multiple of this many elements
     COMPUTE: Any  # dtype of the operands of products
+    BOUNDS: Any  # what similarities can be at least and at most is added up, instead of themselves
     ACC: Any  # dtype of similarities, maxima and sums
 
 
@@ -48,6 +49,7 @@ class Side(NamedTuple):
     tokens: Any
     mask: Any
     inv: Any  # a factor a token: inverse norms, if NORM_BEFORE; scales of codes
+    error: Any  # how far a token is from its code, if BOUNDS
     offsets: Any  # if ragged
     stride_n: Any  # from query to query
     stride_k: Any  # from document to document
@@ -89,6 +91,7 @@ class Document(NamedTuple):
     mask: Any
     mask_stride: Any
     inv: Any
+    error: Any
     length: Any
     invalid: Any  # the candidate is no document's number
 
@@ -155,18 +158,19 @@ def find_document(item, d, candidates_ptr, items_ptr, n_d, documents, B):
         length = (end - begin).to(tl.int32)
         if B.D_SEPARATE:
             base, stride, mask = find_separate(number, known, d, items_ptr, B)
-            return Document(base, stride, mask, 1, d.inv + begin, length, invalid)
+            return Document(base, stride, mask, 1, d.inv + begin, d.error + begin, length, invalid)
         else:
             return Document(
                 d.tokens + begin * d.stride_l, d.stride_l,
                 d.mask + begin * d.mask_stride_l, d.mask_stride_l,
-                d.inv + begin, length, invalid,
+                d.inv + begin, d.error + begin, length, invalid,
             )  # fmt: skip
     else:
+        first = query * d.inv_stride_n + item.doc * d.length
         return Document(
             d.tokens + query * d.stride_n + item.doc * d.stride_k, d.stride_l,
             d.mask + query * d.mask_stride_n + item.doc * d.mask_stride_k, d.mask_stride_l,
-            d.inv + query * d.inv_stride_n + item.doc * d.length, d.length, False,
+            d.inv + first, d.error + first, d.length, False,
         )  # fmt: skip
 
 

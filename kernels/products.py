@@ -45,15 +45,15 @@ def operands(rows, TRANSPOSE: tl.constexpr, B):
 
 @triton.jit
 def load_query_tile(q, stride, B):
-    """(query tile, its second halves, [BLOCK_Q] factors: inverse norms, scales of codes). The tile is transposed if
-    SWAP, and zero where dim needs several tiles, which the loop loads itself.
+    """(query tile, its second halves, [BLOCK_Q] factors: inverse norms, scales of codes; norms if BOUNDS). The tile is
+    transposed if SWAP, and zero where dim needs several tiles, which the loop loads itself.
     """
     inv = tl.full([B.BLOCK_Q], 1.0, B.ACC)
-    if B.NORM == NORM_BEFORE or B.Q_CODES or (B.NORM == NORM_IN_TILE and B.DIM > B.BLOCK_K):
+    if B.NORM == NORM_BEFORE or B.Q_CODES or B.BOUNDS or (B.NORM == NORM_IN_TILE and B.DIM > B.BLOCK_K):
         inv = tl.load(q.inv + q.token, mask=q.ok, other=0.0)
     if B.DIM <= B.BLOCK_K:
         rows = load_queries(q, 0, stride, B)
-        if B.NORM == NORM_IN_TILE and not B.Q_CODES:
+        if B.NORM == NORM_IN_TILE and not B.Q_CODES and not B.BOUNDS:
             inv = inverse_norm(rows, B.ACC)
     else:
         rows = tl.zeros([B.BLOCK_Q, B.BLOCK_K], q.base.dtype.element_ty)

@@ -295,9 +295,12 @@ def explain(
     return_argmax: bool = False,
     q_weights: Weights = None,
     reduce: str = "sum",
+    bounds: bool = False,
     backend: str = "auto",
 ) -> Choice:
     """Which backend and tile ``maxsim`` would run for these arguments, and why. Runs nothing.
+
+    bounds: of ``maxsim_bounds`` instead.
 
     Returns:
         Choice(backend, why, tile, notes, native): tile is None outside the Triton backend; notes say why each other
@@ -307,7 +310,12 @@ def explain(
         As ``maxsim``.
     """
     check_options(normalize=normalize, empty_score=0.0, return_argmax=return_argmax, backend=backend, reduce=reduce)
+    if bounds:
+        codes.refuse("maxsim_bounds", ("q", q))
+        codes.check_bounded(d)
     batch, _ = batch_of(q, d, q_mask, d_mask, normalize=normalize, q_weights=q_weights, reduce=reduce)
+    if bounds:
+        return dispatch.explain(batch, backend, argmax=False, bounds="exact")
     train = torch.is_grad_enabled() and operator.needs_gradient(batch)
     return dispatch.explain(batch, backend, argmax=return_argmax or train)
 

@@ -40,7 +40,7 @@ def maxsim_bounds(
         d: QuantizedTokens of kind "int8" [l_d, dim], [n_d, l_d, dim] or [n_q, k, l_d, dim], or a list of [l_j, dim].
         q_mask, d_mask, normalize, q_weights, reduce, empty_score: as ``maxsim``. Weights are first cast to the
             dtype of the scores.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "triton", "cpu" or "reference"; the CUDA kernels have no bounds.
 
     Returns:
         (lower, upper), each of the shape and dtype of the scores. Both are NaN for a query with NaN in a valid token,
@@ -51,7 +51,7 @@ def maxsim_bounds(
     Raises:
         TypeError: d is not QuantizedTokens of kind "int8", or q is; else as ``maxsim``.
         ValueError: as ``maxsim``.
-        RuntimeError: a backend without bounds.
+        RuntimeError: a backend that cannot run, or has no bounds.
 
     Example:
         >>> lower, upper = maxsim_bounds(q, quantize(pages))
@@ -61,7 +61,7 @@ def maxsim_bounds(
         normalize=normalize, empty_score=empty_score, return_argmax=False, backend=backend, reduce=reduce
     )
     codes.refuse("maxsim_bounds", ("q", q))
-    _check_codes(d)
+    codes.check_bounded(d)
     made = batch_of(
         q, d, q_mask, d_mask, normalize=normalize, empty_score=empty_score, q_weights=q_weights, reduce=reduce
     )
@@ -81,14 +81,6 @@ def bound_corpus(
         q, tokens, offsets, q_mask, normalize=normalize, empty_score=empty_score, q_weights=q_weights, reduce=reduce
     )
     return _finished(*made, backend, coarse)
-
-
-def _check_codes(d: Any) -> None:
-    for item in d if isinstance(d, (list, tuple)) else (d,):
-        if not isinstance(item, QuantizedTokens):
-            raise TypeError(f"d must be QuantizedTokens or a list of them, got {type(item).__name__}")
-        if item.kind != "int8":
-            raise TypeError(f"d must be QuantizedTokens of kind 'int8', whose error is known; got {item.kind!r}")
 
 
 def _finished(batch: Batch, finish: Finish, backend: str, coarse: bool) -> tuple[Tensor, Tensor]:

@@ -280,7 +280,7 @@ def test_compile_export_and_fake_tensors():
         assert maxsim(fake, fake).dtype == torch.float32
 
 
-@pytest.mark.parametrize("where", PLACES[1::2])
+@pytest.mark.parametrize("where", PLACES)
 def test_opcheck(where):
     backend, device = where
     x = tokens(2, 5, 24, device=device)

@@ -169,7 +169,7 @@ def test_kinds_of_product():
 @pytest.mark.parametrize("argmax", [False, True])
 @pytest.mark.parametrize("dim", [1, 64, 96, 128, 256, 768, 4096])
 def test_every_pick_fits(capability, argmax, dim):
-    for kind, itemsize in (("half", 2), ("tf32", 4), ("ieee", 4), ("double", 8)):
+    for kind, itemsize in (("half", 2), ("bounds", 2), ("tf32", 4), ("ieee", 4), ("double", 8)):
         for rows, l_d in itertools.product((1, 16, 32, 64, 128, 4096), tiles.LENGTHS):
             tile, source = tiles.pick(kind, dim, rows, l_d, itemsize, capability, argmax)
             assert tiles.fits(tile, dim, itemsize, capability), (kind, rows, tile, source)

@@ -65,6 +65,7 @@ def label(build: Build) -> str:
         dense = build.layout == "dense" and build.d_kind is None
         words.append(f"norm={internals.triton_launch(shape_of(build), null.arch).norm}" if dense else "normalize=True")
     words += [f"{name}={kind}" for name, kind in (("q", build.q_kind), ("d", build.d_kind)) if kind]
+    words += [f"bounds={build.bounds}"] * (build.bounds != "")
     return " ".join(words + ["argmax=True"] * build.return_argmax)
 
 
@@ -86,7 +87,7 @@ def compile_build(build: Build) -> tiles.TileConfig | None:
     options = build._asdict()
     options.pop("kind")
     batch = internals.warm(**options, dtype=dtype, device="cpu", backend="triton")
-    return internals.tile_of(batch, build.return_argmax or build.train)
+    return internals.tile_of(batch, build.return_argmax or build.train, build.bounds)
 
 
 def rows_of(build: Build) -> list[dict[str, Any]]:

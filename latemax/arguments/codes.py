@@ -41,6 +41,19 @@ def refuse(function: str, *sides: tuple[str, Any]) -> None:
             raise TypeError(f"{function} takes no QuantizedTokens; got them as {name}: pass {name}.dequantize()")
 
 
+def check_bounded(d: Any) -> None:
+    """d must be what ``maxsim_bounds`` takes.
+
+    Raises:
+        TypeError: naming what came.
+    """
+    for item in d if isinstance(d, (list, tuple)) else (d,):
+        if not isinstance(item, QuantizedTokens):
+            raise TypeError(f"d must be QuantizedTokens or a list of them, got {type(item).__name__}")
+        if item.kind != "int8":
+            raise TypeError(f"d must be QuantizedTokens of kind 'int8', whose error is known; got {item.kind!r}")
+
+
 def _codes_of(name: str, items: list[QuantizedTokens], scale: Tensor, error: Tensor | None) -> Codes:
     if torch.is_grad_enabled() and scale.requires_grad:
         raise ValueError(f"{name} is QuantizedTokens, which are not differentiable, but its scale requires a gradient")

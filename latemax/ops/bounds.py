@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latemax.ops import dispatch, operator
-from latemax.ops.backends import bounds, native
+from latemax.ops.backends import bounds, native, triton
 from latemax.ops.problem import Batch, Codes, Side, problem_of
 
 _library = torch.library.Library("latemax", "FRAGMENT")  # kept alive: the registrations end with it
@@ -41,12 +41,12 @@ def _allocate(b: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _run(b: Batch, backend: str, coarse: bool) -> tuple[Tensor, Tensor]:
+    plan = dispatch.plan_for(problem_of(b, argmax=False, bounds="coarse" if coarse else "exact"), backend)
     lower, upper = _allocate(b)
-    plan = None
-    if backend != "reference" and lower.device.type == "cpu":
-        plan = dispatch.plan_for(problem_of(b, argmax=False), "cpu")
-    if plan is not None and plan.backend == native.name:
+    if plan.backend == native.name:
         native.bounds(b, plan, lower, upper, coarse=coarse)
+    elif lower.numel() and plan.backend == triton.name:
+        triton.bounds(b.joined(documents=False), plan, lower, upper, coarse=coarse)
     elif lower.numel():
         bounds.forward(b.joined(), lower, upper)
     return lower, upper
@@ -65,17 +65,8 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     return _allocate(_batch(*args))
 
 
-def _check(b: Batch, backend: str) -> None:
-    device = b.q.tokens.device
-    if backend in ("triton", "cuda"):
-        raise RuntimeError(f"backend={backend!r} cannot run: it has no bounds, which blocks of torch matmul compute")
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend='cpu' needs tensors on the CPU; got {device}")
-
-
 def maxsim_bounds(b: Batch, backend: str, *, coarse: bool = False) -> tuple[Tensor, Tensor]:
     """(lower, upper), [n_q, n_d]. coarse: a backend may round q to 8 bits, which is faster and loosens the bounds."""
-    _check(b, backend)
     q, d, codes = b.q, b.d, b.d.codes
     if not torch.compiler.is_compiling() and operator.plain(q.tokens, d.tokens, q.mask, d.mask, q.weights):
         with torch.no_grad():

@@ -95,8 +95,8 @@ def _comes_later(backend: Backend, p: Problem, chosen: Backend) -> str:
     return backend.why_not(p, False) or f"{backend.name} can run this too; {chosen.name} comes first"
 
 
-def explain(b: Batch, asked: str, *, argmax: bool) -> Choice:
-    plan = plan_for(problem_of(b, argmax=argmax), asked)
+def explain(b: Batch, asked: str, *, argmax: bool, bounds: str = "") -> Choice:
+    plan = plan_for(problem_of(b, argmax=argmax, bounds=bounds), asked)
     backend = "cpu" if plan.backend in ("native", "blocks") else plan.backend
     tile = plan.launch.tile if isinstance(plan.launch, tiles.Launch) else None
     return Choice(backend, plan.why, tile, plan.notes, plan.backend == "native")

@@ -240,6 +240,7 @@ class Problem(NamedTuple):
     mean: bool = False
     q_codes: str = ""  # the kind of codes that tokens are
     d_codes: str = ""
+    bounds: str = ""  # what is wanted instead of scores: "exact" bounds, or "coarse" ones, of which q may be rounded
     # tiles.length_class of the documents, ragged ones by their mean: not the length, so that few problems are known
     l_d: int = tiles.UNBOUNDED
 
@@ -258,7 +259,7 @@ class Plan(NamedTuple):
     launch: Any = None  # what the backend decided for itself: a tile, an instruction set
 
 
-def problem_of(b: Batch, *, argmax: bool) -> Problem:
+def problem_of(b: Batch, *, argmax: bool, bounds: str = "") -> Problem:
     q, d = b.q.tokens, b.d.tokens
     n_q, l_q, q_ragged = b.n_q, b.l_q, b.q.offsets is not None and b.query_ids is None
     if q_ragged:
@@ -267,7 +268,7 @@ def problem_of(b: Batch, *, argmax: bool) -> Problem:
     return Problem(
         q.device, q.dtype, d.dtype, torch.get_float32_matmul_precision(), b.dim, n_q, l_q, q_ragged,
         b.own, b.candidates is not None, b.normalize, argmax, b.q.weights is not None, b.mean,
-        "" if b.q.codes is None else b.q.codes.kind, "" if b.d.codes is None else b.d.codes.kind,
+        "" if b.q.codes is None else b.q.codes.kind, "" if b.d.codes is None else b.d.codes.kind, bounds,
         tiles.length_class(l_d),
     )  # fmt: skip
 

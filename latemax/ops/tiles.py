@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 class Row(NamedTuple):
     capability: int  # from this compute capability on (80 for 8.0): 90 and later multiply by warpgroup or by block
-    kind: str  # what the products are: "half" (fp16, bf16), "tf32", "ieee" (float32 at "highest"), "double"
+    kind: str  # products: "half" (fp16, bf16), "tf32", "ieee" (float32 at "highest"), "double"; or "bounds"
     dim: int  # up to this dim, padded to a power of two
     q_rows: int  # up to this many query tokens to put in one tile
     l_d: int  # up to this many document tokens, one of LENGTHS

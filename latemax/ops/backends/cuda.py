@@ -65,6 +65,8 @@ def most_dims(capability: int, itemsize: int = 2) -> int:
 
 
 def why_not(p: Problem, by_name: bool) -> str:
+    if p.bounds:
+        return "the CUDA kernels have no bounds"
     usable, reason = status()
     if not usable:
         return reason

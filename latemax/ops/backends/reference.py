@@ -20,12 +20,14 @@ def status() -> Status:
 
 
 def why_not(p: Problem, by_name: bool) -> str:
-    # float64 on a Triton that cannot multiply it has nowhere else to go
-    return "" if by_name or p.dtype == torch.float64 else "plain torch runs only when asked for by name"
+    # float64 on a Triton that cannot multiply it has nowhere else to go, nor have bounds that Triton does not compute
+    return "" if by_name or p.dtype == torch.float64 or p.bounds else "plain torch runs only when asked for by name"
 
 
 def plan(p: Problem, by_name: bool) -> Plan:
-    why = "asked for by name" if by_name else "float64 that no other backend takes"
+    why = "asked for by name" if by_name else "no other backend takes this"
+    if p.bounds:
+        return Plan(name, f"{why}: bounds in blocks of torch float64")
     return Plan(name, f"{why}: plain torch, writes every similarity to memory")
 
 

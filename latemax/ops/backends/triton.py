@@ -19,6 +19,11 @@ from latemax.ops.tiles import NO_NORM, NORM_BEFORE, NORM_IN_TILE, Launch
 
 name = "triton"
 LEAST_INTEGERS = 32  # columns of a product of 8-bit integers
+MOST_BOUND_DIMS = 1 << 17  # up to here sums of products of 8-bit codes fit in 32 bits
+# Up to these dims bounds of a float q need no norms of codes (latemax.kernels.bounds), and take fewer instructions than
+# those of an 8-bit one: for 32 x 64 tokens of 128 dims on sm_90, 535 (bfloat16) or 556 (float32) instead of 636. With
+# norms they take 907 or 942 instead of 738, and for 768 dims 721 or 980 instead of 324.
+FEW_DIMS = 512
 
 
 @functools.cache
@@ -65,6 +70,8 @@ def why_not(p: Problem, by_name: bool) -> str:
         return "float64 needs triton 3.6: older ones cannot multiply it"
     if p.dtype == torch.float64 and p.d_codes:
         return "Triton multiplies codes with q of float16, bfloat16 or float32, not float64"
+    if p.bounds and p.dim > MOST_BOUND_DIMS:
+        return f"Triton has bounds of at most {MOST_BOUND_DIMS} dims; got {p.dim}"
     return ""
 
 
@@ -72,11 +79,12 @@ def plan(p: Problem, by_name: bool) -> Plan:
     # codes are multiplied in half precision, or as integers, which take no more
     itemsize, chip = 2 if p.d_codes else p.dtype.itemsize, capability(p.device)
     rows = query_rows(p)
+    integers = p.q_codes or (p.bounds == "coarse" and _rounds_queries(p.normalize, p.dim))
     if p.d_codes and p.dtype == torch.float32 and chip < 90:
         # two operands of bfloat16: 128 rows of them spill 85 registers on sm_80, 64 rows spill 61
         rows = min(rows, 32)
     tile, source = tiles.pick(kind(p), p.dim, rows, p.l_d, itemsize, chip, p.argmax)
-    if p.q_codes:
+    if integers:
         tile = tile._replace(block_k=max(tile.block_k, LEAST_INTEGERS))
     why = "asked for by name" if by_name else "the tensors are on a CUDA device"
     pack = 1 if p.q_ragged else queries_per_tile(tile, p.l_q, p.n_q, p.own)
@@ -101,6 +109,8 @@ def queries_per_tile(tile: tiles.TileConfig, l_q: int, n_q: int, own: bool) -> i
 
 def kind(p: Problem) -> str:
     """How products are computed, see ``tiles.Row``."""
+    if p.bounds:
+        return "bounds"
     if p.dtype == torch.float64:
         return "double"
     if p.dtype != torch.float32 or p.d_codes:
@@ -119,6 +129,20 @@ def query_rows(p: Problem) -> int:
 
 def forward(b: Batch, plan: Plan, out: Outputs) -> PreparedLaunch | None:
     return _launcher().forward(b, plan.launch, out)
+
+
+def bounds(b: Batch, plan: Plan, lower: Tensor, upper: Tensor, *, coarse: bool = False) -> None:
+    """Bounds of the scores of the tokens that int8 codes were made of, float32 [n_q, n_d].
+
+    ``coarse``: with query tokens of 8 bits where that is faster; wider bounds.
+    """
+    from latemax.ops.backends import triton_bounds
+
+    triton_bounds.forward(b, plan.launch, lower, upper, coarse=coarse and _rounds_queries(b.normalize, b.dim))
+
+
+def _rounds_queries(normalize: bool, dim: int) -> bool:
+    return normalize or dim > FEW_DIMS
 
 
 def backward(b: Batch, plan: Plan, argmax: Tensor, g: Tensor, needs: Needs) -> Gradients:

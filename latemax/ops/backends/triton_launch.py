@@ -16,6 +16,7 @@ from latemax.ops.backends import triton_operands as operands
 from latemax.ops.backends.base import pairs_by_document
 from latemax.ops.problem import Batch, Gradients, Needs, Outputs, Side
 from latemax.ops.tiles import NO_NORM, NORM_BEFORE, NORM_IN_TILE, Launch, backward_tile, padded_dim
+from latemax.quantized import rounded_up
 
 # programs below which a GPU of 132 multiprocessors idles: then a loop over documents is split further
 ENOUGH_PROGRAMS = 4 * 132
@@ -96,7 +97,7 @@ class PreparedLaunch:
         pointers = (
             q, d, scores if q_mask is None else q_mask, scores if d_mask is None else d_mask,
             scores if q_codes is None else q_codes.scale, scores if d_codes is None else d_codes.scale, scores,
-            *[scores if argmax is None else argmax] * 5, scores if weights is None else weights,
+            *[scores if argmax is None else argmax] * 5, scores if weights is None else weights, scores,
         )  # fmt: skip
         if _hooked():
             self.built[self.grid](*pointers, *self.numbers, empty_score, *self.constants)
@@ -181,8 +182,24 @@ def _splits(programs: int, most: int) -> int:
     return max(1, min(most, ENOUGH_PROGRAMS // max(1, programs)))
 
 
-def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
-    """Fills ``out``. Returns the prepared launch of a dense batch that takes one launch and nothing else."""
+def _add(parts: Tensor, b: Batch, block_q: int, out: Tensor) -> Tensor:
+    """Sums of the parts of each query, in their order, in the dtype of ``out`` [n_q, n_d], which is filled."""
+    q_offsets = b.q.offsets
+    if q_offsets is None:
+        return torch.sum(parts, 0, dtype=out.dtype, out=out)
+    n_q, n_d = out.shape
+    _launch(
+        sum_slots_kernel, n_q * _ceil(n_d, 256), (parts, q_offsets, out), (n_q, n_d, b.q.length, len(parts)),
+        (block_q, 256), (operands.accumulator(out.dtype),),
+    )  # fmt: skip
+    return out
+
+
+def forward(b: Batch, launch: Launch, out: Outputs, reach: Tensor | None = None) -> PreparedLaunch | None:
+    """Fills ``out``. Returns the prepared launch of a dense batch that takes one launch and nothing else.
+
+    ``reach``: of bounds (triton_bounds), of which out is then (lower, upper), and weights are float64.
+    """
     (scores, argmax), (tile, pack, norm) = out, launch
     n_q, n_d, l_q, l_d, dim, own = b.q.items, b.n_d, b.q.length, b.d.length, b.dim, b.own
     q_offsets, d_offsets, candidates, separate = b.q.offsets, b.d.offsets, b.candidates, b.d.separate
@@ -203,22 +220,27 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
     if q_offsets is not None:
         q_tiles, chunks = 1, l_q // tile.block_q + n_q
     with pointers.on(q.device):
-        q_inv = d_inv = sums = scores
+        q_inv = d_inv = d_error = scores
         if codes is not None:
             d_inv = codes.scale
-        if b.q.codes is not None:
+        if reach is not None:
+            assert codes is not None and codes.error is not None
+            q_inv, d_error = reach, codes.error
+        elif b.q.codes is not None:
             q_inv = operands.code_factors(b.q, b.normalize)
         elif norm == NORM_BEFORE or (norm != NO_NORM and dim > tile.block_k):
             q_inv = _inverse_norms(q, dtype)
         if norm == NORM_BEFORE:
             d_inv = _inverse_norms(d, dtype)
-        if q_offsets is not None:
-            sums = scores.new_empty(chunks, n_d)
-            if argmax is not None:
+        # a tensor that is not there is replaced by one that is: pointers of one build have one dtype and alignment
+        sums, second = scores, scores if argmax is None else argmax
+        if q_offsets is not None or chunks > 1:
+            sums = scores.new_empty((chunks, n_d) if q_offsets is not None else (chunks, n_q, n_d))
+            if reach is not None:
+                second = torch.empty_like(sums)
+            elif argmax is not None and q_offsets is not None:
                 # no program owns the rows after the last offset
                 argmax.fill_(-1)
-        elif chunks > 1:
-            sums = scores.new_empty(chunks, n_q, n_d)
         programs, types = q_tiles * chunks * n_d, (operands.of_products(b), operands.accumulator(dtype))
         numbers = (
             *_strides(b), n_d * l_d if own else 0, n_q, n_d, l_q, l_d, chunks, 0 if d_offsets is None else b.d.items,
@@ -226,30 +248,30 @@ def forward(b: Batch, launch: Launch, out: Outputs) -> PreparedLaunch | None:
         constants = (
             dim, tile.block_q, tile.block_d, tile.block_k, pack, tile.swap, q_offsets is not None,
             d_offsets is not None, separate is not None, candidates is not None, b.q.mask is not None,
-            d_mask is not None, tile.peel, norm, argmax is not None, b.q.weights is not None, b.mean, align,
-            operands.precision(dtype), d_align, operands.CODES["" if codes is None else codes.kind],
-            b.q.codes is not None, operands.split(b),
+            d_mask is not None, tile.peel, norm, argmax is not None and reach is None, b.q.weights is not None, b.mean,
+            align, operands.precision(dtype), d_align, operands.CODES["" if codes is None else codes.kind],
+            b.q.codes is not None, operands.split(b), reach is not None,
         )  # fmt: skip
-        # a tensor that is not there is replaced by one that is: pointers of one build have one dtype and alignment
-        best = scores if argmax is None else argmax
         table = None if separate is None else separate.table
         built = _launch(
             forward_kernel, programs,
             (q, d, scores if b.q.mask is None else b.q.mask, scores if d_mask is None else d_mask, q_inv, d_inv,
-             sums, best, *(best if x is None else x for x in (q_offsets, d_offsets, candidates, table)),
-             scores if b.q.weights is None else b.q.weights),
+             sums, second, *(second if x is None else x for x in (q_offsets, d_offsets, candidates, table)),
+             scores if b.q.weights is None else b.q.weights, d_error),
             (*numbers, b.empty_score), constants, types, tile.num_warps, tile.num_stages,
         )  # fmt: skip
-        if q_offsets is not None:
-            _launch(
-                sum_slots_kernel, n_q * _ceil(n_d, 256), (sums, q_offsets, scores), (n_q, n_d, l_q, chunks),
-                (tile.block_q, 256), (operands.accumulator(dtype),),
-            )  # fmt: skip
-        elif chunks > 1:
-            torch.sum(sums, 0, out=scores)
+        if sums is not scores:
+            if reach is None:
+                _add(sums, b, tile.block_q, scores)
+            else:
+                assert argmax is not None
+                for parts, bound, sign in ((sums, scores, -1), (second, argmax, 1)):
+                    # a part is outside by more than sums of float64 are off
+                    total = _add(parts, b, tile.block_q, torch.empty_like(bound, dtype=torch.float64))
+                    bound.copy_(rounded_up(total.mul_(sign))).mul_(sign)
     copied = q is not given.q.tokens or d is not given.d.tokens
     before = norm == NORM_BEFORE or (norm != NO_NORM and (b.q.codes is not None or dim > tile.block_k))
-    if built is None or before or chunks > 1 or b.ragged or copied:
+    if built is None or before or chunks > 1 or b.ragged or copied or reach is not None:
         return None
     return PreparedLaunch(built, programs, numbers, constants + types, out)
 
