@@ -113,6 +113,31 @@ def test_masked_query_tokens_have_no_influence(make):
     assert torch.equal(first.first(poisoned, mask, 20), first.first(q[:, [0, 1, 3, 4]], None, 20))
 
 
+@pytest.mark.parametrize("wrong", [math.nan, -math.inf])
+def test_a_token_that_is_not_finite_is_named(make, wrong, tmp_path):
+    """Where it came first or last it would be by chance; a chunk's number of the token helps nobody."""
+    items = pages()
+    items[90][2, 5] = wrong
+    for corpus in (items, stored(tmp_path / "all", items)):
+        with pytest.raises(ValueError, match="token 2 of document 90 holds NaN or infinity"):
+            make(corpus, memory=20_000)
+    good = pages()
+    first = make(stored(tmp_path / "good", good))
+    with StoreWriter(tmp_path / "good") as writer:
+        writer.remove("page-3")
+        writer.add(items[90], "wrong")
+    with pytest.raises(ValueError, match="token 2 of document 119 holds"):
+        first.update(PatchStore(tmp_path / "good"))
+    assert len(first) == 120
+
+
+def test_large_finite_tokens_are_taken(make):
+    items = [x.float() * 1e38 for x in pages()]
+    if make.kind is Lemur:
+        pytest.skip("their scores are not finite")
+    assert len(make(items)) == 120
+
+
 def test_a_seed_decides(make):
     if make.kind in (MeanPool, RowPool, BinaryScan):
         pytest.skip("draws nothing")
@@ -201,6 +226,13 @@ def test_lemur_solves_least_squares_of_our_scores():
         for x in (first, untrained)
     ]
     assert left[0] < left[1]
+
+
+def test_lemur_learns_from_documents_with_tokens():
+    with pytest.raises(ValueError, match="corpus must hold a token to learn from, got 5 documents without one"):
+        Lemur([torch.empty(0, DIM)] * 5, engine="torch", **LEMUR)
+    items = [torch.empty(0, DIM)] * 500 + [x.float() for x in pages(20)]
+    assert Lemur(items, engine="torch", **(LEMUR | dict(documents=5))).vectors[500:507].norm(dim=-1).min() > 0
 
 
 @pytest.mark.parametrize("queries", [torch.zeros(0, DIM), torch.zeros(3, DIM + 1), torch.zeros(3, 1, DIM)])

@@ -180,7 +180,7 @@ class TestStore:
 
     def test_verify_and_compact(self, store, capsys):
         assert cli.main(["store", store, "verify"]) == 0
-        assert "4 documents in 1 shards, every byte is correct" in capsys.readouterr().out
+        assert "4 documents in 1 shard, every byte is correct" in capsys.readouterr().out
         cli.main(["store", store, "remove", "page 0"])
         shard = PatchStore(store).shards[0].path
         assert cli.main(["store", store, "compact"]) == 0 and not shard.exists()

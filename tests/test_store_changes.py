@@ -238,7 +238,7 @@ def test_shards_without_their_catalogue_stay(folder):
     (folder / "catalog.sqlite").unlink()
     names = set(os.listdir(folder))
     for open_it in (PatchStore, StoreWriter):
-        with pytest.raises(StoreError, match=r"holds 1 shards \(shard-000000-.*\) but no catalog\.sqlite"):
+        with pytest.raises(StoreError, match=r"holds shards \(1: shard-000000-.*\) but no catalog\.sqlite"):
             open_it(folder)
     assert set(os.listdir(folder)) - {"writer.lock"} == names - {"writer.lock"}
 

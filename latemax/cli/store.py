@@ -39,7 +39,8 @@ def render_info(found: dict[str, Any]) -> str:
         printable(found["store"]),
         f"  documents   {found['documents']:,} of {found['tokens']:,} tokens, dim {found['dim']}, {found['dtype']}"
         + (f" with {found['codes']} codes" if found["codes"] else ""),
-        f"  on disk     {found['bytes'] / 1e6:,.1f} MB, {found['shards']} shards, generation {found['generation']}",
+        f"  on disk     {found['bytes'] / 1e6:,.1f} MB, {_counted(found['shards'], 'shard')}, "
+        f"generation {found['generation']}",
         *(f"  {printable(str(key)):10}  {printable(str(value))}" for key, value in found["meta"].items()),
     ]
     return "\n".join(lines)
@@ -53,7 +54,8 @@ def verify(store: str) -> str:
     """
     pages = PatchStore(store)
     pages.verify()
-    return f"{printable(store)}: {len(pages)} documents in {len(pages.shards)} shards, every byte is correct"
+    held = f"{_counted(len(pages), 'document')} in {_counted(len(pages.shards), 'shard')}"
+    return f"{printable(store)}: {held}, every byte is correct"
 
 
 def remove(store: str, ids: Sequence[str]) -> str:
@@ -87,15 +89,19 @@ def compact(store: str) -> str:
         writer.compact()
     pages = PatchStore(store)
     return (
-        f"{printable(store)}: {before / 1e6:,.1f} MB before, {_bytes(store) / 1e6:,.1f} MB now in {len(pages.shards)} "
-        f"shards"
+        f"{printable(store)}: {before / 1e6:,.1f} MB before, {_bytes(store) / 1e6:,.1f} MB now in "
+        f"{_counted(len(pages.shards), 'shard')}"
     )
 
 
 def upgraded(store: str) -> str:
     """Gives a store of the old format (manifest.json) a catalogue."""
     upgrade(store)
-    return f"{printable(store)}: up to date, {len(PatchStore(store))} documents"
+    return f"{printable(store)}: up to date, {_counted(len(PatchStore(store)), 'document')}"
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _bytes(store: str) -> int:

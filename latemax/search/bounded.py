@@ -29,10 +29,17 @@ from latemax.search.margin import LARGEST, Margin, largest_norms
 from latemax.search.scan import SCORE_BYTES, Scan
 from latemax.search.tokens import concatenated
 
-# Share of documents that survive, above which codes are left.
-LOOSE = 0.3
+# Share of documents that survive, above which codes are left: the bounds of an 8-bit query, and where those were loose
+# and all of a block went through both (with AVX2 these take as long as scores of the tokens).
+LOOSE, LOOSE_TWICE = 0.3, 0.1
 # Documents of a block and of the first one after a gap, and of the first gap, as shares of the corpus.
-BLOCK, SAMPLE, GAP = 0.05, 0.01, 0.1
+BLOCK, SAMPLE, GAP = 0.05, 0.01, 0.15
+# A gap has at least this many bytes of tokens, times tokens of queries: 2^27 bytes for 64, which take some 80 ms. A
+# sample takes 2 ms of its own, however small the corpus is.
+GAP_WORK = 1 << 33
+# Bounds of the float query are taken to be at least this share as wide as those of an 8-bit one (mostly it is half):
+# where even that would leave a block loose, they are not computed.
+NARROWEST = 0.25
 # A sample of fewer documents says little.
 FEW = 20
 # Shares of the memory: codes with their bounds, and documents that wait to be scored; the rest is for their tokens.
@@ -103,10 +110,14 @@ class Search:
         self.options, self.bar, self.n = options | {"backend": "auto"}, bar, len(searched)
         total = scan.budget
         self.waiting_bytes = total * WAITING_MEMORY
-        self.runs = corpora.runs(self.codes, int(total * CODES_MEMORY), _code_bytes(searched), scan.n_q * BOUND_BYTES)
+        budget, row = int(total * CODES_MEMORY), _code_bytes(searched)
+        self.runs = corpora.runs(self.codes, budget, row, scan.n_q * BOUND_BYTES)
+        rows = budget // row
         self._most = max(1, int(BLOCK * self.n))
         self._sample = min(self._most, max(FEW, int(SAMPLE * self.n)))
+        self._buffers = stream.reserved(self.codes, rows, scan.device)
         scan.budget = int(total * (1 - CODES_MEMORY - WAITING_MEMORY))
+        scan.reserve(searched)
         # what the k best documents so far score at least, float64 [n_q, k]; a document counts once
         self.floor = torch.full((scan.n_q, scan.k), -math.inf, dtype=torch.float64, device=scan.device)
         # another bound of that, which documents raise that the floor has counted with less: float64 [n_q, 1]
@@ -121,7 +132,8 @@ class Search:
 
     def run(self) -> dict[str, Any]:
         """Goes through the corpus; returns the statistics of `TopK`."""
-        a, gap = 0, max(1, round(GAP * self.n))
+        work = int(self.searched.offsets[-1]) * self.searched.token_bytes * self.scan.q_tokens
+        a, gap = 0, max(1, round(GAP * self.n), self.n * GAP_WORK // max(1, work))
         while a < self.n:
             # a sample first: nothing more is read before it is known
             a, tight = self._blocks(self._planned(a, self._sample)[:1])
@@ -129,7 +141,8 @@ class Search:
                 a, tight = self._blocks(self._planned(a, self._most))
             if not tight and a < self.n:
                 end = min(self.n, a + gap)
-                self._score(torch.arange(a, end, device="cpu"), seen=False)
+                numbers = self._loose()
+                self._score(torch.cat([numbers, torch.arange(a, end, device="cpu")]), seen=len(numbers))
                 self._tick(end - a)
                 a, gap = end, 2 * gap
         self._score_waiting()
@@ -147,14 +160,14 @@ class Search:
     def _blocks(self, blocks: list[tuple[int, int]]) -> tuple[int, bool]:
         """Takes blocks until the bounds of one are loose; returns where it stopped, and whether they were tight."""
         end = blocks[0][0]
-        for (a, end), tokens in stream.chunks(self.codes, blocks, self.scan.device):
+        for (a, end), tokens in stream.chunks(self.codes, blocks, self.scan.device, self._buffers):
             tight = self._block(a, end, tokens)
             self._tick(end - a)
+            if not tight:
+                return end, False
             # twice, as it is concatenated
             if 2 * self._held > self.waiting_bytes:
                 self._score_waiting()
-            if not tight:
-                return end, False
         return end, True
 
     def _tick(self, documents: int) -> None:
@@ -170,15 +183,17 @@ class Search:
         # a token that is not finite, or so large that a kernel's sum may overflow: nothing is known
         unknown = ~(largest < LARGEST)
         lower, upper = self._bounds(tokens, offsets, margin, unknown, coarse=True)
-        floor, tight = self._judged(lower, upper)
+        floor, tight = self._judged(lower, upper, LOOSE)
         finer = self.finer
+        if not tight and finer:
+            finer = self._may_be_tight(lower, upper)
         if not tight and finer:
             # all at once: most of them are needed
             low, high = self._bounds(tokens, offsets, margin, unknown, coarse=False)
             # where no instruction multiplies an 8-bit query faster, both bounds are computed alike
             self.finer = bool((low > lower).any() or (high < upper).any())
             lower, upper = torch.maximum(lower, low), torch.minimum(upper, high)
-            floor, tight = self._judged(lower, upper)
+            floor, tight = self._judged(lower, upper, LOOSE_TWICE)
             finer = False
         self.floor = floor
         alive = (upper >= self._least()).any(0).nonzero().flatten()
@@ -191,13 +206,21 @@ class Search:
         self.waiting.append((a + numbers, upper[:, alive], rough))
         return tight
 
-    def _judged(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, bool]:
-        """The floor with documents of these bounds [n_q, n], and whether few of them survive."""
+    def _judged(self, lower: Tensor, upper: Tensor, loose: float) -> tuple[Tensor, bool]:
+        """The floor with documents of these bounds [n_q, n], and whether at most a share ``loose`` of them survives."""
         floor, n = self._raised(lower), lower.shape[1]
         # the k-th best of all documents is about as good as the block's share of k
         rank = min(n, max(1, math.ceil(self.scan.k * n / self.n)))
         level = torch.maximum(floor[:, -1:], lower.topk(rank, dim=1).values[:, -1:])
-        return floor, float((upper >= level).any(0).double().mean()) <= LOOSE
+        return floor, float((upper >= level).any(0).double().mean()) <= loose
+
+    def _may_be_tight(self, lower: Tensor, upper: Tensor) -> bool:
+        """Whether bounds of the float query may be tight where these of an 8-bit one, [n_q, n], are loose."""
+        middle, half = (lower + upper) / 2, NARROWEST / 2 * (upper - lower)
+        # infinite bounds stay as they are
+        known = middle.isfinite()
+        lower, upper = torch.where(known, middle - half, lower), torch.where(known, middle + half, upper)
+        return self._judged(lower, upper, LOOSE_TWICE)[1]
 
     def _least(self) -> Tensor:
         """What a document's upper bound must reach, float64 [n_q, 1]."""
@@ -218,6 +241,16 @@ class Search:
         """The floor with documents of ``lower`` [n_q, n]."""
         return torch.cat([self.floor, lower], 1).topk(self.scan.k, dim=1).values
 
+    def _loose(self) -> Tensor:
+        """What survived of the last block, whose bounds were loose: it waits no longer, as most of it is scored."""
+        numbers, upper, _ = self.waiting.pop()
+        self._held -= 8 * (self.scan.n_q + 1) * len(numbers)
+        return self._chosen(numbers, upper)
+
+    def _chosen(self, numbers: Tensor, upper: Tensor) -> Tensor:
+        """Those of documents with these upper bounds that are to be scored."""
+        return numbers[(upper >= self._least()).any(0).cpu()]
+
     def _score_waiting(self) -> None:
         """Scores what waits, after the bounds of the float query for what has only those of an 8-bit one."""
         rough = [(numbers, upper, x) for numbers, upper, x in self.waiting if x is not None]
@@ -234,10 +267,11 @@ class Search:
             found.append((torch.cat([numbers for numbers, *_ in rough]), upper))
         if found:
             numbers, upper = torch.cat([x for x, _ in found]), torch.cat([x for _, x in found], 1)
-            self._score(numbers[(upper >= self._least()).any(0).cpu()].sort().values, seen=True)
+            numbers = self._chosen(numbers, upper).sort().values
+            self._score(numbers, seen=len(numbers))
 
-    def _score(self, numbers: Tensor, *, seen: bool) -> None:
-        """Scores documents of rising number from their tokens. seen: the floor has counted them."""
+    def _score(self, numbers: Tensor, *, seen: int) -> None:
+        """Scores documents of rising number from their tokens. The floor has counted the first ``seen``."""
         searched = self.searched
         base, documents = (
             (searched.whole, searched.documents[numbers])
@@ -249,6 +283,6 @@ class Search:
         self.bytes += int(part.offsets[-1]) * part.token_bytes
         for (a, b), scores in self.scan.chunks(part, self.scan.runs(part)):
             self.scan.keep(scores, numbers[a:b])
-            if not seen:
-                known = scores.double()
+            if b > seen:
+                known = scores[:, max(0, seen - a) :].double()
                 self.floor = self._raised(torch.where(known.isnan(), -math.inf, known))

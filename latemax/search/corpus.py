@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -380,10 +379,10 @@ def runs(corpus: Corpus, budget: int, row_bytes: int, document_bytes: int) -> li
         ValueError: a document that the budget cannot hold, named.
     """
     # what the first i documents cost, rising
-    cost = (corpus.offsets * row_bytes + torch.arange(len(corpus) + 1, device="cpu") * document_bytes).tolist()
+    cost = corpus.offsets.numpy() * row_bytes + np.arange(len(corpus) + 1) * document_bytes
     found, a = [], 0
     while a < len(corpus):
-        b = bisect_right(cost, cost[a] + budget) - 1
+        b = int(cost.searchsorted(cost[a] + budget, "right")) - 1
         if b == a:
             number = int(corpus.documents[a]) if isinstance(corpus, Subset) else a
             raise ValueError(

@@ -42,7 +42,7 @@ class FirstStage:
         dim: of the corpus's tokens. generation: of the store it was built from or updated to; None for other corpora.
 
     Raises:
-        TypeError, ValueError: as `latemax.topk`.
+        TypeError, ValueError: as `latemax.topk`; a token with NaN or infinity, named: it would rank anywhere.
     """
 
     # constructor's arguments that decide the rows; attributes of the same names
@@ -283,10 +283,28 @@ class FirstStage:
         with torch.no_grad():
             for (a, b), tokens in stream.chunks(corpus, corpora.runs(corpus, self.memory, row, 0), corpus.device):
                 out = {name: column[int(offsets[a]) : int(offsets[b])] for name, column in columns.items()}
-                self._encode(floats(tokens), corpus.offsets[a : b + 1] - corpus.offsets[a], lengths[a:b], out)
+                numbers = floats(tokens)
+                check_finite(numbers, corpus, a)
+                self._encode(numbers, corpus.offsets[a : b + 1] - corpus.offsets[a], lengths[a:b], out)
                 if bar is not None:
                     bar.tick(b - a)
         return columns
+
+
+def check_finite(tokens: Tensor, corpus: corpora.Corpus, first: int) -> None:
+    """ValueError that names a token which is not finite; tokens [t, dim]: of the corpus, from document ``first`` on."""
+    # NaN and infinity stay in a sum, which takes one pass
+    if tokens.sum(dtype=torch.promote_types(tokens.dtype, torch.float32)).isfinite():
+        return
+    wrong = (~tokens.isfinite().all(-1)).nonzero()
+    if len(wrong):
+        token = int(wrong[0]) + int(corpus.offsets[first])
+        document = int(torch.searchsorted(corpus.offsets, token, right=True)) - 1
+        number = int(corpus.documents[document]) if isinstance(corpus, corpora.Subset) else document
+        raise ValueError(
+            f"corpus must be finite: token {token - int(corpus.offsets[document])} of document {number} holds NaN or "
+            "infinity"
+        )
 
 
 def offsets_of(lengths: Tensor) -> Tensor:

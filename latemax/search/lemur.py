@@ -11,6 +11,7 @@ from torch import Tensor
 from latemax.api import score_corpus
 from latemax.arguments import arrays, check
 from latemax.search import corpus as corpora
+from latemax.search.first import check_finite
 from latemax.search.tokens import floats
 from latemax.search.vectors import OneVector
 
@@ -40,7 +41,8 @@ class Lemur(OneVector):
 
     Raises:
         ImportError: engine="faiss" without faiss.
-        TypeError, ValueError: as `topk`; numbers below 1; solve below width; no token to learn from.
+        TypeError, ValueError: as `topk`; a token with NaN or infinity; numbers below 1; solve below width; no token to
+            learn from.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]] = (*OneVector.SETTINGS, "width", "normalize")
@@ -67,9 +69,13 @@ class Lemur(OneVector):
     def _prepare(self, corpus: corpora.Corpus) -> None:
         queries, documents, n_tokens, solve, epochs, seed = self._options
         made = torch.Generator().manual_seed(seed)
-        sampled = torch.randperm(len(corpus), generator=made)[:documents].sort().values
+        full = corpus.offsets.diff().nonzero().flatten()
+        if not len(full):
+            raise ValueError(f"corpus must hold a token to learn from, got {len(corpus)} documents without one")
+        sampled = full[torch.randperm(len(full), generator=made)[:documents]].sort().values
         chosen = corpora.Subset(corpus, sampled)
         content = floats(chosen.view(0, len(chosen))).cpu()
+        check_finite(content, chosen, 0)
         pool = content if queries is None else arrays.as_tensor("queries", queries)
         check.check_tokens("queries", pool, (2,), "[t, dim]")
         if pool.shape[1] != corpus.dim or not len(pool):

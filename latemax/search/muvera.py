@@ -34,7 +34,7 @@ class Muvera(OneVector):
 
     Raises:
         ImportError: engine="faiss" without faiss.
-        TypeError, ValueError: as `topk`; numbers outside the ranges above.
+        TypeError, ValueError: as `topk`; a token with NaN or infinity; numbers outside the ranges above.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]] = (

@@ -29,7 +29,7 @@ class MeanPool(OneVector):
 
     Raises:
         ImportError: engine="faiss" without faiss.
-        TypeError, ValueError: as `topk`.
+        TypeError, ValueError: as `topk`; a token with NaN or infinity.
 
     Example:
         >>> first = MeanPool(store)
@@ -65,7 +65,7 @@ class RowPool(FirstStage):
         normalize: as in the search that follows: queries are scored by cosine.
 
     Raises:
-        TypeError, ValueError: as `topk`.
+        TypeError, ValueError: as `topk`; a token with NaN or infinity.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]] = ("normalize", "dtype_name")

@@ -16,9 +16,11 @@ from latemax.search.tokens import mapped
 
 # Of a chunk's scores, at once: the scores, their keys, the order as int64, a sort's copy of both, and the indices.
 SCORE_BYTES = 48
-# Chunks that are copied take no more, whatever the memory: nothing is scored while the first one is read, and pages are
-# slow to touch for the first time (a store of 1 GB on 2 Zen 4 cores: 1.7 s with 1 GB, 1.1 s with 64 to 256 MB).
-COPIED_BYTES = 1 << 27
+# Two chunks that are copied take a quarter of the corpus, at least and at most so much, whatever the memory. Nothing is
+# scored while the first one is read, and pages are slow to touch for the first time: 98 MB of cached tokens on a Zen 3
+# core took 158 ms of processor time as one chunk, 108 ms with 32 MB; a store of 1 GB on 2 Zen 4 cores 1.7 s with 1 GB,
+# 1.1 s with 64 to 256 MB. A GPU wants few and long copies.
+LEAST_COPIED, MOST_COPIED = 1 << 25, 1 << 27
 
 
 def is_one(q: Any) -> bool:
@@ -38,19 +40,36 @@ class Scan:
         self.q, self.q_mask, self.k, self.budget, self.options = q, q_mask, k, budget, options
         self.one_query = is_one(q)
         self.n_q = 1 if self.one_query else len(q)
+        self.q_tokens = sum(map(len, q)) if ragged.is_ragged(q) else self.n_q * q.shape[-2]
         self.device: torch.device = (q[0] if isinstance(q, (list, tuple)) else q).device
         self.kept: TopK | None = None
+        # of `reserve`
+        self._copied: int | None = None
+        self._buffers: list[Any] | None = None
 
     def runs(self, corpus: corpora.Corpus) -> list[tuple[int, int]]:
         """Runs of documents that the budget holds; ValueError for a document that it does not."""
+        return corpora.runs(corpus, *self._limits(corpus), self.n_q * SCORE_BYTES)
+
+    def reserve(self, corpus: corpora.Corpus) -> None:
+        """Keeps the buffers for parts of a corpus from one call of `chunks` to the next."""
+        self._copied = self._copied_bytes(corpus)
+        budget, row = self._limits(corpus)
+        self._buffers = stream.reserved(corpus, budget // max(1, row), self.device)
+
+    def _limits(self, corpus: corpora.Corpus) -> tuple[int, int]:
+        """(bytes of a run with its scores, bytes of a token)."""
         moves = corpus.device != self.device
-        copies = moves or corpus.copies
-        row = corpus.token_bytes * (2 if moves or not corpus.resident else 1) if copies else 0
-        budget = self.budget
-        if copies and len(corpus):
-            largest = int(corpus.offsets.diff().max()) * row + self.n_q * SCORE_BYTES
-            budget = min(budget, max(COPIED_BYTES, largest))
-        return corpora.runs(corpus, budget, row, self.n_q * SCORE_BYTES)
+        if not (moves or corpus.copies):
+            return self.budget, 0
+        row = corpus.token_bytes * (2 if moves or not corpus.resident else 1)
+        largest = int(corpus.offsets.diff().max()) * row + self.n_q * SCORE_BYTES if len(corpus) else 0
+        return min(self.budget, max(self._copied or self._copied_bytes(corpus), largest)), row
+
+    def _copied_bytes(self, corpus: corpora.Corpus) -> int:
+        if corpus.device != self.device:
+            return MOST_COPIED
+        return min(MOST_COPIED, max(LEAST_COPIED, int(corpus.offsets[-1]) * corpus.token_bytes // 4))
 
     def check(self, corpus: corpora.Corpus) -> None:
         """Raises what a search with wrong masks or weights would raise."""
@@ -58,7 +77,7 @@ class Scan:
 
     def chunks(self, corpus: corpora.Corpus, runs: list[tuple[int, int]]) -> Any:
         """((a, b), scores [n_q, b - a]) of runs of documents."""
-        for (a, b), tokens in stream.chunks(corpus, runs, self.device):
+        for (a, b), tokens in stream.chunks(corpus, runs, self.device, self._buffers):
             scores = self._score(corpus, a, b, tokens)
             yield (a, b), scores.unsqueeze(0) if self.one_query else scores
 

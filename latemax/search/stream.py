@@ -15,11 +15,23 @@ from latemax.search.tokens import copy
 Run = tuple[int, int]
 
 
-def chunks(corpus: Corpus, runs: list[Run], device: torch.device) -> Iterator[tuple[Run, Any]]:
-    """((a, b), tokens [t, dim] of documents a … b - 1 on the device) in order; valid until the next."""
+def chunks(
+    corpus: Corpus, runs: list[Run], device: torch.device, buffers: list[Any] | None = None
+) -> Iterator[tuple[Run, Any]]:
+    """((a, b), tokens [t, dim] of documents a … b - 1 on the device) in order; valid until the next.
+
+    buffers: of `reserved`, for several calls that read on the host: their pages are touched once.
+    """
     if corpus.resident and corpus.device == device:
         return (((a, b), corpus.view(a, b)) for a, b in runs)
-    return _to_cuda(corpus, runs, device) if device.type == "cuda" else _read_ahead(corpus, runs)
+    return _to_cuda(corpus, runs, device) if device.type == "cuda" else _read_ahead(corpus, runs, buffers)
+
+
+def reserved(corpus: Corpus, rows: int, device: torch.device) -> list[Any] | None:
+    """Two buffers for chunks of at most ``rows`` tokens; None where `chunks` needs none, or torch keeps them."""
+    if device.type == "cuda" or (corpus.resident and corpus.device == device):
+        return None
+    return [corpus.empty(min(rows, int(corpus.offsets[-1]))) for _ in range(2)]
 
 
 def _rows(corpus: Corpus, run: Run) -> int:
@@ -34,15 +46,18 @@ def _buffers(corpus: Corpus, runs: list[Run], place: Callable[[Tensor], Tensor] 
     return [place(x) if isinstance(x, Tensor) else x._map(place) for x in buffers]
 
 
-def _read_ahead(corpus: Corpus, runs: list[Run]) -> Iterator[tuple[Run, Any]]:
+def _read_ahead(corpus: Corpus, runs: list[Run], kept: list[Any] | None) -> Iterator[tuple[Run, Any]]:
     """Through two host buffers; a thread fills one while the other is scored."""
-    buffers = _buffers(corpus, runs)
+    buffers = _buffers(corpus, runs) if kept is None else kept
 
     def read(i: int) -> Any:
         tokens = buffers[i % 2][: _rows(corpus, runs[i])]
         corpus.read(*runs[i], tokens)
         return tokens
 
+    if len(runs) == 1:
+        yield runs[0], read(0)
+        return
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(read, 0) if runs else None
         for i, run in enumerate(runs):

@@ -67,7 +67,7 @@ def refuse_leftovers(folder: Path) -> None:
     shards = [name for name in names if SHARD.fullmatch(name)]
     if shards:
         raise StoreError(
-            f"{folder} holds {len(shards)} shards ({shards[0]} …) but no {CATALOG}: restore it, or move them away"
+            f"{folder} holds shards ({len(shards)}: {shards[0]} …) but no {CATALOG}: restore it, or move them away"
         )
 
 

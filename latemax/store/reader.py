@@ -211,7 +211,7 @@ class PatchStore(Sequence):
         return (
             f"PatchStore({str(self.path)!r}: {len(self)} documents, {self.n_tokens} tokens, dim {self.dim}, "
             f"{str(self.dtype).removeprefix('torch.')}{f' with {self.codes} codes' if self.codes else ''}, "
-            f"{len(self.shards)} shards, generation {self.generation})"
+            f"{len(self.shards)} shard{'s' * (len(self.shards) != 1)}, generation {self.generation})"
         )
 
     def packed(self) -> Iterator[Packed]:
