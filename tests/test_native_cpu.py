@@ -133,14 +133,20 @@ def test_zero_rows_are_those_of_torch(dtype, threads):
 
 
 @needs_native
-def test_a_score_depends_neither_on_padding_nor_on_other_documents():
-    q, d = problem((2, 5, 12, 70, 64))
-    scores = latemax.maxsim(q, d)
-    padded = torch.full((5, 200, 64), torch.nan)
-    padded[:, :70] = d
-    keep = torch.arange(200).expand(5, -1) < 70
-    assert torch.equal(latemax.maxsim(q, padded, None, keep), scores)
-    assert torch.equal(latemax.maxsim(q[1:], d[3:4]), scores[1:, 3:4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_score_depends_neither_on_padding_nor_on_other_documents(normalize, dtype):
+    q, d = problem((2, 5, 12, 70, 64), dtype=dtype)
+    scores = latemax.maxsim(q, d, normalize=normalize)
+    for start in (0, 3, 11):
+        # tokens with gaps between them, at other places in vectors and tiles of rows
+        at = torch.arange(70) + start + torch.arange(70) // 3 * (start > 0)
+        padded = torch.full((5, 200, 64), torch.nan, dtype=dtype)
+        padded[:, at] = d
+        keep = torch.zeros(5, 200, dtype=torch.bool)
+        keep[:, at] = True
+        assert torch.equal(latemax.maxsim(q, padded, None, keep, normalize=normalize), scores)
+    assert torch.equal(latemax.maxsim(q[1:], d[3:4], normalize=normalize), scores[1:, 3:4])
 
 
 @needs_native
