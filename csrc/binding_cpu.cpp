@@ -85,19 +85,29 @@ PyObject *raise(const maxsim_args &a, const Fault &f) {
                         (long long)f.limit, (long long)f.value, (long long)f.before, (long long)f.position);
 }
 
-/* Offsets and candidates are checked before anything is written. */
+/* Runs work without the interpreter's lock; false and a MemoryError if it needs more memory than there is. */
 template <class Work>
-PyObject *unlocked(const maxsim_args &a, Work work) {
+bool unlocked(Work work) {
     bool no_memory = false;
-    Fault fault;
     Py_BEGIN_ALLOW_THREADS
     try {
-        if (!values_fail(a, fault)) work();
+        work();
     } catch (const std::bad_alloc &) {
         no_memory = true;
     }
     Py_END_ALLOW_THREADS
-    if (no_memory) return PyErr_NoMemory();
+    if (no_memory) PyErr_NoMemory();
+    return !no_memory;
+}
+
+/* Offsets and candidates are checked before anything is written. */
+template <class Work>
+PyObject *checked(const maxsim_args &a, Work work) {
+    Fault fault;
+    const bool done = unlocked([&] {
+        if (!values_fail(a, fault)) work();
+    });
+    if (!done) return nullptr;
     if (fault.name) return raise(a, fault);
     Py_RETURN_NONE;
 }
@@ -109,7 +119,7 @@ PyObject *forward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     maxsim_args a = latemax::read_call(in);
     latemax::read_codes(in, a);
     if (!t.level || !in.ok()) return nullptr;
-    return unlocked(a, [&] { latemax::forward(a, *t.level, t.threads); });
+    return checked(a, [&] { latemax::forward(a, *t.level, t.threads); });
 }
 
 /* level, threads, the call (its argmax is read), g and its strides, grad_q, grad_d, grad_weights */
@@ -126,7 +136,23 @@ PyObject *backward(PyObject *, PyObject *const *args, Py_ssize_t n) {
     out.grad_d = in.address<void>();
     out.grad_weights = in.address<float>();
     if (!t.level || !in.ok()) return nullptr;
-    return unlocked(a, [&] { latemax::backward(a, out, *t.level, t.threads); });
+    return checked(a, [&] { latemax::backward(a, out, *t.level, t.threads); });
+}
+
+/* threads, bytes of a number, address, shape and strides of x, out */
+PyObject *nonzero_rows(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    Arguments in(args, n);
+    const int threads = static_cast<int>(in.integer());
+    latemax::FloatRows x{};
+    x.size = in.integer();
+    x.rows = in.address<const char>();
+    int64_t shape[3], strides[3];
+    in.tuple(shape, 3), in.tuple(strides, 3);
+    x.n = shape[0], x.l = shape[1], x.dim = shape[2], x.stride_n = strides[0], x.stride_l = strides[1];
+    uint8_t *out = in.address<uint8_t>();
+    bool all = true;
+    if (!in.ok() || !unlocked([&] { all = latemax::nonzero_rows(x, out, threads); })) return nullptr;
+    return PyBool_FromLong(all);
 }
 
 PyObject *levels(PyObject *, PyObject *) {
@@ -139,6 +165,7 @@ PyObject *levels(PyObject *, PyObject *) {
 PyMethodDef methods[] = {
     {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(forward)), METH_FASTCALL, nullptr},
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(backward)), METH_FASTCALL, nullptr},
+    {"nonzero_rows", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(nonzero_rows)), METH_FASTCALL, nullptr},
     {"levels", levels, METH_NOARGS, nullptr},
     {"read_items", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(latemax::read_items)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -27,6 +27,7 @@ STACK = (
     ("latemax.ops.operator",),
     ("latemax.ops.smooth", "latemax.ops.bounds"),
     ("latemax.arguments",),
+    ("latemax.arguments.rows",),
     ("latemax.api", "latemax.warm"),
     ("latemax.module", "latemax.bounds"),
     ("latemax.search",),
@@ -48,7 +49,8 @@ LEAVES = (
     "latemax.store",
     "latemax.encoders",
 )
-# Imported only by those named; each may import the stack and the leaves (compat: only `latemax`, the store and arrays).
+# Imported only by those named; each may import the stack and the leaves (compat: only `latemax`, the store,
+# arrays and rows).
 # One may name another's types under TYPE_CHECKING, which imports nothing; below the tops that counts as an import too.
 TOPS = {
     "latemax.analysis": ("latemax.demo", "latemax.cli"),
@@ -158,7 +160,7 @@ def may_import(source: str, target: str, when: str) -> bool:
     if target == "latemax.kernels":
         return source in ("latemax.ops.backends.triton_launch", "latemax.ops.backends.smooth_triton")
     if source == "latemax.compat":
-        return target in ("latemax", "latemax.store", "latemax.arguments.arrays")
+        return target in ("latemax", "latemax.store", "latemax.arguments.arrays", "latemax.arguments.rows")
     if target == "latemax.encoders":
         return source in TOPS or (source == "latemax" and when != "file")
     return source in TOPS or target in LEAVES or LEVEL[target] < LEVEL[source]

@@ -11,6 +11,7 @@ from common import assert_argmax, exact, masks, problem, run_backward, run_forwa
 
 import latemax
 from latemax import reference
+from latemax.arguments import rows
 from latemax.ops import dispatch, operator
 from latemax.ops.backends import blocks, native
 
@@ -103,14 +104,49 @@ def test_threads_change_no_bit():
 
 
 @needs_native
-def test_a_score_depends_neither_on_padding_nor_on_other_documents():
-    q, d = problem((2, 5, 12, 70, 64))
-    scores = latemax.maxsim(q, d)
-    padded = torch.full((5, 200, 64), torch.nan)
-    padded[:, :70] = d
-    keep = torch.arange(200).expand(5, -1) < 70
-    assert torch.equal(latemax.maxsim(q, padded, None, keep), scores)
-    assert torch.equal(latemax.maxsim(q[1:], d[3:4]), scores[1:, 3:4])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_zero_rows_are_those_of_torch(dtype, threads):
+    """Also where only one number is not 0, anywhere in the row, be it subnormal or NaN, and where zeros have signs."""
+    before, generator = torch.get_num_threads(), torch.Generator().manual_seed(0)
+    torch.set_num_threads(threads)
+    try:
+        for shape in ((3, 700, 128), (5, 40, 33), (2, 3, 7, 5), (9, 1), (11,), (40, 0, 8), (0, 4), (2, 3, 0)):
+            x = torch.randn(shape, generator=generator).to(dtype)
+            x = x.where(torch.rand(shape[:-1], generator=generator).lt(0.5).unsqueeze(-1), -0.0)
+            flat = x.view(-1, shape[-1]) if x.numel() else x.new_empty(0, 1)
+            values = (0.0, math.nan, torch.finfo(dtype).smallest_normal / 4, -math.inf)
+            for r in range(0, len(flat), 5):
+                flat[r] = 0.0
+                flat[r, (r * 7) % shape[-1]] = values[r // 5 % 4]
+            for y in (x, x[..., 1:], x[1::2], x.mT if len(shape) > 1 else x, x[..., :0], x.flip(0)[:1]):
+                truth = y.ne(0).any(-1)
+                for found in (rows.nonzero_rows(y), *([rows._by_torch(y)] if y.shape[-1] else [])):
+                    assert truth.all() if found is None else torch.equal(found, truth)
+                ours = native.nonzero_rows(y)
+                if ours is not None:
+                    assert torch.equal(ours[0], truth) and ours[1] == bool(truth.all())
+                else:
+                    assert y.shape[-1] == 0 or y.stride(-1) != 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_score_depends_neither_on_padding_nor_on_other_documents(normalize, dtype):
+    q, d = problem((2, 5, 12, 70, 64), dtype=dtype)
+    scores = latemax.maxsim(q, d, normalize=normalize)
+    for start in (0, 3, 11):
+        # tokens with gaps between them, at other places in vectors and tiles of rows
+        at = torch.arange(70) + start + torch.arange(70) // 3 * (start > 0)
+        padded = torch.full((5, 200, 64), torch.nan, dtype=dtype)
+        padded[:, at] = d
+        keep = torch.zeros(5, 200, dtype=torch.bool)
+        keep[:, at] = True
+        assert torch.equal(latemax.maxsim(q, padded, None, keep, normalize=normalize), scores)
+    assert torch.equal(latemax.maxsim(q[1:], d[3:4], normalize=normalize), scores[1:, 3:4])
 
 
 @needs_native

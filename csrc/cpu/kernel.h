@@ -61,27 +61,19 @@ LATEMAX_INLINE const char *row_at(const Rows &rows, int64_t i) {
     return rows.base + (rows.gather ? rows.gather[i] : i) * rows.stride;
 }
 
-/* The factors of rows j .. j + U with normalize. Roots and quotients are those of a vector: one at a time they would take
- * longer than the squares. */
+/* With normalize, the factors of the vectors of rows that begin in rows j .. j + U: tiles that follow each other compute
+ * each once. Roots and quotients are those of a vector: one at a time they would take longer than the squares. */
 template <maxsim_dtype OF, int U>
 LATEMAX_INLINE void inverse_norms(const Rows &rows, int64_t j, int64_t dim) {
-    constexpr int VECTORS = (U + LATEMAX_LANES - 1) / LATEMAX_LANES;
-    float factor[VECTORS * LATEMAX_LANES] = {};
-#if defined(__AVX512F__)
-    vf squares[16] = {};
-    static_assert(U <= 16, "one vector of factors");
+    constexpr int LANES = LATEMAX_LANES;
+    for (int64_t i = (j + LANES - 1) / LANES * LANES; i < j + U && i < rows.count; i += LANES) {
+        vf squares[LANES];
 #pragma GCC unroll 16
-    for (int u = 0; u < U; ++u) squares[u] = squares_as<OF>(row_at(rows, within(rows, j + u)), dim);
-    *reinterpret_cast<vf_any *>(factor) = sums_of_lanes(squares);
-#else
-    for (int u = 0; u < U; ++u) factor[u] = sum_of_lanes(squares_as<OF>(row_at(rows, within(rows, j + u)), dim));
-#endif
-    for (int i = 0; i < VECTORS * LATEMAX_LANES; i += LATEMAX_LANES) {
-        const vf norm = root(*reinterpret_cast<vf_any *>(factor + i));
-        *reinterpret_cast<vf_any *>(factor + i) = 1.0f / (norm < EPS ? vf{} + EPS : norm);
+        for (int l = 0; l < LANES; ++l) squares[l] = squares_as<OF>(row_at(rows, within(rows, i + l)), dim);
+        const vf norm = root(sums_of_lanes(squares));
+        /* after the last row, the factors of the next rows of the batch are not computed yet */
+        *reinterpret_cast<vf_any *>(rows.scale + i) = 1.0f / (norm < EPS ? vf{} + EPS : norm);
     }
-    /* a group of a tile may start after the last row */
-    for (int u = 0; u < U && j + u < rows.count; ++u) rows.scale[j + u] = factor[u];
 }
 
 /* The similarities of rows j .. j + U, without their factors. */
@@ -100,9 +92,11 @@ struct Floats {
             for (int v = 0; v < V; ++v) sum[u][v] = vf{};
         }
         const int64_t steps = Op::steps(dim);
-        const char *next = rows.prefetch ? rows.prefetch + j * rows.prefetch_stride : row_at(rows, within(rows, j + U));
+        /* the norms of a vector of rows are computed before the first of them is multiplied */
+        const int64_t after = rows.compute_scale ? j + U + LATEMAX_LANES : j + U;
+        const char *next = rows.prefetch ? rows.prefetch + j * rows.prefetch_stride : row_at(rows, within(rows, after));
         /* of the next rows, which are not contiguous where a mask has holes */
-        const int64_t apart = rows.gather && rows.dense ? row_at(rows, within(rows, j + 2 * U - 1)) + rows.stride - next : 0;
+        const int64_t apart = rows.gather && rows.dense ? row_at(rows, within(rows, after + U - 1)) + rows.stride - next : 0;
         const int64_t lines = apart / (4 * steps + 1) + 1;
         int64_t k = 0;
         for (; k + LINE <= steps; k += LINE) {

@@ -198,7 +198,7 @@ void Forward::unit(const Unit &u, Scratch &s) {
     float *best = s.best.get(slots * width);
     int32_t *at = args_.argmax ? s.at.get(slots * width) : nullptr;
     float *upper = args_.upper ? s.upper.get(slots * width) : nullptr;
-    /* codes: factors are computed for whole vectors of rows */
+    /* factors are computed for whole vectors of rows */
     s.number.get(batch_), s.scale.get(batch_ + level_.lanes), s.radius.get(batch_ + level_.lanes);
     s.wide.get(widen_ ? batch_ * row_bytes_ / 4 : 8 * (row_bytes_ + 64));
     s.rows.clear(), s.slot_of_rows.clear(), s.document_of_slot.clear();

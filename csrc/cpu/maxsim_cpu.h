@@ -24,6 +24,16 @@ struct Gradients {
  * is not looked at: g is that of the sums. */
 void backward(const maxsim_args &args, const Gradients &out, const Level &level, int threads);
 
+struct FloatRows {
+    const char *rows; /* [n, l, dim], dims contiguous */
+    int64_t size;     /* bytes of a number: 2, 4 or 8, with the sign first */
+    int64_t n, l, dim;
+    int64_t stride_n, stride_l;
+};
+
+/* Writes to out [n, l] whether a row is not all zeros, 0 or 1; returns whether that is every row. */
+bool nonzero_rows(const FloatRows &x, uint8_t *out, int threads);
+
 }  // namespace latemax
 
 #endif

@@ -53,6 +53,7 @@ void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, 
             if (V == 2) LATEMAX_TILE_MULTIPLY(Op::BYTES, 3, 5, 7);
         }
     }
+    if (rows.compute_scale) inverse_norms<MAXSIM_BF16, R * ROWS>(rows, j, dim);
     /* 16 vectors of sums fit in registers together with the maxima they are compared with */
     constexpr int GROUP = 16 / V;
     typename Op::Vector sum[R * ROWS / GROUP][GROUP][V];
@@ -67,7 +68,6 @@ void multiply(const char *panel, const char *rest, const Rows &rows, int64_t j, 
         for (int u = 0; u < GROUP; ++u)
 #pragma GCC unroll 2
             for (int v = 0; v < V; ++v) group[u][v] = Op::total(sum[g][u][v]);
-        if (rows.compute_scale) inverse_norms<MAXSIM_BF16, GROUP>(rows, j + g * GROUP, dim);
         fold.take(group, rows, j + g * GROUP);
     }
 }

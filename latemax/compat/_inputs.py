@@ -1,4 +1,4 @@
-"""What the host modules share: arrays to tensors, zero rows, masks, devices and the hosts' zero padding."""
+"""What the host modules share: arrays to tensors, masks, devices and the hosts' zero padding."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latemax import maxsim
 from latemax.arguments import arrays
+from latemax.arguments.rows import nonzero_rows, readable
 
 Items = Tensor | list[Tensor]
 # 512 KB of float32 at dim 128
@@ -64,54 +65,6 @@ def as_float32(items: list[Any]) -> list[Any]:
     """Items of one dtype with float64 tensors replaced: their scores are float64, at a tenth of the speed."""
     wide = bool(items) and isinstance(items[0], Tensor) and items[0].dtype == torch.float64
     return [item.to(torch.float32) for item in items] if wide else items
-
-
-def readable(x: Tensor) -> bool:
-    """Whether reading the values of x costs no device sync and no graph break."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-
-
-def nonzero_rows(x: Tensor) -> Tensor | None:
-    """The mask of the rows of x [..., dim] that are not all zero. None if that is all of them and x is on the CPU.
-
-    A row with a NaN is not zero. On the CPU the first numbers are read first, a cache line of a row: that is all if no
-    row begins with 0. Of the other rows the bits are combined, eight bytes at a time.
-    """
-    x = x.detach()
-    if not readable(x) or x.shape[-1] == 0:
-        return x.ne(0).any(dim=-1)
-    keep = x[..., 0] != 0
-    rows = (~keep).reshape(-1).nonzero().squeeze(1)
-    if not len(rows):
-        return None
-    if x.is_contiguous() and x.data_ptr() % 8 == 0 and x.shape[-1] * x.itemsize % 8 == 0:
-        keep.view(-1)[rows] = _any_bit(x.view(-1, x.shape[-1]), rows)
-    else:
-        keep = (x.amax(dim=-1) != 0) | (x.amin(dim=-1) != 0)
-    return None if bool(keep.all()) else keep
-
-
-# rows that are combined at a time: 2 MB of 128 numbers of bfloat16, which stay in cache
-ROWS = 8192
-
-
-def _any_bit(x: Tensor, rows: Tensor) -> Tensor:
-    """Which of these rows of x [n, dim] have a bit other than a sign: bool [len(rows)].
-
-    With a third of the rows padded it takes a half (float32) or a fifth (bfloat16) of the time of amax and amin.
-    """
-    sign_free = {2: 0x7FFF7FFF7FFF7FFF, 4: 0x7FFFFFFF7FFFFFFF, 8: 0x7FFFFFFFFFFFFFFF}[x.itemsize]
-    words, found = x.view(torch.int64), torch.empty(len(rows), dtype=torch.bool)
-    buffer = words.new_empty(min(ROWS, len(rows)), words.shape[1])
-    for first in range(0, len(rows), ROWS):
-        part = rows[first : first + ROWS]
-        bits, width = torch.index_select(words, 0, part, out=buffer[: len(part)]), words.shape[1]
-        while width > 1:
-            half = width // 2
-            torch.bitwise_or(bits[:, :half], bits[:, width - half : width], out=bits[:, :half])
-            width -= half
-        found[first : first + ROWS] = (bits[:, 0] & sign_free) != 0
-    return found
 
 
 def weighted(q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -315,7 +315,7 @@ int main(int argc, char **argv) {
         if (!std::strcmp(other.name, "amx_bf16"))
             other.codes = &latemax::codes_avx512_vnni, wrong += codes::check_all(other, all, cases);
 #endif
-        wrong += codes::check_all_bytes(*levels[l], other, cases);
+        wrong += codes::check_all_bytes(*levels[l], other, all, cases);
     }
     for (int l = 0; l < n; ++l)
         for (int form = 0; form < 8; ++form)

@@ -70,6 +70,23 @@ def read_items(items: list[Any], *, arrays: bool = False) -> tuple[Tensor, Tenso
     return (table, offsets) if known else None
 
 
+def nonzero_rows(x: Tensor) -> tuple[Tensor, bool] | None:
+    """Which rows of x [..., dim], on the CPU, are not all zeros: bool [...], and whether that is every row.
+
+    A row is read up to its first number that is not 0 or -0. Returns None without the extension, for dims that are not
+    contiguous or none, and for dtypes other than float16, bfloat16, float32 and float64.
+    """
+    known = x.dtype in DTYPES or x.dtype == torch.float64
+    if _cpu is None or not known or not x.shape[-1] or (x.stride(-1) != 1 and x.shape[-1] > 1):
+        return None
+    rows = x.flatten(0, -3) if x.dim() > 3 else x.expand(*(1,) * (3 - x.dim()), *x.shape)
+    keep = torch.empty(x.shape[:-1], dtype=torch.bool)
+    every = _cpu.nonzero_rows(
+        torch.get_num_threads(), x.itemsize, address(rows), rows.shape, rows.stride(), keep.data_ptr()
+    )
+    return keep, every
+
+
 def score(q: Tensor, d: Tensor, normalize: bool, empty_score: float) -> Tensor | None:
     """Fast path: dense tensors [l_q, dim] or [n_q, l_q, dim] and [l_d, dim] or [n_d, l_d, dim], no masks, no argmax.
 
