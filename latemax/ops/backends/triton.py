@@ -80,7 +80,7 @@ def plan(p: Problem, by_name: bool) -> Plan:
     itemsize, chip = 2 if p.d_codes else p.dtype.itemsize, capability(p.device)
     rows = query_rows(p)
     integers = p.q_codes or (p.bounds == "coarse" and _rounds_queries(p.normalize, p.dim))
-    if p.d_codes and p.dtype == torch.float32 and chip < 90:
+    if p.d_codes and p.dtype == torch.float32 and not integers and chip < 90:
         # two operands of bfloat16: 128 rows of them spill 85 registers on sm_80, 64 rows spill 61
         rows = min(rows, 32)
     tile, source = tiles.pick(kind(p), p.dim, rows, p.l_d, itemsize, chip, p.argmax)
