@@ -67,7 +67,7 @@ def code_bounds(scale, error, squares, B):
         length = scale * tl.sqrt(squares)
     else:
         length = scale * (127 * B.DIM**0.5)
-    known = (error < LARGEST) & (length < LARGEST)
+    known = (error < LARGEST) & (length < LARGEST) & (factor < LARGEST)
     if B.NORM == NO_NORM:
         apart = error + TINY
     else:

@@ -8,14 +8,14 @@ from decimal import Decimal, localcontext
 
 import pytest
 import torch
-from common import BACKENDS, TRITON_DEVICE
+from common import BACKENDS, GPU, TRITON_DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import latemax
 from latemax import QuantizedTokens, maxsim, maxsim_bounds, maxsim_pairs, quantize
 from latemax.bounds import bound_corpus
-from latemax.ops import dispatch
+from latemax.ops import dispatch, tiles
 from latemax.ops.backends import triton
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -65,13 +65,22 @@ def test_the_exact_score_is_inside(seed, dim, dtype, normalize, weighted, mean):
     inside(q, d, weights, normalize=normalize, mean=mean, coarse=True)
 
 
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch):
+    """In Triton's interpreter, which takes 10 ms for a row of a tile."""
+    if GPU or "triton" not in request.node.name:
+        yield
+        return
+    monkeypatch.setattr(tiles, "pick", lambda *_: (tiles.TileConfig(16, 16, 32, True, 4, 3), "small"))
+    dispatch.plan_for.cache_clear()
+    yield
+    dispatch.plan_for.cache_clear()
+
+
 @pytest.fixture
 def rounded_queries(monkeypatch):
     """Triton takes 8-bit queries for coarse bounds of few dims too, where it finds exact ones as fast."""
     monkeypatch.setattr(triton, "FEW_DIMS", 0)
-    dispatch.plan_for.cache_clear()
-    yield
-    dispatch.plan_for.cache_clear()
 
 
 @pytest.mark.usefixtures("rounded_queries")
@@ -165,6 +174,23 @@ def test_bounds_are_tight(where):
 
 
 @pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_codes_that_lose_nothing(dtype, where):
+    """Only what the backend itself rounds is left: sums of numbers that cancel."""
+    backend, device = where
+    g = torch.Generator().manual_seed(0)
+    q, codes = torch.randn(4, 1, 64, generator=g), torch.randint(-127, 128, (6, 1, 64), generator=g)
+    q[..., 1::2], codes[..., 1::2] = -q[..., ::2] * (1 + 2.0**-7), codes[..., ::2]
+    q, scale = q.to(dtype), torch.rand(6, 1, generator=g) + 0.5
+    d = QuantizedTokens(codes.to(torch.int8), scale, torch.zeros_like(scale), "int8", 64).to(device)
+    for normalize in (False, True):
+        lower, upper = (x.tolist() for x in maxsim_bounds(q.to(device), d, normalize=normalize, backend=backend))
+        for i, j in itertools.product(range(4), range(6)):
+            score = exact_score(q[i], d[j].dequantize(torch.float64), normalize=normalize)
+            assert Decimal(lower[i][j]) <= score <= Decimal(upper[i][j])
+
+
+@pytest.mark.parametrize("where", PLACES)
 def test_every_form(where):
     backend, device = where
     g = torch.Generator().manual_seed(0)
@@ -172,19 +198,17 @@ def test_every_form(where):
     q, d, own = (torch.randn(shape, generator=g).to(device) for shape in shapes)
     keep, kept = ((torch.rand(3, n, generator=g) < 0.6).to(device) for n in (4, 7))
     some_q, some_d = [q[0], q[1, :2], q[2]], [d[0, :3], d[1, :0], d[2]]
-    calls = [
-        (q, own),
-        (some_q, some_d),
-        (q, some_d),
-        (q, d, keep, kept),
+    for call in (
         (q, d),
         (q[0], d),
         (q, d[1]),
         (q[0], d[1]),
+        (q, own),
+        (some_q, some_d),
+        (q, some_d),
         (some_q, d),
-    ]
-    # the interpreter takes a second a call, and the others reach the same kernel
-    for call in calls[:4] if backend == "triton" else calls:
+        (q, d, keep, kept),
+    ):
         for options in ({}, dict(normalize=True, reduce="mean", empty_score=0.1)):
             x, y, *masks = call
             codes = [quantize(item) for item in y] if isinstance(y, list) else quantize(y)
@@ -198,10 +222,35 @@ def test_every_form(where):
             found = truth != empty
             assert ((lower <= truth) & (truth <= upper))[found].all()
     flat, ends = torch.randn(20, 24, generator=g).to(device), torch.tensor([0, 5, 5, 20], device=device)
-    for coarse in (False, True):
-        lower, upper = bound_corpus(q, quantize(flat), ends, coarse=coarse, backend=backend)
-        truth = maxsim(q, [flat[:5], flat[:0], flat[5:]])
+    for normalize, queries in itertools.product((False, True), (q, some_q)):
+        lower, upper = bound_corpus(queries, quantize(flat), ends, normalize=normalize, coarse=True, backend=backend)
+        wide = [x.double() for x in queries]
+        truth = maxsim(wide, [flat[:5], flat[:0], flat[5:]], normalize=normalize, backend="reference")
         assert ((lower <= truth) & (truth <= upper)).all() and (upper[:, 1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "list"])
+def test_queries_of_several_tiles_on_triton(ragged):
+    """Parts of bounds, of 128 query tokens or fewer, are rounded outwards and added up."""
+    g, l_q = torch.Generator().manual_seed(0), 260 if GPU else 40
+    q, d = (torch.randn(shape, generator=g).to(TRITON_DEVICE) for shape in ((2, l_q, 8), (3, 5, 8)))
+    keep, kept = torch.ones(2, l_q, dtype=torch.bool), torch.ones(3, 5, dtype=torch.bool)
+    keep[0, : l_q // 2], kept[1] = False, False
+    keep, kept, weights = keep.to(q.device), kept.to(q.device), torch.randn(2, l_q, generator=g).to(q.device)
+    options = dict(reduce="mean", empty_score=0.1)
+    masks = (keep, kept) if not ragged else (list(keep), kept)
+    queries, w = (list(q), list(weights)) if ragged else (q, weights)
+    for cut in (False, True):
+        if cut:
+            q[1, -1, 0] = math.nan
+            queries = list(q) if ragged else q
+        lower, upper = maxsim_bounds(queries, quantize(d), *masks, q_weights=w, **options, backend="triton")
+        truth = maxsim(q.double(), d.double(), keep, kept, q_weights=weights.double(), **options, backend="reference")
+        assert (lower[:, 1] == torch.tensor(0.1)).all() and torch.equal(lower[:, 1], upper[:, 1])
+        assert torch.equal(truth.isnan(), lower.isnan()) and torch.equal(lower.isnan(), upper.isnan())
+        inner, sound = truth[:, ::2], ~truth[:, ::2].isnan()
+        assert ((lower[:, ::2] < inner) & (inner < upper[:, ::2]))[sound].all()
+        assert (upper - lower)[:, ::2][sound].max() < 0.2
 
 
 @pytest.mark.parametrize("where", PLACES)

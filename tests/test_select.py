@@ -176,6 +176,20 @@ def test_every_pick_fits(capability, argmax, dim):
             assert tile.block_q >= 16 and tile.block_d >= 16 and tile.block_k >= 16
 
 
+def test_tiles_of_codes(monkeypatch):
+    """On sm_80 a q of two halves takes few rows, one of integers does not; bounds have tiles of their own."""
+    codes = SMALL._replace(l_q=128, q_dtype=torch.float32, d_dtype=torch.int8, d_codes="int8")
+    coarse = codes._replace(bounds="coarse")
+    for chip, most in ((80, 32), (90, 128)):
+        monkeypatch.setattr(triton, "capability", lambda _, chip=chip: chip)
+        rows = {p: triton.plan(p, True).launch.tile.block_q for p in (codes, coarse, coarse._replace(normalize=True))}
+        assert list(rows.values()) == [most, most, 128]
+        of_codes = codes._replace(q_dtype=torch.int8, q_codes="int8")
+        assert triton.plan(of_codes, True).launch.tile.block_q == 128
+    plans = [triton.plan(p, True) for p in (SMALL, SMALL._replace(d_codes="int8", bounds="exact"))]
+    assert [plan.launch.tile.block_d for plan in plans] == [128, 64]
+
+
 def test_rows_of_the_table_are_reachable_and_in_order():
     reached = {
         (row.capability, row.kind, row.dim, row.q_rows, row.l_d)

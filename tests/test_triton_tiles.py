@@ -45,7 +45,8 @@ def test_lengths_around_the_tile(l_d):
 
 
 def test_ties_and_nan_across_tiles():
-    q, d = problem((1, 2, 5, 80, 16), device=TRITON_DEVICE)
+    # whole numbers: numpy, which multiplies in the interpreter, may round the products of equal rows apart
+    q, d = (x.round() for x in problem((1, 2, 5, 80, 16), device=TRITON_DEVICE))
     d[0] = d[0, :1]
     d[1, [40, 79]] = float("nan")
     scores, argmax = score(q, d, None, None)

@@ -1,4 +1,4 @@
-"""Ragged calls after warmup run on the builds that it made."""
+"""Ragged calls, and bounds, after warmup run on the builds that it made."""
 
 import torch
 
@@ -30,4 +30,11 @@ for layout in ("varlen", "rerank"):
             slots = torch.zeros(n_q * 2 + skip, dtype=torch.int64)[skip:].view(n_q, 2)
             latemax.rerank(torch.zeros(n_q, 20, 64, dtype=torch.bfloat16), d, d_offsets, slots, backend="triton")
     assert builds() == before, (layout, before, builds())
+latemax.warmup(dim=64, l_q=20, n_q=3, device="cpu", normalize=True, bounds=True, backend="triton")
+before = builds()
+for n_d, l_d in ((1, 1), (16, 16), (7, 1024), (3, 300)):
+    codes = latemax.quantize(torch.zeros(n_d, l_d, 64))
+    q = torch.zeros(3, 20, 64, dtype=torch.bfloat16)
+    latemax.maxsim_bounds(q, codes, normalize=True, backend="triton")
+assert builds() == before, ("bounds", before, builds())
 print("builds", *builds())

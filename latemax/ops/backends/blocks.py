@@ -52,9 +52,8 @@ def why_not(p: Problem, by_name: bool = False) -> str:
 
 def plan(p: Problem, by_name: bool = False) -> Plan:
     why = "asked for by name" if by_name else "the tensors are on the CPU"
-    return Plan(
-        name, f"{why}: " + ("bounds in blocks of torch float64" if p.bounds else "blocked torch matmul and maximum")
-    )
+    how = "bounds in blocks of torch float64" if p.bounds else "blocked torch matmul and maximum"
+    return Plan(name, f"{why}: {how}")
 
 
 def forward(b: Batch, plan: Plan, out: Outputs) -> None:

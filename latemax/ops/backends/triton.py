@@ -22,7 +22,7 @@ LEAST_INTEGERS = 32  # columns of a product of 8-bit integers
 MOST_BOUND_DIMS = 1 << 17  # up to here sums of products of 8-bit codes fit in 32 bits
 # Up to these dims bounds of a float q need no norms of codes (latemax.kernels.bounds), and take fewer instructions than
 # those of an 8-bit one: for 32 x 64 tokens of 128 dims on sm_90, 535 (bfloat16) or 556 (float32) instead of 636. With
-# norms they take 907 or 942 instead of 738, and for 768 dims 721 or 980 instead of 324.
+# norms they take 907 or 942 instead of 738, and for 64 of 768 dims 375 or 495 instead of 179.
 FEW_DIMS = 512
 
 
@@ -80,7 +80,7 @@ def plan(p: Problem, by_name: bool) -> Plan:
     itemsize, chip = 2 if p.d_codes else p.dtype.itemsize, capability(p.device)
     rows = query_rows(p)
     integers = p.q_codes or (p.bounds == "coarse" and _rounds_queries(p.normalize, p.dim))
-    if p.d_codes and p.dtype == torch.float32 and chip < 90:
+    if p.d_codes and p.dtype == torch.float32 and not integers and chip < 90:
         # two operands of bfloat16: 128 rows of them spill 85 registers on sm_80, 64 rows spill 61
         rows = min(rows, 32)
     tile, source = tiles.pick(kind(p), p.dim, rows, p.l_d, itemsize, chip, p.argmax)
