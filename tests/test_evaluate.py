@@ -100,6 +100,15 @@ def test_what_is_kept_of_the_exact_ranking(store):
     assert torch.equal(plain["int8"].indices, rows["int8"].indices) and "exact, from codes" not in plain
 
 
+def test_a_token_that_is_not_finite_is_named():
+    items = documents()
+    q = queries(items)
+    items[70] = torch.full((3, DIM), 1.0)
+    items[70][1, 4] = math.nan
+    with pytest.raises(ValueError, match="token 1 of document 70 holds NaN or infinity"):
+        retention(q, items, 5, n_candidates=20, memory=40_000)
+
+
 def test_the_command(store, tmp_path, capsys):
     items = documents()
     torch.save(queries(items), tmp_path / "q.pt")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from staged import DIM, KIND, LEMUR, MAKE, pages, questions, stored
 
 import latemax
 from latemax import (
@@ -20,44 +21,6 @@ from latemax import (
     two_stage,
 )
 from latemax.search import FirstStage
-
-DIM = 24
-LEMUR = dict(width=64, documents=100, tokens=600, solve=256, epochs=6)
-MAKE = {
-    "MeanPool": lambda corpus, **options: MeanPool(corpus, engine="torch", **options),
-    "RowPool": RowPool,
-    "BinaryScan": BinaryScan,
-    "Muvera": lambda corpus, **options: Muvera(corpus, engine="torch", repetitions=8, bits=3, **options),
-    "Lemur": lambda corpus, **options: Lemur(corpus, engine="torch", **(LEMUR | options)),
-}
-KIND = {"MeanPool": MeanPool, "RowPool": RowPool, "BinaryScan": BinaryScan, "Muvera": Muvera, "Lemur": Lemur}
-
-
-def pages(n=120, seed=0):
-    """Ragged documents, each around a few directions of its own; one without a token."""
-    made = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(n):
-        length = int(torch.randint(3, 20, (), generator=made))
-        own = torch.randn(4, DIM, generator=made)
-        of = own[torch.randint(0, 4, (length,), generator=made)]
-        found.append(F.normalize(of + 0.4 * torch.randn(length, DIM, generator=made), dim=-1).half())
-    found[7:8] = [item[:0] for item in found[7:8]]
-    return found
-
-
-def questions(items, documents, seed=1):
-    """Queries [n, 5, dim]: tokens of each document, with noise."""
-    made = torch.Generator().manual_seed(seed)
-    rows = [items[i][torch.randint(0, len(items[i]), (5,), generator=made)].float() for i in documents]
-    return F.normalize(torch.stack(rows) + 0.05 * torch.randn(len(rows), 5, DIM, generator=made), dim=-1)
-
-
-def stored(folder, items, ids=None):
-    with StoreWriter(folder, shard_bytes=3000) as writer:
-        for i, item in enumerate(items):
-            writer.add(item, f"page-{i}" if ids is None else ids[i], grid=(1, len(item)) if len(item) else None)
-    return PatchStore(folder)
 
 
 @pytest.fixture(params=MAKE)
@@ -111,31 +74,6 @@ def test_masked_query_tokens_have_no_influence(make):
     poisoned = q.clone()
     poisoned[:, 2] = math.nan
     assert torch.equal(first.first(poisoned, mask, 20), first.first(q[:, [0, 1, 3, 4]], None, 20))
-
-
-@pytest.mark.parametrize("wrong", [math.nan, -math.inf])
-def test_a_token_that_is_not_finite_is_named(make, wrong, tmp_path):
-    """Where it came first or last it would be by chance; a chunk's number of the token helps nobody."""
-    items = pages()
-    items[90][2, 5] = wrong
-    for corpus in (items, stored(tmp_path / "all", items)):
-        with pytest.raises(ValueError, match="token 2 of document 90 holds NaN or infinity"):
-            make(corpus, memory=20_000)
-    good = pages()
-    first = make(stored(tmp_path / "good", good))
-    with StoreWriter(tmp_path / "good") as writer:
-        writer.remove("page-3")
-        writer.add(items[90], "wrong")
-    with pytest.raises(ValueError, match="token 2 of document 119 holds"):
-        first.update(PatchStore(tmp_path / "good"))
-    assert len(first) == 120
-
-
-def test_large_finite_tokens_are_taken(make):
-    items = [x.float() * 1e38 for x in pages()]
-    if make.kind is Lemur:
-        pytest.skip("their scores are not finite")
-    assert len(make(items)) == 120
 
 
 def test_a_seed_decides(make):
@@ -226,44 +164,6 @@ def test_lemur_solves_least_squares_of_our_scores():
         for x in (first, untrained)
     ]
     assert left[0] < left[1]
-
-
-def test_lemur_learns_from_documents_with_tokens():
-    with pytest.raises(ValueError, match="corpus must hold a token to learn from, got 5 documents without one"):
-        Lemur([torch.empty(0, DIM)] * 5, engine="torch", **LEMUR)
-    items = [torch.empty(0, DIM)] * 500 + [x.float() for x in pages(20)]
-    assert Lemur(items, engine="torch", **(LEMUR | dict(documents=5))).vectors[500:507].norm(dim=-1).min() > 0
-
-
-@pytest.mark.parametrize("queries", [torch.zeros(0, DIM), torch.zeros(3, DIM + 1), torch.zeros(3, 1, DIM)])
-def test_lemur_refuses_queries_it_cannot_learn_from(queries):
-    with pytest.raises(ValueError, match="queries must be"):
-        Lemur(pages(), queries=queries, **LEMUR)
-
-
-@pytest.mark.parametrize(
-    ("build", "words"),
-    [
-        (lambda c: Muvera(c, bits=11), "bits must be an int from 0 to 10, got 11"),
-        (lambda c: Muvera(c, projection=25), "projection must be at most dim, 24; got 25"),
-        (lambda c: Muvera(c, repetitions=0), "repetitions must be"),
-        (lambda c: Lemur(c, width=64, solve=63), "solve must be at least width, 64; got 63"),
-        (lambda c: Lemur(c, epochs=0), "epochs must be"),
-        (lambda c: MeanPool(c, engine="best"), "engine must be one of"),
-        (lambda c: RowPool(c, memory=0), "memory must be"),
-        (lambda c: MeanPool(c).first(torch.zeros(2, 3, DIM + 1), None, 1), "q must have the dim of the corpus, 24"),
-        (lambda c: MeanPool(c).first(torch.zeros(2, 3, DIM), None, 0), "n must be"),
-        (lambda c: MeanPool(c).first(torch.zeros(2, DIM), None, 1), "q must be"),
-        (
-            lambda c: MeanPool(c).first(torch.zeros(2, 3, DIM), torch.ones(2, 4), 1),
-            "q_mask must have the leading shape",
-        ),
-        (lambda c: MeanPool(c).first(torch.zeros(2, 3, DIM), None, 1, torch.tensor([-1])), "indices from 0 to 11"),
-    ],
-)
-def test_wrong_arguments(build, words):
-    with pytest.raises(ValueError, match=words):
-        build(pages(12))
 
 
 # in step with a store

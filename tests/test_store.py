@@ -63,6 +63,22 @@ def test_runs_are_read_into_the_callers_buffer(tmp_path):
             assert torch.equal(out, torch.cat([torch.empty(0, 8), *items[a:b]]))
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be told")
+def test_scattered_documents_are_announced_before_the_first_is_read(tmp_path, monkeypatch):
+    """A disk then finds several at a time."""
+    store, events = make(tmp_path, documents(), shard_bytes=100), []
+    advise, read = os.posix_fadvise, os.preadv
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: events.append("will") or advise(fd, *rest))
+    monkeypatch.setattr(os, "preadv", lambda *rest: events.append("read") or read(*rest))
+    chosen, out = torch.tensor([0, 2, 4]), torch.empty(15, 8)
+    store.snapshot().read_some(chosen.numpy(), out)
+    assert events == ["will"] * 3 + ["read"] * 3
+    assert torch.equal(out, torch.cat([documents()[i] for i in (0, 2, 4)]))
+    events.clear()
+    store.read(0, 5, torch.empty(16, 8))
+    assert "will" not in events
+
+
 def test_strings_are_ids_too(tmp_path):
     ids = ["a", "größe/ß.png", "", "c" * 300, "日本"]
     assert make(tmp_path, documents(), ids, shard_bytes=100).ids == ids

@@ -83,6 +83,30 @@ def test_bounds_of_the_float_query_only_where_they_may_pay(coarse, fine, asked, 
     assert kinds == asked and seen == [(0, 20)] and found.stats["rescored"] >= 980
 
 
+def test_what_the_risen_floor_leaves_out_is_not_bounded_again(tmp_path, monkeypatch):
+    """Documents of rising score: most of those that waited are far below the best."""
+    items = torch.zeros(600, 1, DIM)
+    items[:, 0, 0] = torch.arange(600) / 10
+    q, kinds, waited = torch.zeros(1, 1, DIM), [], []
+    q[..., 0] = 1
+    real, score = bounded.bound_corpus, bounded.Search._score_waiting
+
+    def bounds(q, tokens, offsets, *rest, coarse, **options):
+        kinds.append((coarse, len(offsets) - 1))
+        return real(q, tokens, offsets, *rest, coarse=coarse, **options)
+
+    def count(self):
+        waited.append(sum(len(numbers) for numbers, *_ in self.waiting))
+        score(self)
+
+    monkeypatch.setattr(bounded, "bound_corpus", bounds)
+    monkeypatch.setattr(bounded.Search, "_score_waiting", count)
+    # no block is left, though all of it survives
+    monkeypatch.setattr(bounded, "LOOSE", 1.0)
+    compare(q, store_of(tmp_path, list(items)), 5)
+    assert sum(n for coarse, n in kinds if not coarse) < 0.2 * sum(waited)
+
+
 def test_parts_of_a_search_share_their_buffers(tmp_path, monkeypatch):
     """Pages are touched once: two buffers of tokens and two of codes, however many stretches are read."""
     store, made, real = store_of(tmp_path, alike()), [], corpora.Stored.empty

@@ -12,7 +12,7 @@ from latemax.quantized import QuantizedTokens, quantize
 from latemax.search import corpus as corpora
 from latemax.search import stream
 from latemax.search.exact import topk
-from latemax.search.first import Column, FirstStage
+from latemax.search.first import Column, FirstStage, check_finite
 from latemax.search.tokens import concatenated, floats
 
 
@@ -63,13 +63,15 @@ class BinaryScan(FirstStage):
 
 
 def encoded(corpus: corpora.Corpus, kind: str, memory: int, progress: bool = False) -> tuple[QuantizedTokens, Tensor]:
-    """The codes of all documents, on the CPU, and their offsets."""
+    """The codes of all documents, on the CPU, and their offsets; ValueError for a token that is not finite, named."""
     # two buffers of tokens and what quantize takes
     row = 2 * corpus.token_bytes + BinaryScan.WORKING * corpus.dim
     parts: list[QuantizedTokens] = []
     bar = Bar(len(corpus), "quantizing ") if progress else None
     for (a, b), tokens in stream.chunks(corpus, corpora.runs(corpus, memory, row, 0), corpus.device):
-        parts.append(quantize(floats(tokens), kind).to("cpu"))
+        numbers = floats(tokens)
+        check_finite(numbers, corpus, a)
+        parts.append(quantize(numbers, kind).to("cpu"))
         if bar is not None:
             bar.tick(b - a)
     return concatenated(parts), corpus.offsets

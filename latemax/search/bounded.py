@@ -253,18 +253,24 @@ class Search:
 
     def _score_waiting(self) -> None:
         """Scores what waits, after the bounds of the float query for what has only those of an 8-bit one."""
-        rough = [(numbers, upper, x) for numbers, upper, x in self.waiting if x is not None]
-        found = [(numbers, upper) for numbers, upper, x in self.waiting if x is None]
+        found, rough, tokens = [], [], []
+        for numbers, upper, x in self.waiting:
+            # the floor has risen since most of them were found
+            alive = (upper >= self._least()).any(0).nonzero().flatten()
+            at = alive.cpu()
+            found.append((numbers[at], upper[:, alive]))
+            if x is not None and len(at):
+                rough.append((*found.pop(), x.lengths[at], x.margin[:, alive], x.unknown[alive]))
+                tokens += corpora.Flat(x.tokens, F.pad(x.lengths.cumsum(0), (1, 0))).views(at)
         self.waiting, self._held = [], 0
         if rough:
-            offsets = F.pad(torch.cat([x.lengths for *_, x in rough]).cumsum(0), (1, 0))
-            margin, unknown = torch.cat([x.margin for *_, x in rough], 1), torch.cat([x.unknown for *_, x in rough])
-            tokens = concatenated([x.tokens for *_, x in rough])
-            lower, upper = self._bounds(tokens, offsets, margin, unknown, coarse=False)
+            numbers, lengths, unknown = (torch.cat([x[i] for x in rough]) for i in (0, 2, 4))
+            known, margin = (torch.cat([x[i] for x in rough], 1) for i in (1, 3))
+            offsets = F.pad(lengths.cumsum(0), (1, 0))
+            lower, upper = self._bounds(concatenated(tokens), offsets, margin, unknown, coarse=False)
             if lower.shape[1] >= self.scan.k:
                 self.level = torch.maximum(self.level, lower.topk(self.scan.k, dim=1).values[:, -1:])
-            upper = torch.minimum(upper, torch.cat([upper for _, upper, _ in rough], 1))
-            found.append((torch.cat([numbers for numbers, *_ in rough]), upper))
+            found.append((numbers, torch.minimum(upper, known)))
         if found:
             numbers, upper = torch.cat([x for x, _ in found]), torch.cat([x for _, x in found], 1)
             numbers = self._chosen(numbers, upper).sort().values

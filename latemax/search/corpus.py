@@ -59,9 +59,13 @@ class Corpus:
         """Documents a … b - 1 into out [t, dim] on the CPU."""
         copy(self.view(a, b), out)
 
+    def views(self, documents: Tensor) -> list[Any]:
+        """Documents of rising number as views [t, dim], one of each stretch of neighbours."""
+        return [self.view(a, b) for a, b in _stretches(documents)]
+
     def some(self, documents: Tensor) -> Any:
         """Documents of rising number as [t, dim], a copy."""
-        parts = [self.view(a, b) for a, b in _stretches(documents)]
+        parts = self.views(documents)
         return concatenated(parts) if parts else self.view(0, 0)
 
     def read_some(self, documents: Tensor, out: Any) -> None:

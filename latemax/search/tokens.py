@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,5 +50,11 @@ def concatenated(parts: Sequence[Any]) -> Any:
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(list(parts))
-    codes, scale, *error = (torch.cat(part) for part in zip(*map(tensors_of, parts), strict=True))
+    # numpy: torch would start threads for each part, and wait for them where other programs run
+    join = _joined if first.device.type == "cpu" else torch.cat
+    codes, scale, *error = (join(part) for part in zip(*map(tensors_of, parts), strict=True))
     return QuantizedTokens(codes, scale, error[0] if error else None, first.kind, first.dim)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.from_numpy(np.concatenate([x.numpy() for x in parts]))

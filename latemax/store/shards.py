@@ -27,6 +27,8 @@ from .packed import DTYPES, Tokens
 SAFETENSORS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int8: "I8"}
 # Tokens begin at a multiple of this, so that mapped rows are aligned for vector loads.
 ALIGNMENT = 64
+# Bytes of a stretch that are announced before it is read; the system reads ahead by itself in longer ones.
+MOST_ANNOUNCED = 1 << 20
 # The tensors of a shard of codes.
 CODES = ("scale", "error", "codes")
 _keys = itertools.count()
@@ -165,6 +167,15 @@ class Shard:
         if type(begin) is not int or begin < 0 or end != begin + self.row.tokens * row or 8 + length + last != size:
             raise StoreError(f"{self._name} is corrupt: its header describes other bytes than its {size}")
         return 8 + length + begin
+
+    def announce(self, name: str, start: int, count: int) -> None:
+        """Tells the system that these tokens will be read soon, where it can be told."""
+        part = self._parts[name]
+        row = part.width * part.dtype.itemsize
+        if hasattr(os, "posix_fadvise"):
+            with DESCRIPTORS.borrow(self._key, self.path) as fd:
+                at = self._data + part.begin + start * row
+                os.posix_fadvise(fd, at, min(count * row, MOST_ANNOUNCED), os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Tokens ``start`` … of one of the tensors into out, contiguous on the CPU; leaves no pages mapped."""

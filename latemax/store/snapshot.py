@@ -19,6 +19,9 @@ from .files import StoreError, find_catalog
 from .packed import DTYPES, Tokens, empty
 from .shards import CODES, Shard
 
+# Stretches of neighbours that are announced before the first is read.
+ANNOUNCED = 512
+
 
 class Snapshot:
     """The documents of a generation, in order, which stay readable as long as this object lives.
@@ -116,26 +119,41 @@ class Snapshot:
 
     def read_part(self, name: str, first: int, last: int, out: Tensor) -> None:
         """One tensor of documents first … last - 1: "tokens", "codes", "scale" or "error"."""
+        row = 0
+        for shard, at, count in self._pieces(name, first, last):
+            shard.read(name, at, out[row : row + count])
+            row += count
+
+    def _pieces(self, name: str, first: int, last: int) -> Iterator[tuple[Shard, int, int]]:
+        """(shard, first token in it, how many) of what documents first … last - 1 have of a tensor, in order."""
         shards = self.shards if name == "tokens" or self.codes is None else self.codes
-        ends, row = self.ends, 0
+        ends = self.ends
         run = int(self.run_first.searchsorted(first, "right")) - 1
         while first < last:
             begin, stop = int(self.run_first[run]), min(last, int(self.run_first[run + 1]))
             count = int(ends[stop] - ends[first])
             if count:
-                at = int(self.run_start[run] + ends[first] - ends[begin])
-                shards[self.run_shard[run]].read(name, at, out[row : row + count])
-            row, first, run = row + count, stop, run + 1
+                yield shards[self.run_shard[run]], int(self.run_start[run] + ends[first] - ends[begin]), count
+            first, run = stop, run + 1
 
     def read_some(self, documents: np.ndarray, out: Tokens) -> None:
         """Documents of rising number into out, neighbours in one go."""
+        stretches = [
+            (int(part[0]), int(part[-1]) + 1)
+            for part in np.split(documents, np.flatnonzero(np.diff(documents) != 1) + 1)
+            if len(part)
+        ]
+        if len(stretches) > 1:
+            # so that a disk finds several at a time
+            for first, last in stretches[:ANNOUNCED]:
+                for name in ("tokens",) if isinstance(out, Tensor) else CODES:
+                    for shard, at, count in self._pieces(name, first, last):
+                        shard.announce(name, at, count)
         row = 0
-        for part in np.split(documents, np.flatnonzero(np.diff(documents) != 1) + 1):
-            if len(part):
-                first, last = int(part[0]), int(part[-1]) + 1
-                count = int(self.ends[last] - self.ends[first])
-                self.read(first, last, out[row : row + count])
-                row += count
+        for first, last in stretches:
+            count = int(self.ends[last] - self.ends[first])
+            self.read(first, last, out[row : row + count])
+            row += count
 
     def document(self, i: int) -> Tokens:
         assert self.store.dtype is not None and self.store.dim is not None
