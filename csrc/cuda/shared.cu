@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(THREADS)
             sum += value * value;
         }
         for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
-        if (lane == 0) out[row] = scales ? unit_factor(sqrtf(sum), scales[row]) : unit_factor(sqrtf(sum));
+        if (lane == 0) out[row] = CODES<T> ? unit_factor(sqrtf(sum), scales[row]) : unit_factor(sqrtf(sum));
     }
 }
 

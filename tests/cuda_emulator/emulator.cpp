@@ -12,6 +12,7 @@
 #include <random>
 #include <vector>
 
+#include "products.h"
 #include "runtime.h"
 
 namespace latemax {
@@ -53,16 +54,9 @@ struct Barrier {
     std::vector<int> waiting;
 };
 
-struct Product {
-    void *d[128];
-    const uint32_t *registers[128];  // of A, read when the product is made: they must not change before
-    uint64_t a, b;
-    int accumulate, n;
-    emulator::Type type;
-};
 struct Products {
-    std::vector<Product> open;
-    std::deque<std::vector<Product>> groups;
+    std::vector<emulator::Product> open;
+    std::deque<std::vector<emulator::Product>> groups;
 };
 
 struct Load {
@@ -148,39 +142,10 @@ void land(const Load &load) {
     }
 }
 
-void multiply(const Product &p) {
-    // 32 bytes of each row; sums of the products of 32 codes are exact in float
-    static float a[64][32], b[32][256];
-    const int each = p.type == emulator::TYPE_I8 ? 2 : 1;  // elements in two bytes
-    for (int i = 0; i < 16; ++i) {
-        for (int m = 0; m < 64; ++m) {
-            const int thread = m / 16 * 32 + m % 8 * 4 + i % 8 / 2, index = m % 16 / 8 + i / 8 * 2;
-            emulator::unpack(p.registers[0] ? p.registers[thread][index] >> i % 2 * 16 & 0xffff : emulator::pair(p.a, m, 2 * i),
-                             p.type, &a[m][each * i]);
-        }
-        for (int n = 0; n < p.n; ++n) {
-            float values[2];
-            emulator::unpack(emulator::pair(p.b, n, 2 * i), p.type, values);
-            for (int k = 0; k < each; ++k) b[each * i + k][n] = values[k];
-        }
-    }
-    for (int m = 0; m < 64; ++m) {
-        float line[256] = {};
-        for (int k = 0; k < 16 * each; ++k)
-            for (int n = 0; n < p.n; ++n) line[n] += a[m][k] * b[k][n];
-        for (int n = 0; n < p.n; ++n) {
-            const int thread = m / 16 * 32 + m % 8 * 4 + n % 8 / 2, at = n / 8 * 4 + m % 16 / 8 * 2 + n % 2;
-            const auto add = [&](auto &d, auto sum) { d = p.accumulate ? d + sum : sum; };
-            if (p.type == emulator::TYPE_I8) add(static_cast<int32_t *>(p.d[thread])[at], static_cast<int32_t>(line[n]));
-            else add(static_cast<float *>(p.d[thread])[at], line[n]);
-        }
-    }
-}
-
 void finish_products(int warpgroup, size_t pending) {
     auto &groups = products[warpgroup].groups;
     for (; groups.size() > pending; groups.pop_front())
-        for (const Product &p : groups.front()) multiply(p);
+        for (const emulator::Product &p : groups.front()) emulator::multiply(p);
 }
 
 void run_block() {

@@ -1,7 +1,8 @@
-/* Numbers of 16 bits, operands in shared memory, and the instructions of a warp that compute and load. */
+/* Elements, operands in shared memory, and the instructions that multiply and load. */
 #include <math.h>
 #include <string.h>
 
+#include "products.h"
 #include "runtime.h"
 
 namespace latemax {
@@ -47,6 +48,35 @@ uint16_t pair(uint64_t descriptor, int row, int at) {
     const uint32_t start = (descriptor & 0x3fff) << 4, step = (descriptor >> 32 & 0x3fff) << 4;
     const uint32_t plain = start + row / 8 * step + row % 8 * 128 + at;
     return shared_u16(plain ^ (plain >> 7 & 7) << 4);
+}
+
+void multiply(const Product &p) {
+    // 32 bytes of each row; sums of the products of 32 codes are exact in float
+    static float a[64][32], b[32][256];
+    const int each = p.type == TYPE_I8 ? 2 : 1;  // elements in two bytes
+    for (int i = 0; i < 16; ++i) {
+        for (int m = 0; m < 64; ++m) {
+            const int thread = m / 16 * 32 + m % 8 * 4 + i % 8 / 2, index = m % 16 / 8 + i / 8 * 2;
+            unpack(p.registers[0] ? p.registers[thread][index] >> i % 2 * 16 & 0xffff : pair(p.a, m, 2 * i),
+                             p.type, &a[m][each * i]);
+        }
+        for (int n = 0; n < p.n; ++n) {
+            float values[2];
+            unpack(pair(p.b, n, 2 * i), p.type, values);
+            for (int k = 0; k < each; ++k) b[each * i + k][n] = values[k];
+        }
+    }
+    for (int m = 0; m < 64; ++m) {
+        float line[256] = {};
+        for (int k = 0; k < 16 * each; ++k)
+            for (int n = 0; n < p.n; ++n) line[n] += a[m][k] * b[k][n];
+        for (int n = 0; n < p.n; ++n) {
+            const int thread = m / 16 * 32 + m % 8 * 4 + n % 8 / 2, at = n / 8 * 4 + m % 16 / 8 * 2 + n % 2;
+            const auto add = [&](auto &d, auto sum) { d = p.accumulate ? d + sum : sum; };
+            if (p.type == TYPE_I8) add(static_cast<int32_t *>(p.d[thread])[at], static_cast<int32_t>(line[n]));
+            else add(static_cast<float *>(p.d[thread])[at], line[n]);
+        }
+    }
 }
 
 struct Fragments {
