@@ -126,6 +126,16 @@ def test_bounds_of_a_query_that_is_no_number(level):
         assert (lower[1] == -math.inf).all() and (upper[1] == math.inf).all()
 
 
+def test_bounds_of_an_empty_query_are_zero_without_a_sign():
+    """Also where it shares a part of the query rows with others."""
+    q, d = tokens(3, 4, 20), side(tokens(4, 6, 20, seed=1), "int8")
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[1] = False
+    for coarse in (False, True):
+        for bound in bounds(LEVELS[-1][0], side(q)._replace(mask=mask), d, coarse):
+            assert torch.equal(bound[1], torch.zeros(4)) and not bound[1].signbit().any()
+
+
 def test_too_many_dims_for_sums_of_32_bits():
     dim = native.MOST_CODE_DIMS + 1
     q, d = torch.ones(1, dim), quantize(torch.ones(1, dim))

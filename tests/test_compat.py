@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import latemax.compat
+from latemax.arguments.rows import nonzero_rows
 from latemax.compat import colpali_engine, pylate, sentence_transformers, transformers
-from latemax.compat._inputs import nonzero_rows
 from latemax.compat._targets import HOSTS
 from latemax.compat.pylate import XTRScores
 
@@ -103,8 +103,11 @@ def test_nonzero_rows():
 
 
 @pytest.mark.parametrize("dim", [4, 6, 20, 24, 128])
-def test_nonzero_rows_of_any_width(dim, monkeypatch):
-    monkeypatch.setattr("latemax.compat._inputs.ROWS", 7)
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_nonzero_rows_of_any_width(by_torch, dim, monkeypatch):
+    monkeypatch.setattr("latemax.arguments.rows.ROWS", 7)
+    if by_torch:
+        monkeypatch.setattr("latemax.ops.backends.native._cpu", None)
     x = torch.zeros(5, 9, dim)
     x[torch.arange(45).view(5, 9) % 3 == 0, dim // 2] = -1.0
     x[torch.arange(45).view(5, 9) % 5 == 0, -1] = math.nan

@@ -2,35 +2,16 @@
 namespace latemax {
 namespace {
 
-/* The sum over the lanes. */
-LATEMAX_INLINE int32_t total(vi x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_epi32((__m512i)x);
-#else
-    int32_t sum = 0;
-#if defined(__AVX2__)
-    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
-    int32_t lane[4];
-#else
-    const vi half = x;
-    int32_t lane[LATEMAX_LANES];
-#endif
-    std::memcpy(lane, &half, sizeof lane);
-    for (int32_t one : lane) sum += one;
-    return sum;
-#endif
-}
-
-/* Each writes one row; those of int8 codes return the sum of their squares if asked. */
-LATEMAX_INLINE int32_t copy_bits(const char *from, int64_t dim, char *to) {
+/* Each writes one row; those of int8 codes return lanes whose sum is that of their squares, if asked. */
+LATEMAX_INLINE vi copy_bits(const char *from, int64_t dim, char *to) {
     const int64_t bytes = (dim + 7) / 8;
     std::memcpy(to, from, bytes);
     std::memset(to + bytes, 0, (dim + 31) / 32 * 4 - bytes);
-    return 0;
+    return vi{};
 }
 
 /* 1 and -1. dim is a multiple of 8; the least significant bit of a byte comes first. */
-LATEMAX_INLINE int32_t bits_to_i16(const char *from, int64_t dim, char *to) {
+LATEMAX_INLINE vi bits_to_i16(const char *from, int64_t dim, char *to) {
     int16_t *out = reinterpret_cast<int16_t *>(to);
     int64_t k = 0;
 #if defined(__AVX512BW__)
@@ -46,11 +27,11 @@ LATEMAX_INLINE int32_t bits_to_i16(const char *from, int64_t dim, char *to) {
     }
 #endif
     for (; k < dim; ++k) out[k] = (from[k / 8] >> k % 8 & 1) * 2 - 1;
-    return 0;
+    return vi{};
 }
 
 template <bool NORM>
-LATEMAX_INLINE int32_t int8_to_i16(const char *from, int64_t dim, char *to) {
+LATEMAX_INLINE vi int8_to_i16(const char *from, int64_t dim, char *to) {
     const int8_t *code = reinterpret_cast<const int8_t *>(from);
     int16_t *out = reinterpret_cast<int16_t *>(to);
     vi sum = {};
@@ -66,18 +47,18 @@ LATEMAX_INLINE int32_t int8_to_i16(const char *from, int64_t dim, char *to) {
         if (NORM) sum += pairs(x, x);
     }
 #endif
-    int32_t squares = NORM ? total(sum) : 0;
+    int32_t rest = 0;
     for (; k < dim; ++k) {
         out[k] = code[k];
-        if (NORM) squares += code[k] * code[k];
+        if (NORM) rest += code[k] * code[k];
     }
     if (dim % 2) out[dim] = 0;
-    return squares;
+    return sum + vi{rest};
 }
 
 /* Adds 128. WRITE: else only the sum of squares. */
 template <bool WRITE, bool NORM>
-LATEMAX_INLINE int32_t int8_to_i8(const char *from, int64_t dim, char *to) {
+LATEMAX_INLINE vi int8_to_i8(const char *from, int64_t dim, char *to) {
     vi sum = {};
     int64_t k = 0;
 #if defined(__AVX512VNNI__)
@@ -97,7 +78,7 @@ LATEMAX_INLINE int32_t int8_to_i8(const char *from, int64_t dim, char *to) {
         _mm512_store_si512(last, take(_mm512_maskz_loadu_epi8(((__mmask64)1 << (dim - k)) - 1, from + k)));
         if (WRITE) std::memcpy(to + k, last, (dim - k + 3) / 4 * 4);
     }
-    return NORM ? total(sum) : 0;
+    return sum;
 #else
 #if defined(__AVX2__)
     for (; k + 32 <= dim; k += 32) {
@@ -113,23 +94,29 @@ LATEMAX_INLINE int32_t int8_to_i8(const char *from, int64_t dim, char *to) {
 #endif
     }
 #endif
-    int32_t squares = NORM ? total(sum) : 0;
+    int32_t rest = 0;
     for (; k < dim; ++k) {
         if (WRITE) to[k] = from[k] ^ (char)0x80;
-        if (NORM) squares += (signed char)from[k] * (signed char)from[k];
+        if (NORM) rest += (signed char)from[k] * (signed char)from[k];
     }
     for (; WRITE && k % 4; ++k) to[k] = 0;
-    return squares;
+    return sum + vi{rest};
 #endif
 }
 
-template <class Row>
+template <bool NORM, class Row>
 LATEMAX_INLINE void each_row(const Codes &c, int64_t first, int64_t n, int32_t *squares, Row row) {
     const int64_t bytes = c.to ? 4 * steps_of(c.form, c.dim) : 0, dim = c.dim, stride = c.stride;
     const char *from = c.base + (c.gather ? 0 : first * stride);
     char *to = c.to + first * bytes;
-    for (int64_t i = 0; i < n; ++i, to += bytes)
-        squares[i] = row(from + (c.gather ? c.gather[first + i] : i) * stride, dim, to);
+    for (int64_t i = 0; i < n; i += LATEMAX_LANES) {
+        vi lanes[LATEMAX_LANES];
+        for (int64_t l = 0; l < LATEMAX_LANES; ++l, to += bytes) {
+            lanes[l] = vi{};
+            if (i + l < n) lanes[l] = row(from + (c.gather ? c.gather[first + i + l] : i + l) * stride, dim, to);
+        }
+        if (NORM) *reinterpret_cast<vi_any *>(squares + i) = sums_of_lanes(lanes);
+    }
 }
 
 /* Writes n rows, unless they are in place; squares [n]. */
@@ -143,11 +130,11 @@ inline void write_rows(const Codes &c, int64_t first, int64_t n, int32_t *square
     auto up_norm = [](const char *x, int64_t dim, char *to) { return int8_to_i8<true, true>(x, dim, to); };
     auto only_norm = [](const char *x, int64_t dim, char *to) { return int8_to_i8<false, true>(x, dim, to); };
     if (!c.to && c.form == BITS) return;
-    if (!c.to) return norm ? each_row(c, first, n, squares, only_norm) : void();
-    if (c.form == BITS) return each_row(c, first, n, squares, copied);
-    if (c.from == MAXSIM_BITS) return each_row(c, first, n, squares, signs);
-    if (c.form == I8) return norm ? each_row(c, first, n, squares, up_norm) : each_row(c, first, n, squares, up);
-    norm ? each_row(c, first, n, squares, wide_norm) : each_row(c, first, n, squares, wide);
+    if (!c.to) return norm ? each_row<true>(c, first, n, squares, only_norm) : void();
+    if (c.form == BITS) return each_row<false>(c, first, n, squares, copied);
+    if (c.from == MAXSIM_BITS) return each_row<false>(c, first, n, squares, signs);
+    if (c.form == I8) return norm ? each_row<true>(c, first, n, squares, up_norm) : each_row<false>(c, first, n, squares, up);
+    norm ? each_row<true>(c, first, n, squares, wide_norm) : each_row<false>(c, first, n, squares, wide);
 }
 
 /* Rows in their new form, and factors and radii. A norm computed here is off by less than a relative 2^-22, and 2^-20

@@ -235,7 +235,8 @@ void sum_bounds(const maxsim_args &args, const Queries &queries, int64_t query, 
     /* infinity times 0, and infinity - infinity */
     if (nan || std::isnan(low)) low = -unknown;
     if (nan || std::isnan(high)) high = unknown;
-    *score_lower = -rounded_up(-low), *score_upper = rounded_up(high);
+    /* not -0 for a query without tokens, whatever part it is in */
+    *score_lower = 0.0f - rounded_up(-low), *score_upper = rounded_up(high);
 }
 
 }  // namespace latemax

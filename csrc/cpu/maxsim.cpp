@@ -274,12 +274,15 @@ Rows Forward::take(const Document &doc, int64_t &j, int64_t room, int64_t used, 
     if (args_.normalize) rows.scale = s.scale.get(batch_) + used;
     if (widen_) {
         float *wide = s.wide.get(batch_ * args_.dim) + used * args_.dim;
-        const bool contiguous = rows.dense && !rows.gather;
-        if (contiguous) level_.widen(args_.d.dtype, rows.base, rows.count * args_.dim, wide);
-        for (int64_t i = 0; !contiguous && i < rows.count; ++i)
-            widen_row(level_, args_.d.dtype, rows.base + (rows.gather ? rows.gather[i] : i) * stride, args_.d.stride_k,
-                      args_.dim, wide + i * args_.dim);
-        if (contiguous) rows.prefetch = rows.base + rows.count * stride;
+        auto number = [&](int64_t i) { return rows.gather ? rows.gather[i] : i; };
+        /* rows that follow each other are widened together, and the next ones prefetched while these are multiplied */
+        for (int64_t i = 0, end; i < rows.count; i = end) {
+            for (end = i + 1; rows.dense && end < rows.count && number(end) == number(end - 1) + 1;) ++end;
+            const char *from = rows.base + number(i) * stride;
+            if (rows.dense) level_.widen(args_.d.dtype, from, (end - i) * args_.dim, wide + i * args_.dim);
+            else widen_row(level_, args_.d.dtype, from, args_.d.stride_k, args_.dim, wide + i * args_.dim);
+        }
+        if (rows.dense && rows.count) rows.prefetch = rows.base + (number(rows.count - 1) + 1) * stride;
         rows.base = reinterpret_cast<const char *>(wide);
         rows.stride = args_.dim * 4;
         rows.gather = nullptr;

@@ -295,6 +295,25 @@ int check(int form, maxsim_dtype dtype, Values values, bool masked, bool normali
 
 #include "codes.h"
 
+/* Rows of nothing, of signs, and of one bit anywhere; the last row ends where the buffer does. */
+int check_zero_rows(int64_t size, int64_t dim, int threads) {
+    const int64_t n = 3, l = 700, bytes = size * dim, stride = bytes + size * (dim % 3);
+    std::vector<char> x(n * l * stride - (stride - bytes));
+    std::vector<uint8_t> out(n * l, 7), truth(n * l);
+    for (int64_t r = 0; r < n * l; ++r) {
+        char *row = x.data() + r * stride;
+        for (int64_t k = 0; k < dim && r % 2; ++k) row[size * (k + 1) - 1] = static_cast<char>(0x80);
+        if (random_bits() % 3 == 0) continue;
+        const int64_t bit = random_bits() % (8 * bytes);
+        row[bit / 8] = static_cast<char>(row[bit / 8] | 1 << bit % 8);
+        truth[r] = bit % (8 * size) != 8 * size - 1;
+    }
+    const bool all = latemax::nonzero_rows({x.data(), size, n, l, dim, l * stride / size, stride / size}, out.data(), threads);
+    const int wrong = all || out != truth;
+    if (wrong) std::printf("zero rows of %d numbers of %d bytes\n", (int)dim, (int)size);
+    return wrong;
+}
+
 }  // namespace
 
 /* driver ordinary|all: cases with ordinary values only, or with denormals, infinities and NaN too */
@@ -307,6 +326,8 @@ int main(int argc, char **argv) {
     const latemax::Level *levels[8];
     const int n = latemax::levels(levels);
     int wrong = 0, cases = 0;
+    for (int64_t size : {2, 4, 8})
+        for (int64_t dim = 1; dim < 70; ++dim, ++cases) wrong += check_zero_rows(size, dim, dim % 2 ? 3 : 1);
     for (int l = 0; l < n; ++l) wrong += codes::check_all(*levels[l], all, cases);
     for (int l = 0; l < n; ++l) {
         latemax::Level other = *levels[l];
