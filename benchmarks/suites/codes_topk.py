@@ -25,6 +25,8 @@ from latemax.store import PatchStore, StoreWriter
 
 K = 10
 L_D, DIM = 64, 384
+# documents of random tokens
+RANDOM = (2000, 20_000)
 
 
 def with_codes(source: pathlib.Path, folder: pathlib.Path) -> PatchStore:
@@ -98,10 +100,11 @@ def measure(
             if real.codes is None:
                 real = with_codes(pathlib.Path(source), scratch / "real")
             rows.append(compare("DINOv2 patches of crops", real, chosen, rounds))
-        store = random_store(scratch / "random", 200 if tiny else 2000)
         generator = torch.Generator().manual_seed(1)
         asked_of_random = [unit(L_D, DIM, generator=generator).half() for _ in range(1 if tiny else n_queries)]
-        rows.append(compare("random unit tokens", store, asked_of_random, 1 if tiny else rounds))
+        for documents in (200,) if tiny else RANDOM:
+            store = random_store(scratch / f"random-{documents}", documents)
+            rows.append(compare("random unit tokens", store, asked_of_random, 1 if tiny else rounds))
     finally:
         shutil.rmtree(scratch)
     return dict(machine=harness.machine(), rows=rows)
