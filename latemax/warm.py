@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from latemax.arguments.batch import batch_of, rerank_batch, varlen_batch
+from latemax.arguments.batch import batch_of, corpus_batch, rerank_batch, varlen_batch
 from latemax.ops import bounds as bound_operator
 from latemax.ops import dispatch, operator, tiles
 from latemax.ops.dispatch import Choice
@@ -44,11 +44,13 @@ def warmup(
         q_masked, d_masked, q_weighted: whether calls will pass q_mask, d_mask, q_weights.
         own: whether d will be [n_q, k, l_d, dim].
         layout: "dense" for ``maxsim`` and ``maxsim_pairs`` of tensors, "list" for a list of documents, "varlen" for
-            ``maxsim_varlen``, "rerank" for ``rerank``.
+            ``maxsim_varlen``, "rerank" for ``rerank``, "corpus" for ``topk`` of anything but a list of queries, which
+            takes "varlen".
         normalize, return_argmax, reduce, backend: as the calls will pass.
         train: also the backward kernels of both sides.
         q_kind, d_kind: the kind of QuantizedTokens that q and d will be; None for tokens of ``dtype``.
-        bounds: compile what ``maxsim_bounds`` will launch instead, and ``topk`` from codes. d is then of kind "int8".
+        bounds: compile what ``maxsim_bounds`` will launch instead, and of layout "corpus" the bounds of ``topk`` from
+            codes. d is then of kind "int8".
 
     Returns:
         The choice for long documents, as ``explain`` returns it.
@@ -56,8 +58,8 @@ def warmup(
     Raises:
         ValueError: an unknown layout, or options that do not go together; else as ``maxsim``.
     """
-    if layout not in ("dense", "list", "varlen", "rerank"):
-        raise ValueError(f"layout must be dense, list, varlen or rerank; got {layout!r}")
+    if layout not in ("dense", "list", "varlen", "rerank", "corpus"):
+        raise ValueError(f"layout must be dense, list, varlen, rerank or corpus; got {layout!r}")
     if own and layout != "dense":
         raise ValueError(f"own candidates are of layout 'dense'; got {layout!r}")
     if bounds and (return_argmax or train or q_kind is not None or d_kind not in (None, "int8")):
@@ -103,6 +105,8 @@ def run(
             batch, _ = batch_of(q, [d], q_mask, None if d_mask is None else [d_mask], **options)
         elif layout == "varlen":
             batch = varlen_batch(q, d, q_offsets, d_offsets, q_mask, d_mask, **options)
+        elif layout == "corpus":
+            batch, _ = corpus_batch(q, d, d_offsets, q_mask, empty_score=0.0, **options)
         else:
             batch, _ = rerank_batch(q, d, d_offsets, slots, q_mask, **options)
         if bounds:

@@ -216,10 +216,10 @@ def test_warmup_runs_the_given_form():
     )  # fmt: skip
     assert choice.backend == "triton"
     assert latemax.warmup(device="cpu", dtype=torch.float32).backend == "cpu"
-    for layout in ("varlen", "rerank"):
+    for layout in ("varlen", "rerank", "corpus"):
         choice = latemax.warmup(dim=16, l_q=8, device=TRITON_DEVICE, layout=layout, train=True, backend="triton")
         assert choice.backend == "triton" and choice.tile.block_q == 16
-    with pytest.raises(ValueError, match="layout must be dense, list, varlen or rerank; got 'packed'"):
+    with pytest.raises(ValueError, match="layout must be dense, list, varlen, rerank or corpus; got 'packed'"):
         latemax.warmup(device="cpu", layout="packed")
 
 

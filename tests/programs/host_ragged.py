@@ -4,6 +4,7 @@ import torch
 
 import latemax
 from benchmarks.suites.host import prepare
+from latemax.bounds import bound_corpus
 from latemax.kernels import backward, forward
 
 null, _, _ = prepare()
@@ -37,4 +38,15 @@ for n_d, l_d in ((1, 1), (16, 16), (7, 1024), (3, 300)):
     q = torch.zeros(3, 20, 64, dtype=torch.bfloat16)
     latemax.maxsim_bounds(q, codes, normalize=True, backend="triton")
 assert builds() == before, ("bounds", before, builds())
+latemax.warmup(dim=64, l_q=20, n_q=3, device="cpu", layout="corpus", backend="triton")
+latemax.warmup(dim=64, l_q=20, n_q=3, device="cpu", layout="corpus", normalize=True, bounds=True, backend="triton")
+before = builds()
+q = torch.zeros(3, 20, 64, dtype=torch.bfloat16)
+for n_d, l_d in ((1, 1), (7, 1024), (3, 300)):
+    tokens, offsets = torch.zeros(n_d * l_d, 64), torch.arange(n_d + 1) * l_d
+    latemax.topk(q, (tokens.bfloat16(), offsets), 1, backend="triton")
+    for coarse in (True, False):
+        codes = latemax.quantize(tokens)
+        bound_corpus(q, codes, offsets, normalize=True, coarse=coarse, backend="triton")
+assert builds() == before, ("corpus", before, builds())
 print("builds", *builds())
