@@ -300,17 +300,19 @@ def explain(
 ) -> Choice:
     """Which backend and tile ``maxsim`` would run for these arguments, and why. Runs nothing.
 
-    bounds: of ``maxsim_bounds`` instead.
+    bounds: of ``maxsim_bounds`` instead, which has no argmax.
 
     Returns:
         Choice(backend, why, tile, notes, native): tile is None outside the Triton backend; notes say why each other
         backend does not run.
 
     Raises:
-        As ``maxsim``.
+        As ``maxsim``, or as ``maxsim_bounds``; ValueError: bounds with return_argmax.
     """
     check_options(normalize=normalize, empty_score=0.0, return_argmax=return_argmax, backend=backend, reduce=reduce)
     if bounds:
+        if return_argmax:
+            raise ValueError("bounds have no argmax: return_argmax must be False")
         codes.refuse("maxsim_bounds", ("q", q))
         codes.check_bounded(d)
     batch, _ = batch_of(q, d, q_mask, d_mask, normalize=normalize, q_weights=q_weights, reduce=reduce)

@@ -362,6 +362,8 @@ def test_explain_and_warmup():
     assert "float64" in latemax.explain(q.double(), d, bounds=True).why
     with pytest.raises(TypeError, match="d must be QuantizedTokens of kind 'int8'"):
         latemax.explain(q, quantize(torch.randn(3, 9, 24), "binary"), bounds=True)
+    with pytest.raises(ValueError, match="bounds have no argmax"):
+        latemax.explain(q, d, bounds=True, return_argmax=True)
     choice = latemax.warmup(dim=24, l_q=5, dtype=torch.float32, device=TRITON_DEVICE, bounds=True, backend="triton")
     assert choice.backend == "triton"
     with pytest.raises(ValueError, match="bounds have no argmax"):
