@@ -54,6 +54,13 @@ def test_lemur_refuses_queries_it_cannot_learn_from(queries):
         Lemur(pages(), queries=queries, **LEMUR)
 
 
+def test_lemur_refuses_queries_that_are_not_finite():
+    queries = torch.randn(30, DIM)
+    queries[4, 2] = math.inf
+    with pytest.raises(ValueError, match="queries must be finite"):
+        Lemur(pages(), queries=queries, engine="torch", **LEMUR)
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [

@@ -103,7 +103,8 @@ def retention(
         The exact search first, whose ranking is the truth; then the others. Times are the best of two runs.
 
     Raises:
-        TypeError, ValueError: as `topk`; an unknown stage.
+        TypeError, ValueError: as `topk`; an unknown stage; a token with NaN or infinity, where codes or a stage are
+            made of it.
     """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:

@@ -166,7 +166,8 @@ class FirstStage:
             store: a `PatchStore`, refreshed; or any other corpus, of which all documents are read.
 
         Raises:
-            TypeError, ValueError: as `latemax.topk`; a corpus of another dim.
+            TypeError, ValueError: as `latemax.topk`; a corpus of another dim; a token that is read and holds NaN or
+                infinity.
         """
         found = corpora.of(store)
         if found.dim != self.dim:
@@ -291,20 +292,24 @@ class FirstStage:
         return columns
 
 
+def finite(tokens: Tensor) -> bool:
+    """Whether tokens have neither NaN nor infinity."""
+    # they stay in a sum, which takes one pass; a sum of finite numbers may overflow
+    total = tokens.sum(dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(tokens.isfinite().all())
+
+
 def check_finite(tokens: Tensor, corpus: corpora.Corpus, first: int) -> None:
     """ValueError that names a token which is not finite; tokens [t, dim]: of the corpus, from document ``first`` on."""
-    # NaN and infinity stay in a sum, which takes one pass
-    if tokens.sum(dtype=torch.promote_types(tokens.dtype, torch.float32)).isfinite():
+    if finite(tokens):
         return
-    wrong = (~tokens.isfinite().all(-1)).nonzero()
-    if len(wrong):
-        token = int(wrong[0]) + int(corpus.offsets[first])
-        document = int(torch.searchsorted(corpus.offsets, token, right=True)) - 1
-        number = int(corpus.documents[document]) if isinstance(corpus, corpora.Subset) else document
-        raise ValueError(
-            f"corpus must be finite: token {token - int(corpus.offsets[document])} of document {number} holds NaN or "
-            "infinity"
-        )
+    token = int((~tokens.isfinite().all(-1)).nonzero()[0]) + int(corpus.offsets[first])
+    document = int(torch.searchsorted(corpus.offsets, token, right=True)) - 1
+    number = int(corpus.documents[document]) if isinstance(corpus, corpora.Subset) else document
+    raise ValueError(
+        f"corpus must be finite: token {token - int(corpus.offsets[document])} of document {number} holds NaN or "
+        "infinity"
+    )
 
 
 def offsets_of(lengths: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from latemax.api import score_corpus
 from latemax.arguments import arrays, check
 from latemax.search import corpus as corpora
-from latemax.search.first import check_finite
+from latemax.search.first import check_finite, finite
 from latemax.search.tokens import floats
 from latemax.search.vectors import OneVector
 
@@ -80,6 +80,8 @@ class Lemur(OneVector):
         check.check_tokens("queries", pool, (2,), "[t, dim]")
         if pool.shape[1] != corpus.dim or not len(pool):
             raise ValueError(f"queries must be at least one token of dim {corpus.dim}; got shape {list(pool.shape)}")
+        if not finite(pool.detach()):
+            raise ValueError("queries must be finite, got NaN or infinity")
         order = torch.randperm(len(pool), generator=made)
         x = pool.detach().cpu()[order[:n_tokens]]
         wanted = self._maxima(x, content, chosen.offsets)
