@@ -108,7 +108,11 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"codes-cpu": Table("codes-avx512", table, absent="(not measured yet: `python -m benchmarks.suites.codes`)\n")}
+ABSENT = "(not measured yet: `python -m benchmarks.suites.codes`)\n"
+TABLES = {
+    "codes-cpu": Table("codes-avx512", table, absent=ABSENT),
+    "codes-cpu-avx2": Table("codes-avx2", table, absent=ABSENT),
+}
 
 
 def main() -> None:

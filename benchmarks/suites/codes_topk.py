@@ -137,8 +137,10 @@ def table(result: dict) -> str:
     )
 
 
+ABSENT = "(not measured yet: `python -m benchmarks.suites.codes_topk`)\n"
 TABLES = {
-    "codes-topk": Table("codes_topk", table, absent="(not measured yet: `python -m benchmarks.suites.codes_topk`)\n")
+    "codes-topk": Table("codes_topk", table, absent=ABSENT),
+    "codes-topk-avx2": Table("codes_topk-avx2", table, absent=ABSENT),
 }
 
 
