@@ -26,7 +26,7 @@ from benchmarks import harness
 from benchmarks.internals import forward_with_tile, tiles
 from benchmarks.shapes import KINDS, Shape, tuning
 
-# kinds of product that are tuned: float64 has one tile that fits
+# kinds of row that are tuned: float64 has one tile that fits; bounds are a share of a search (GPU_PENDING, entry 25)
 TUNED = ("half", "tf32", "ieee")
 # tiles tried for a row: 21 rows of them are compiled and timed in six minutes, at a second each
 MOST = 18
