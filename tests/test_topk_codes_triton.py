@@ -27,12 +27,12 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["raw", "cosine"])
 def test_the_answer_is_that_of_the_tokens(normalize, calls):
-    items = clustered(60, spread=0.1)
+    items = clustered(200, spread=0.1)
     (flat, offsets), q = Packed.of(items), queries(items, 1)
     codes, options = quantize(flat).to(TRITON_DEVICE), dict(normalize=normalize, device=TRITON_DEVICE)
     found = topk(q, (flat, offsets), 3, codes=(codes, offsets.to(TRITON_DEVICE)), **options)
     assert_same(found, topk(q, (flat, offsets), 3, codes="off", **options))
-    assert found.stats["rescored"] < 60 and sum(n for n, _ in calls) >= 20
+    assert found.stats["rescored"] < 100 and sum(n for n, _ in calls) >= 20
     # the first pass rounds the query where norms of codes are needed anyway
     assert calls[0][1] == normalize
 
