@@ -18,7 +18,7 @@ def make(request):
 
 @pytest.mark.parametrize("wrong", [math.nan, -math.inf])
 def test_a_token_that_is_not_finite_is_named(make, wrong, tmp_path):
-    """Where it came first or last it would be by chance; a chunk's number of the token helps nobody."""
+    """Where it came first or last it would be by chance; the number of a token within its chunk would not help."""
     items = pages()
     items[90][2, 5] = wrong
     for corpus in (items, stored(tmp_path / "all", items)):

@@ -63,7 +63,7 @@ def test_runs_are_read_into_the_callers_buffer(tmp_path):
             assert torch.equal(out, torch.cat([torch.empty(0, 8), *items[a:b]]))
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be told")
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no posix_fadvise here")
 def test_scattered_documents_are_announced_before_the_first_is_read(tmp_path, monkeypatch):
     """A disk then finds several at a time."""
     store, events = make(tmp_path, documents(), shard_bytes=100), []

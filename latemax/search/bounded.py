@@ -29,8 +29,8 @@ from latemax.search.margin import LARGEST, Margin, largest_norms
 from latemax.search.scan import SCORE_BYTES, Scan
 from latemax.search.tokens import concatenated
 
-# Share of documents that survive, above which codes are left: the bounds of an 8-bit query, and where those were loose
-# and all of a block went through both (with AVX2 these take as long as scores of the tokens).
+# Share of documents that survive, above which a search stops using codes: after the bounds of an 8-bit query, and after
+# those of the float query too, where a whole block needed both (with AVX2 they take as long as scores of the tokens).
 LOOSE, LOOSE_TWICE = 0.3, 0.1
 # Documents of a block and of the first one after a gap, and of the first gap, as shares of the corpus.
 BLOCK, SAMPLE, GAP = 0.05, 0.01, 0.15

@@ -169,7 +169,7 @@ class Shard:
         return 8 + length + begin
 
     def announce(self, name: str, start: int, count: int) -> None:
-        """Tells the system that these tokens will be read soon, where it can be told."""
+        """Asks the system to read these tokens ahead, where it has posix_fadvise."""
         part = self._parts[name]
         row = part.width * part.dtype.itemsize
         if hasattr(os, "posix_fadvise"):

@@ -20,7 +20,7 @@ def status() -> Status:
 
 
 def why_not(p: Problem, by_name: bool) -> str:
-    # float64 on a Triton that cannot multiply it has nowhere else to go, nor have bounds that Triton does not compute
+    # no other backend takes float64 where Triton cannot multiply it, or bounds that Triton does not compute
     return "" if by_name or p.dtype == torch.float64 or p.bounds else "plain torch runs only when asked for by name"
 
 
